@@ -1,0 +1,3 @@
+"""Per-request, per-token activation steering inside stock vLLM and Transformers."""
+
+__version__ = "0.1.0"

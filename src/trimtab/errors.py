@@ -1,0 +1,15 @@
+"""The one error that a caller of trimtab sees when a request cannot be honoured."""
+
+
+class SteeringError(ValueError):
+    """A request, vector or setting that trimtab refuses.
+
+    `field` is where the fault stands in the caller's own input (`interventions[1].scale`), `message` says what was
+    given and what would be right. Every door turns it into its own refusal: `ValueError` in Python, HTTP 400 in a
+    server, one line and exit code 1 on the command line.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field = field
+        self.message = message

@@ -1,0 +1,55 @@
+"""Where steering acts: hook points, sites and phases, with one meaning in every model family."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class HookPoint(StrEnum):
+    """A place in a decoder layer. The order here is the order in which a forward pass reaches them."""
+
+    PRE_ATTN = "pre_attn"  # the residual stream entering the layer
+    POST_ATTN = "post_attn"  # the stream after the attention add
+    MLP_IN = "mlp_in"  # the normed MLP input
+    MLP_OUT = "mlp_out"  # the MLP branch before its add
+    POST_BLOCK = "post_block"  # the stream leaving the layer: Transformers' hidden_states[layer + 1]
+
+
+HOOK_ORDER = {hook: position for position, hook in enumerate(HookPoint)}
+
+
+class Site(NamedTuple):
+    """One hook point of one layer; layers count from 0."""
+
+    layer: int
+    hook: HookPoint
+
+    def __str__(self) -> str:
+        return f"{self.hook.value}:{self.layer}"
+
+
+def site_order(site: Site) -> tuple[int, int]:
+    """Sort key that puts sites in the order of the forward pass."""
+    return site.layer, HOOK_ORDER[site.hook]
+
+
+class Phase(StrEnum):
+    """Phase of a token, by its position alone: prefill while position < prompt length, decode from there on."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class ModelSites:
+    """What an engine can steer: the model's width and depth, and the sites that its graph really reads."""
+
+    hidden_size: int
+    num_layers: int
+    sites: frozenset[Site]
+
+    @property
+    def hook_points(self) -> tuple[HookPoint, ...]:
+        """The hook points served in at least one layer, in forward order."""
+        present = {site.hook for site in self.sites}
+        return tuple(hook for hook in HookPoint if hook in present)
