@@ -1,0 +1,14 @@
+"""vLLM's CPU worker, profiling once more where pipeline stages need it."""
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+
+class TorchKernelsCpuWorker(CPUWorker):
+    """Adds the profile run that vLLM's CPU worker skips in eager mode."""
+
+    def determine_available_memory(self) -> int:
+        runner = self.model_runner
+        # The V1 runner allocates the receive buffers of pipeline stages > 0 in its profile run.
+        if getattr(runner, "intermediate_tensors", 0) is None and self.parallel_config.pipeline_parallel_size > 1:
+            runner.profile_run()
+        return int(super().determine_available_memory())
