@@ -1,0 +1,212 @@
+"""What steering costs in vLLM: a stock and a steered engine on one GPU, interleaved and repeated.
+
+    python benchmarks/vllm_decode.py --shape llama-8b --output benchmarks/results/vllm_decode_h100.json
+
+Per batch size, every repeat runs stock, then one steered case, then stock again, and so on through the cases; a ratio is
+taken against the two stock runs around it and the median over repeats is reported with its spread, so that drift of the
+machine cancels. GPU time is the sum of kernel times of traced steps, in separate runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_engine import SHAPES, Case, EngineProcess, Measured, as_json
+
+DISTINCT = (1, 8, 64, 256)
+
+
+def make_vectors(folder: Path, shape: str, count: int) -> dict[str, str]:
+    """`count` random vectors at `post_block` of every layer, saved in the native format; name -> path."""
+    from trimtab import SteeringVector
+    from trimtab.sites import HookPoint, Site
+
+    hidden, layers = SHAPES[shape]["hidden_size"], SHAPES[shape]["num_hidden_layers"]
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for i in range(count):
+        directions = {
+            Site(layer, HookPoint.POST_BLOCK): 0.02 * rng.standard_normal(hidden).astype(np.float32)
+            for layer in range(layers)
+        }
+        path = folder / f"v{i}.safetensors"
+        SteeringVector(directions).save(path)
+        paths[f"v{i}"] = str(path)
+    return paths
+
+
+def named(i: int, scale: float = 1.0) -> dict[str, Any]:
+    return {"interventions": [{"kind": "add", "vector": f"v{i}", "scale": scale}]}
+
+
+def steered_cases(batch: int, prompt: int, new: int) -> list[Case]:
+    """Idle, 1 to 256 distinct vectors (as far as the batch holds them), and one vector at distinct scales."""
+    cases = [Case("idle", batch, prompt, new)]
+    for count in DISTINCT:
+        if count <= batch:
+            cases.append(Case(f"{count} vectors", batch, prompt, new, tuple(named(i) for i in range(count))))
+    if batch > 1:
+        cases.append(Case("scales", batch, prompt, new, tuple(named(0, 1 + i / batch) for i in range(batch))))
+    return cases
+
+
+class Comparison:
+    """Runs one workload on both engines, `repeats` times, and keeps every measurement."""
+
+    def __init__(self, stock: EngineProcess, steered: EngineProcess, repeats: int) -> None:
+        self.stock, self.steered, self.repeats = stock, steered, repeats
+        self.records: list[dict[str, Any]] = []
+
+    def decode(self, batch: int, prompt: int, new: int, *, trace: bool) -> None:
+        base = Case("stock", batch, prompt, new)
+        cases = steered_cases(batch, prompt, new)
+        self._interleave(f"decode {batch}", base, cases, _median_step, trace)
+
+    def prefill(self, tokens: int, *, trace: bool) -> None:
+        base = Case("stock", 1, tokens, 1)
+        cases = [Case("idle", 1, tokens, 1), Case("1 vectors", 1, tokens, 1, (named(0),))]
+        self._interleave(f"prefill {tokens}", base, cases, lambda m: m.first_step_ms, False)
+
+    def throughput(self, requests: int, prompt: int, new: int) -> None:
+        base = Case("stock", requests, prompt, new)
+        self._interleave(
+            f"throughput {requests}", base, steered_cases(requests, prompt, new), lambda m: m.total_s * 1e3, False
+        )
+
+    def _interleave(self, workload: str, base: Case, cases: list[Case], value: Any, trace: bool) -> None:
+        self.stock.run(base)
+        for case in cases:
+            self.steered.run(case)
+        ratios: dict[str, list[float]] = {case.name: [] for case in cases}
+        values: dict[str, list[float]] = {name: [] for name in ("stock", *ratios)}
+        last: dict[str, Measured] = {}
+        for repeat in range(self.repeats):
+            order = cases[repeat % len(cases) :] + cases[: repeat % len(cases)]
+            before = value(self.stock.run(base))
+            values["stock"].append(before)
+            for case in order:
+                last[case.name] = self.steered.run(case)
+                values[case.name].append(value(last[case.name]))
+                last["stock"] = self.stock.run(base)
+                after = value(last["stock"])
+                values["stock"].append(after)
+                ratios[case.name].append(values[case.name][-1] / ((before + after) / 2))
+                before = after
+        gpu: dict[str, tuple[float | None, float | None]] = {}
+        if trace:
+            traced = {"stock": self.stock.run(base, trace=True)}
+            traced |= {case.name: self.steered.run(case, trace=True) for case in cases}
+            gpu = {name: (m.gpu_ms, m.kernels) for name, m in traced.items()}
+        for name in values:
+            record = {
+                "workload": workload, "case": name, "ms": statistics.median(values[name]), "all_ms": values[name],
+                "ratio": statistics.median(ratios[name]) if name in ratios else 1.0, "all_ratios": ratios.get(name, []),
+                "gpu_ms": gpu.get(name, (None, None))[0], "gpu_kernels": gpu.get(name, (None, None))[1],
+                "last": as_json(last[name]),
+            }  # fmt: skip
+            self.records.append(record)
+        self._print(workload)
+
+    def _print(self, workload: str) -> None:
+        rows = [r for r in self.records if r["workload"] == workload]
+        stock_gpu = rows[0]["gpu_ms"]
+        heads = ("ms", "overhead", "least", "most", "GPU ms", "GPU +", "plan us", "admit us")
+        print(f"\n{workload:16}" + "".join(f"{head:>10}" for head in heads))
+        for r in rows:
+            ratios, gpu, last = r["all_ratios"] or [1.0], r["gpu_ms"], r["last"]
+            cells = [
+                f"{r['ms']:.3f}", f"{r['ratio'] - 1:+.2%}", f"{min(ratios) - 1:+.2%}", f"{max(ratios) - 1:+.2%}",
+                f"{gpu:.3f}" if gpu else "", f"{gpu / stock_gpu - 1:+.2%}" if gpu and stock_gpu else "",
+                f"{last['plan_us']:.1f}" if last["plan_us"] else "", f"{last['admit_us']:.1f}",
+            ]  # fmt: skip
+            print(f"{r['case']:16}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+
+
+def _median_step(measured: Measured) -> float:
+    return statistics.median(measured.step_ms)
+
+
+def machine() -> dict[str, Any]:
+    import torch
+    import triton
+    import vllm
+
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name, "gpu_memory_gib": round(device.total_memory / 2**30), "python": platform.python_version(),
+        "torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-8b")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 32, 128, 256])
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--prefill", type=int, default=16384, help="prompt length of the prefill case; 0 for none")
+    parser.add_argument("--throughput", action="store_true", help="256 requests of 96 + 128 tokens, whole run")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--trace", action="store_true", help="also measure GPU time per step")
+    parser.add_argument("--layers", default=None, help="steer only these layers, e.g. 8-24")
+    parser.add_argument("--gpu-memory", type=float, default=0.42, help="share of the GPU for each of the two engines")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        vectors = make_vectors(Path(folder) / "vectors", arguments.shape, max(DISTINCT))
+        common = {
+            "max_num_seqs": max([*arguments.batches, 256 if arguments.throughput else 1]),
+            "max_num_batched_tokens": max(8192, arguments.prefill), "max_model_len": max(4096, arguments.prefill + 64),
+            "gpu_memory_utilization": arguments.gpu_memory, "enable_prefix_caching": False,
+            "attention_config": {"backend": "FLASH_ATTN"},
+        }  # fmt: skip
+        steering: dict[str, Any] = {"vectors": vectors, "hook_points": ["post_block"]}
+        if arguments.layers:
+            steering["layers"] = arguments.layers
+        stock = EngineProcess("stock", arguments.shape, Path(folder), common)
+        stock_start = stock.wait_ready()  # one after the other: each profiles the free memory
+        steered = EngineProcess(
+            "steered", arguments.shape, Path(folder), common | {"additional_config": {"steering": steering}}
+        )
+        starts = {"stock_s": stock_start, "steered_s": steered.wait_ready()}
+        print("started:", starts, flush=True)
+        comparison = Comparison(stock, steered, arguments.repeats)
+        try:
+            for batch in arguments.batches:
+                comparison.decode(batch, arguments.prompt, arguments.new, trace=arguments.trace)
+                save(arguments, starts, comparison, started)
+            if arguments.prefill:
+                comparison.prefill(arguments.prefill - 64, trace=arguments.trace)
+            if arguments.throughput:
+                comparison.throughput(256, 96, 128)
+        finally:
+            save(arguments, starts, comparison, started)
+            stock.close()
+            steered.close()
+
+
+def save(arguments: argparse.Namespace, starts: dict[str, float], comparison: Comparison, started: float) -> None:
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    settings.pop("output")
+    report = {
+        "machine": machine(), "settings": settings, "start": starts, "seconds": time.perf_counter() - started,
+        "records": comparison.records,
+    }  # fmt: skip
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
