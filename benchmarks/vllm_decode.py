@@ -2,9 +2,9 @@
 
     python benchmarks/vllm_decode.py --shape llama-8b --output benchmarks/results/vllm_decode_h100.json
 
-Per batch size, every repeat runs stock, then one steered case, then stock again, and so on through the cases; a ratio is
-taken against the two stock runs around it and the median over repeats is reported with its spread, so that drift of the
-machine cancels. GPU time is the sum of kernel times of traced steps, in separate runs.
+Per batch size, every repeat runs stock, then one steered case, then stock again, and so on through the cases; a ratio
+is taken against the two stock runs around it and the median over repeats is reported with its spread, so that drift of
+the machine cancels. GPU time is the sum of kernel times of traced steps, in separate runs.
 """
 
 from __future__ import annotations
