@@ -1,0 +1,311 @@
+"""A steering vector: one float32 direction per site, immutable, known by the digest of its content.
+
+Only NumPy is needed here, so that the front-end process of a server never has to load torch.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import SteeringError
+from trimtab.sites import HookPoint, Site, site_order
+
+FloatArray = npt.NDArray[np.float32]
+
+_NARROWED_KEPT = 64  # selections of layers that one vector remembers, so that requests which narrow it cost nothing
+
+
+@dataclass(frozen=True)
+class VectorMetadata:
+    """Where a vector comes from. Informative only: it never enters a digest."""
+
+    base_model: str = ""
+    method: str = ""
+    source: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+
+class SteeringVector:
+    """Directions of one width at one or more sites.
+
+    `directions` maps a `Site` (or a plain `(layer, hook)` pair) to H numbers: a list, a NumPy array or a torch tensor.
+    They are rounded to float32 once, here. Raises `SteeringError` for no sites, a bad site, a shape other than [H],
+    two widths, and anything that is not a finite number.
+    """
+
+    __slots__ = ("_block", "_digest", "_directions", "_max_abs", "_metadata", "_narrowed", "_site_digests", "_sites")
+
+    def __init__(self, directions: Mapping[Site, Any], metadata: VectorMetadata | None = None) -> None:
+        if not directions:
+            raise SteeringError(
+                "directions", "a steering vector needs at least one site, such as Site(14, 'post_block')"
+            )
+        rows: dict[Site, FloatArray] = {}
+        for key, value in directions.items():
+            site = as_site(key)
+            name = f"directions[{site}]"
+            rows[site] = as_direction(value, name)
+            width = len(next(iter(rows.values())))
+            if len(rows[site]) != width:
+                raise SteeringError(name, f"has {len(rows[site])} numbers, but {next(iter(rows))} has {width}")
+        if len(rows) != len(directions):
+            raise SteeringError("directions", "two keys name the same site")
+        self._fill(tuple(rows), np.stack(list(rows.values())), metadata)
+
+    @classmethod
+    def from_block(
+        cls, sites: Sequence[Site], block: npt.NDArray[Any], metadata: VectorMetadata | None = None, *, field: str = ""
+    ) -> Self:
+        """Build from distinct `sites` and their directions, the rows of `block` [len(sites), H] (float16, 32 or 64).
+
+        The array is taken over where it is float32 already: do not write to it afterwards. Raises `SteeringError` at
+        `field` where a number is not finite in float32.
+        """
+        if block.ndim != 2 or len(sites) != len(block) or block.shape[1] == 0 or not sites:
+            raise SteeringError(field, f"got an array of shape {list(block.shape)} for {len(sites)} sites; want [n, H]")
+        if len(set(sites)) != len(sites):
+            raise SteeringError(field, "one site is given twice")
+        if block.dtype != np.float32:
+            with np.errstate(over="ignore"):  # what overflows is refused just below
+                block = block.astype(np.float32)
+        if not np.isfinite(block).all():
+            row, column = np.argwhere(~np.isfinite(block))[0]
+            raise SteeringError(field, f"number {column} at {sites[row]} is not finite in float32")
+        vector = cls.__new__(cls)
+        vector._fill(tuple(sites), block, metadata)
+        return vector
+
+    def _fill(self, sites: tuple[Site, ...], block: FloatArray, metadata: VectorMetadata | None) -> None:
+        order = sorted(range(len(sites)), key=lambda i: site_order(sites[i]))
+        if order != list(range(len(sites))):
+            sites, block = tuple(sites[i] for i in order), block[order]
+        block = np.ascontiguousarray(block).view()
+        block.flags.writeable = False
+        self._sites = sites
+        self._block = block
+        self._metadata = metadata or VectorMetadata()
+        self._digest: bytes | None = None
+        self._directions: Mapping[Site, FloatArray] | None = None
+        self._max_abs: float | None = None
+        self._narrowed: dict[tuple[int, ...], SteeringVector] = {}
+        self._site_digests: list[bytes] | None = None
+
+    # --- what it holds
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites, in the order of the forward pass."""
+        return self._sites
+
+    @property
+    def block(self) -> FloatArray:
+        """All directions as one read-only array [len(sites), H] in the order of `sites`."""
+        return self._block
+
+    @property
+    def directions(self) -> Mapping[Site, FloatArray]:
+        """Read-only mapping of each site to its read-only direction [H]."""
+        if self._directions is None:
+            self._directions = MappingProxyType(dict(zip(self._sites, self._block, strict=True)))
+        return self._directions
+
+    @property
+    def metadata(self) -> VectorMetadata:
+        """Where the vector comes from."""
+        return self._metadata
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of every direction."""
+        return int(self._block.shape[1])
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have a site, ascending."""
+        return tuple(sorted({site.layer for site in self._sites}))
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 (32 bytes) of sites and float32 content; equal for equal content, whatever it was packed in."""
+        if self._digest is None:
+            whole = hashlib.sha256(b"trimtab vector 1\0")
+            for site, digest in zip(self._sites, self._digests_of_sites(), strict=True):
+                whole.update(f"{site.layer} {site.hook.value} {self.hidden_size}\0".encode() + digest)
+            self._digest = whole.digest()
+        return self._digest
+
+    def _digests_of_sites(self) -> list[bytes]:
+        # One digest per site, so that a narrowed vector is named without reading its numbers again.
+        if self._site_digests is None:
+            little_endian = self._block.astype("<f4", copy=False)
+            self._site_digests = [hashlib.sha256(row).digest() for row in little_endian]
+        return self._site_digests
+
+    @property
+    def max_abs(self) -> float:
+        """The largest absolute value in any direction; 0 means that the vector does nothing."""
+        if self._max_abs is None:
+            self._max_abs = float(max(self._block.max(), -self._block.min()))
+        return self._max_abs
+
+    def norms(self) -> dict[Site, float]:
+        """The Euclidean length of each direction."""
+        lengths = np.linalg.norm(self._block.astype(np.float64), axis=1)
+        return dict(zip(self._sites, lengths.tolist(), strict=True))
+
+    # --- arithmetic: every result is a new vector
+
+    def __mul__(self, factor: float) -> "SteeringVector":
+        if isinstance(factor, bool) or not isinstance(factor, (int, float, np.floating, np.integer)):
+            return NotImplemented
+        return self._with_block(self._block.astype(np.float64) * float(factor), self._metadata)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "SteeringVector":
+        return self * -1.0
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        """Sum at each site; a site that only one of them has is taken as it is."""
+        if not isinstance(other, SteeringVector):
+            return NotImplemented
+        if other.hidden_size != self.hidden_size:
+            raise SteeringError("", f"cannot add vectors of width {self.hidden_size} and {other.hidden_size}")
+        total = {site: row.astype(np.float64) for site, row in self.directions.items()}
+        for site, row in other.directions.items():
+            total[site] = total[site] + row if site in total else row.astype(np.float64)
+        same_model = self._metadata.base_model == other._metadata.base_model
+        metadata = VectorMetadata(base_model=self._metadata.base_model if same_model else "", method="sum")
+        return SteeringVector.from_block(list(total), np.stack(list(total.values())), metadata)
+
+    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        return self + -other if isinstance(other, SteeringVector) else NotImplemented
+
+    def normalized(self) -> "SteeringVector":
+        """Each direction scaled to Euclidean length 1. Raises `SteeringError` where a direction is zero."""
+        norms = self.norms()
+        zero = [str(site) for site, norm in norms.items() if norm == 0]
+        if zero:
+            raise SteeringError("", f"the direction at {zero[0]} is zero and cannot be normalized")
+        return self._with_block(self._block / np.array(list(norms.values()))[:, None], self._metadata)
+
+    def at(self, layers: Iterable[int]) -> "SteeringVector":
+        """The same directions at these layers alone. Raises `SteeringError` for a layer without a site."""
+        wanted = tuple(sorted(set(layers)))
+        if (known := self._narrowed.get(wanted)) is not None:
+            return known
+        mine = self.layers
+        missing = [layer for layer in wanted if layer not in mine]
+        if missing or not wanted:
+            given = f"layer {missing[0]} is not among its layers" if missing else "no layer is given; its layers are"
+            raise SteeringError("layers", f"{given} {summary(mine)}")
+        kept = [i for i, site in enumerate(self._sites) if site.layer in wanted]
+        if len(kept) == len(self._sites):
+            return self
+        narrow = self._with_block(self._block[kept], self._metadata, tuple(self._sites[i] for i in kept))
+        digests = self._digests_of_sites()
+        narrow._site_digests = [digests[i] for i in kept]
+        if len(self._narrowed) >= _NARROWED_KEPT:
+            self._narrowed.pop(next(iter(self._narrowed)), None)
+        self._narrowed[wanted] = narrow
+        return narrow
+
+    def with_metadata(self, metadata: VectorMetadata) -> "SteeringVector":
+        """The same content under other metadata."""
+        return self._with_block(self._block, metadata)
+
+    def _with_block(
+        self, block: npt.NDArray[Any], metadata: VectorMetadata, sites: tuple[Site, ...] | None = None
+    ) -> "SteeringVector":
+        return SteeringVector.from_block(sites or self._sites, block, metadata)
+
+    # --- files
+
+    def save(self, path: str | Path) -> None:
+        """Write to `.safetensors` (the native format) or `.gguf`, by the suffix. Raises `SteeringError` otherwise."""
+        from trimtab.vectors.files import save_vector
+
+        save_vector(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> "SteeringVector":
+        """Read any format of docs/formats.md. Raises `SteeringError` for a file that cannot be read as one."""
+        from trimtab.vectors.files import load_vector
+
+        return load_vector(Path(path))
+
+    # --- values: equal by content, shared rather than copied because nothing in them can change
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, SteeringVector) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __copy__(self) -> "SteeringVector":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SteeringVector":
+        return self
+
+    def __repr__(self) -> str:
+        return f"SteeringVector({summary([str(site) for site in self._sites])}, hidden_size={self.hidden_size})"
+
+
+def as_site(key: Any) -> Site:
+    """A `Site` of a site or a plain `(layer, hook)` pair. Raises `SteeringError` where it is neither."""
+    try:
+        layer, hook = key
+        hook = HookPoint(hook)
+    except (TypeError, ValueError):
+        names = ", ".join(point.value for point in HookPoint)
+        raise SteeringError(
+            "directions", f"{key!r} is not a site: want (layer, hook), hook being one of {names}"
+        ) from None
+    if isinstance(layer, (bool, np.bool_)) or not isinstance(layer, (int, np.integer)) or layer < 0:
+        raise SteeringError("directions", f"{key!r} is not a site: layers are whole numbers counted from 0")
+    return Site(int(layer), hook)
+
+
+def as_direction(value: Any, name: str) -> FloatArray:
+    """One direction [H] in float32 of a list, array or tensor. Raises `SteeringError` at `name`."""
+    if isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            if isinstance(item, (bool, np.bool_)) or not isinstance(item, (int, float, np.floating, np.integer)):
+                raise SteeringError(f"{name}[{index}]", f"got {_shown(item)}, want a finite number")
+        try:
+            array = np.array(value, dtype=np.float64)
+        except OverflowError:
+            raise SteeringError(name, "holds a whole number too large for float32") from None
+    else:
+        if hasattr(value, "detach"):  # a torch tensor: NumPy knows neither bfloat16 nor other devices
+            value = value.detach().cpu()
+            value = value.float().numpy() if value.is_floating_point() else value.numpy()
+        array = np.asarray(value)
+    if array.dtype.kind not in "fiu" or array.ndim != 1 or array.size == 0:
+        raise SteeringError(
+            name, f"got an array of {array.dtype} {list(array.shape)}, want numbers of shape [hidden_size]"
+        )
+    with np.errstate(over="ignore"):  # what overflows is refused just below
+        rounded = array.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        index = int(np.flatnonzero(~np.isfinite(rounded))[0])
+        raise SteeringError(f"{name}[{index}]", f"got {array[index]}, want a number that is finite in float32")
+    return rounded
+
+
+def summary(items: Sequence[object], most: int = 8) -> str:
+    """A short listing for messages: the first few and how many more."""
+    head = ", ".join(str(item) for item in items[:most])
+    return f"{head} and {len(items) - most} more" if len(items) > most else head
+
+
+def _shown(item: object) -> str:
+    text = repr(item)
+    return text if len(text) <= 40 else text[:37] + "..."
