@@ -1,0 +1,38 @@
+"""The data plane: what steering means for a token, in three backends with one meaning. Knows no engine.
+
+Importing this package registers `torch.ops.trimtab.{apply_steering, apply_steering_, steering_monitor}`.
+"""
+
+from trimtab.ops import library as _library  # registers the operators
+from trimtab.ops.args import MonitorOpArgs, SteeringOpArgs
+from trimtab.ops.buffers import (
+    Emission,
+    SteeringBuffers,
+    monitor_op_args,
+    register_steering_buffers,
+    resize_row_monitor_buffers,
+    set_emission,
+    share_token_buffers,
+    steering_op_args,
+)
+from trimtab.ops.emit import emit
+from trimtab.ops.reference import ALL_TERMS, ROWS_ONLY, Terms
+
+__all__ = [
+    "ALL_TERMS",
+    "ROWS_ONLY",
+    "Emission",
+    "MonitorOpArgs",
+    "SteeringBuffers",
+    "SteeringOpArgs",
+    "Terms",
+    "emit",
+    "monitor_op_args",
+    "register_steering_buffers",
+    "resize_row_monitor_buffers",
+    "set_emission",
+    "share_token_buffers",
+    "steering_op_args",
+]
+
+del _library

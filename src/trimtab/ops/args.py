@@ -1,0 +1,90 @@
+"""The argument lists of trimtab's operators: the one place that knows their names and order.
+
+Schemas, implementations, builders and kernel launches are all derived from these tuples, so fifteen tensors of one
+type cannot be transposed on the way. N is the number of tokens of the call, T >= N the capacity of the per-token
+buffers, R the number of table rows, H the hidden size.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+NO_THRESHOLD = -1.0e30
+"""Row-monitor threshold of a row without a probe: sigmoid(1 * (0 + 1e30)) is exactly 1 in float32."""
+
+
+class SteeringOpArgs(NamedTuple):
+    """Arguments of `trimtab::apply_steering`."""
+
+    hidden_states: Tensor  # [N, H] model dtype: the tensor at the hook point
+    steering_table: Tensor  # [R, H] model dtype: row r is what a token on row r receives; row 0 is zero forever
+    steering_index: Tensor  # [T] int64: token -> row
+    any_active: Tensor  # [1] bool: False means that this site leaves every token as it is
+    steering_scales: Tensor  # [R] float32: factor of each row
+    steering_dynamic_vec: Tensor  # [H] float32: the tier, one vector for every token
+    steering_token_scales: Tensor  # [T] float32: factor of the tier, per token
+    steering_row_gate: Tensor  # [T] float32: factor of the row, per token
+    steering_monitor_probe: Tensor  # [H] float32: the site's probe
+    steering_monitor_params: Tensor  # [3] float32: threshold, sharpness, gate_rows
+    steering_monitor_active: Tensor  # [1] bool
+    steering_decode_mask: Tensor  # [T] float32: 1 for decode tokens, 0 for prefill tokens
+    steering_monitor_probe_table: Tensor  # [1, 1], or [R, H] with the row monitor; float32
+    steering_monitor_row_params: Tensor  # [1, 2], or [R, 2] with the row monitor; float32: threshold, sharpness
+    steering_monitor_row_active: Tensor  # [1] bool
+
+    @property
+    def has_row_monitor(self) -> bool:
+        """Whether the row monitor's tensors are full-size. With the dummies its flag is never read."""
+        return self.steering_monitor_probe_table.shape == self.steering_table.shape
+
+
+class MonitorOpArgs(NamedTuple):
+    """Arguments of `trimtab::steering_monitor`."""
+
+    hidden_states: Tensor  # [N, H] model dtype
+    probe: Tensor  # [H] float32
+    params: Tensor  # [3] float32: threshold, sharpness, gate_rows
+    monitor_active: Tensor  # [1] bool
+    steering_token_scales: Tensor  # [T] float32, multiplied in place
+    steering_decode_mask: Tensor  # [T] float32
+    steering_row_gate: Tensor  # [T] float32, multiplied in place where gate_rows
+
+
+def check_steering_args(args: SteeringOpArgs) -> None:
+    """Raise ValueError for shapes that a kernel would read out of bounds. Looks at no size that varies per call."""
+    if args.hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states must be [N, H], got {tuple(args.hidden_states.shape)}")
+    rows, width = args.steering_table.shape
+    if args.hidden_states.shape[1] != width:
+        raise ValueError(f"hidden_states is {args.hidden_states.shape[1]} wide, steering_table {width}")
+    _check_params("steering_monitor_params", args.steering_monitor_params)
+    probes, params = args.steering_monitor_probe_table.shape, args.steering_monitor_row_params.shape
+    if args.has_row_monitor:
+        if params != (rows, 2):
+            raise ValueError(f"steering_monitor_row_params must be [{rows}, 2] as the table has rows, got {params}")
+    elif probes != (1, 1):
+        raise ValueError(
+            f"steering_monitor_probe_table must be [1, 1] or, with the row monitor, [{rows}, {width}]; got {probes}"
+        )
+
+
+def check_monitor_args(args: MonitorOpArgs) -> None:
+    """Raise ValueError for shapes that a kernel would read out of bounds. Looks at no size that varies per call."""
+    if args.hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states must be [N, H], got {tuple(args.hidden_states.shape)}")
+    if args.probe.shape != (args.hidden_states.shape[1],):
+        raise ValueError(f"probe must be [{args.hidden_states.shape[1]}], got {tuple(args.probe.shape)}")
+    _check_params("params", args.params)
+
+
+def check_capacity(hidden_states: Tensor, *per_token: Tensor) -> None:
+    """Raise ValueError where a per-token buffer is shorter than the call has tokens."""
+    tokens = hidden_states.shape[0]
+    for buffer in per_token:
+        if buffer.shape[0] < tokens:
+            raise ValueError(f"{tokens} tokens, but a per-token buffer holds {buffer.shape[0]}")
+
+
+def _check_params(name: str, params: Tensor) -> None:
+    if params.numel() < 3:
+        raise ValueError(f"{name} must hold threshold, sharpness and gate_rows, got {params.numel()} value(s)")

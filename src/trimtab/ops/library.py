@@ -1,0 +1,159 @@
+"""Registers trimtab's operators with PyTorch: schemas generated from `args`, one implementation per device, and fakes.
+
+    torch.ops.trimtab.apply_steering(*SteeringOpArgs) -> Tensor     a new tensor, never an alias of its input
+    torch.ops.trimtab.apply_steering_(*SteeringOpArgs) -> ()        the same, written into hidden_states
+    torch.ops.trimtab.steering_monitor(*MonitorOpArgs) -> ()        multiplies gates into the per-token buffers
+
+Importing this module registers them. Triton is looked for at the first call on a CUDA tensor, not at import.
+"""
+
+import importlib.util
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from trimtab.ops import reference
+from trimtab.ops.args import MonitorOpArgs, SteeringOpArgs, check_capacity, check_monitor_args, check_steering_args
+
+NAMESPACE = "trimtab"
+
+
+def schema(name: str, fields: tuple[str, ...], *, mutates: tuple[str, ...] = (), returns: str = "()") -> str:
+    """The operator schema whose arguments are `fields`, all tensors, those in `mutates` declared as written to."""
+    aliases = {field: f"({chr(ord('a') + number)}!)" for number, field in enumerate(mutates)}
+    arguments = ", ".join(f"Tensor{aliases.get(field, '')} {field}" for field in fields)
+    return f"{name}({arguments}) -> {returns}"
+
+
+SCHEMAS = {
+    "apply_steering": schema("apply_steering", SteeringOpArgs._fields, returns="Tensor"),
+    "apply_steering_": schema("apply_steering_", SteeringOpArgs._fields, mutates=("hidden_states",)),
+    "steering_monitor": schema(
+        "steering_monitor", MonitorOpArgs._fields, mutates=("steering_token_scales", "steering_row_gate")
+    ),
+}
+
+
+def _apply_fake(*tensors: Tensor) -> Tensor:
+    args = SteeringOpArgs(*tensors)
+    check_steering_args(args)
+    return args.hidden_states.new_empty(args.hidden_states.shape)
+
+
+def _apply_in_place_fake(*tensors: Tensor) -> None:
+    check_steering_args(SteeringOpArgs(*tensors))
+
+
+def _monitor_fake(*tensors: Tensor) -> None:
+    check_monitor_args(MonitorOpArgs(*tensors))
+
+
+def _apply_cpu(*tensors: Tensor) -> Tensor:
+    args = _checked_steering(tensors)
+    if args.any_active.item():
+        return reference.apply_steering(args)
+    return args.hidden_states.clone(memory_format=torch.contiguous_format)
+
+
+def _apply_in_place_cpu(*tensors: Tensor) -> None:
+    args = _checked_steering(tensors)
+    if args.any_active.item():
+        args.hidden_states.copy_(reference.apply_steering(args))
+
+
+def _monitor_cpu(*tensors: Tensor) -> None:
+    args = _checked_monitor(tensors)
+    if args.monitor_active.item():
+        reference.steering_monitor(args)
+
+
+def _apply_any_device(*tensors: Tensor) -> Tensor:
+    """For devices without a kernel of ours: the reference, without waiting for the flag."""
+    args = _checked_steering(tensors)
+    return torch.where(args.any_active, reference.apply_steering(args), args.hidden_states).contiguous()
+
+
+def _apply_in_place_any_device(*tensors: Tensor) -> None:
+    SteeringOpArgs(*tensors).hidden_states.copy_(_apply_any_device(*tensors))
+
+
+def _monitor_any_device(*tensors: Tensor) -> None:
+    reference.steering_monitor(_checked_monitor(tensors))
+
+
+def _apply_cuda(*tensors: Tensor) -> Tensor:
+    if not _has_triton():
+        return _apply_any_device(*tensors)
+    from trimtab.ops.kernels.apply_steering import launch_apply_steering
+
+    args = _checked_steering(tensors)
+    out = args.hidden_states.new_empty(args.hidden_states.shape)
+    launch_apply_steering(args, out)
+    return out
+
+
+def _apply_in_place_cuda(*tensors: Tensor) -> None:
+    if not _has_triton():
+        return _apply_in_place_any_device(*tensors)
+    from trimtab.ops.kernels.apply_steering import launch_apply_steering
+
+    args = _checked_steering(tensors)
+    launch_apply_steering(args, args.hidden_states)
+
+
+def _monitor_cuda(*tensors: Tensor) -> None:
+    if not _has_triton():
+        return _monitor_any_device(*tensors)
+    from trimtab.ops.kernels.steering_monitor import launch_steering_monitor
+
+    launch_steering_monitor(_checked_monitor(tensors))
+
+
+def _checked_steering(tensors: tuple[Tensor, ...]) -> SteeringOpArgs:
+    args = SteeringOpArgs(*tensors)
+    check_steering_args(args)
+    check_capacity(
+        args.hidden_states,
+        args.steering_index,
+        args.steering_row_gate,
+        args.steering_token_scales,
+        args.steering_decode_mask,
+    )
+    return args
+
+
+def _checked_monitor(tensors: tuple[Tensor, ...]) -> MonitorOpArgs:
+    args = MonitorOpArgs(*tensors)
+    check_monitor_args(args)
+    check_capacity(args.hidden_states, args.steering_token_scales, args.steering_row_gate, args.steering_decode_mask)
+    return args
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+    implementations = {
+        "apply_steering": (_apply_fake, _apply_cpu, _apply_cuda, _apply_any_device),
+        "apply_steering_": (
+            _apply_in_place_fake,
+            _apply_in_place_cpu,
+            _apply_in_place_cuda,
+            _apply_in_place_any_device,
+        ),
+        "steering_monitor": (_monitor_fake, _monitor_cpu, _monitor_cuda, _monitor_any_device),
+    }
+    for name, (fake, cpu, cuda, any_device) in implementations.items():
+        library.define(SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        library.impl(name, any_device, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        library.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
+        library.impl(name, cuda, "CUDA")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    return library
+
+
+_LIBRARY = _register()  # the registration lives as long as this object
