@@ -1,0 +1,113 @@
+"""Step plans: what each token of one forward pass is routed to, as the bytes that the device will read.
+
+A request's steering is two token records, one per phase. A step is then one gather (request -> its two records) and one
+repeat (record -> its tokens), whatever the mix of chunked prefill, recompute, speculation and decode: the phase of a
+token is decided by its position, so a chunk that straddles the end of the prompt simply repeats both records.
+"""
+
+from collections.abc import Sequence
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+Words = npt.NDArray[np.int64]  # token records seen as 8-byte words: gathering and repeating words is a plain memcpy
+
+# One token's line of `SteeringBuffers.token_slab`. A row and its coefficient are one lane.
+TOKEN = np.dtype(
+    [
+        ("index", np.int64),
+        ("row_gate", np.float32),
+        ("token_scale", np.float32),
+        ("decode_mask", np.float32),
+        ("spare", np.float32),
+    ]
+)
+TOKEN_WORDS = TOKEN.itemsize // 8
+
+PREFILL, DECODE = 0, 1  # columns of a slot's two records
+
+NO_SLOT = 0  # the slot of every request that is not steered; its records route to row 0
+
+
+class StepPlanner:
+    """Turns batches into token records. Slots 1 .. max_requests belong to steered requests, slot 0 to all others."""
+
+    def __init__(self, max_requests: int) -> None:
+        self._records = np.zeros((max_requests + 1, 2), TOKEN)
+        self._records["row_gate"] = 1.0
+        self._records["decode_mask"][:, DECODE] = 1.0
+        self._record_words = self._records.view(np.int64).reshape(max_requests + 1, 2 * TOKEN_WORDS)
+        self._slot_of: dict[str, int] = {}
+        self._free = list(range(max_requests, 0, -1))
+        self._last_ids: list[str] | None = None
+        self._last_slots = np.zeros(0, np.int64)
+        self._last_steered = False
+        self._resize(max_requests)
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """The slot of each steered request; for reading."""
+        return self._slot_of
+
+    def add(self, request_id: str, rows: tuple[int, int], coefficients: tuple[float, float]) -> None:
+        """Give `request_id`, not yet known, a slot with one (row, coefficient) per phase: (prefill, decode)."""
+        slot = self._free.pop()
+        self._slot_of[request_id] = slot
+        self._records["index"][slot] = rows
+        self._records["row_gate"][slot] = coefficients
+        self._last_ids = None
+
+    def remove(self, request_id: str) -> tuple[int, int] | None:
+        """Free the slot of `request_id` and return its rows (prefill, decode); None if it has none."""
+        slot = self._slot_of.pop(request_id, None)
+        if slot is None:
+            return None
+        rows = self._records["index"][slot].tolist()
+        self._records["index"][slot] = 0
+        self._records["row_gate"][slot] = 1.0
+        self._free.append(slot)
+        self._last_ids = None
+        return rows[PREFILL], rows[DECODE]
+
+    def steers(self, request_ids: Sequence[str]) -> bool:
+        """Whether anyone in the batch is steered, in either phase. Remembers the batch for `plan`."""
+        # A batch usually has the members of the one before it: comparing ids costs less than looking each one up.
+        # The copy is needed because engines edit their list of ids in place.
+        ids = request_ids if isinstance(request_ids, list) else list(request_ids)
+        if ids != self._last_ids:
+            self._last_ids = ids.copy()
+            self._last_slots = np.fromiter(map(self._slot_of.get, ids, repeat(NO_SLOT)), np.int64, len(ids))
+            self._last_steered = bool(self._last_slots.any())
+            if len(ids) > len(self._counts):
+                self._resize(2 * len(ids))
+        return self._last_steered
+
+    def plan(self, first_positions: IntArray, token_counts: IntArray, prompt_lengths: IntArray) -> Words:
+        """Token records [N, TOKEN_WORDS] of the batch last given to `steers`, N = sum of `token_counts`."""
+        batch = len(self._last_slots)
+        counts, segments = self._counts[:batch], self._segments[:batch]
+        prefill = counts[:, PREFILL]
+        np.subtract(prompt_lengths, first_positions, out=prefill)  # tokens of the prompt still to come
+        np.maximum(prefill, 0, out=prefill)
+        np.minimum(prefill, token_counts, out=prefill)
+        np.subtract(token_counts, prefill, out=counts[:, DECODE])
+        # mode="clip" lets numpy write to `out` without a copy; every slot is in range
+        np.take(self._record_words, self._last_slots, axis=0, out=segments, mode="clip")
+        return np.repeat(segments.reshape(2 * batch, TOKEN_WORDS), counts.reshape(2 * batch), axis=0)
+
+    def state(self) -> bytes:
+        """Who holds which slot with which records, in a fixed order, for digests."""
+        members = sorted(self._slot_of.items())
+        return repr((members, self._free)).encode() + self._records.tobytes()
+
+    def _resize(self, batch: int) -> None:
+        self._counts = np.zeros((batch, 2), np.int64)
+        self._segments = np.zeros((batch, 2 * TOKEN_WORDS), np.int64)
+
+
+def as_ints(values: Any) -> IntArray:
+    """An int64 view or copy of whatever integer array an engine keeps."""
+    return np.asarray(values, np.int64)

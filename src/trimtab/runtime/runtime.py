@@ -1,0 +1,177 @@
+"""The host side of steering: who is steered with what, and what the device must be told before each forward pass.
+
+Free of any engine. An engine reports admissions and releases as they happen and calls `step` before each forward pass;
+all that reaches the device are the rows, flags and token records that changed since the last one.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import SteeringError
+from trimtab.ops.buffers import SteeringBuffers
+from trimtab.program import PhaseProgram, ResolvedSteering
+from trimtab.runtime.plan import TOKEN, StepPlanner, as_ints
+from trimtab.runtime.rows import RowAllocator
+from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
+
+
+class SteeringRuntime:
+    """Routes every token of a running batch to the steering row that its request and position ask for.
+
+    State is a pure function of the calls made, so ranks that see the same calls agree (`digest` compares them).
+    Nothing is written to the device outside `step`, and `step` writes to the current stream only.
+    """
+
+    def __init__(self, buffers: SteeringBuffers, *, max_requests: int) -> None:
+        """`max_requests`: how many steered requests can be admitted at one time.
+
+        Raises SteeringError if the table has fewer rows than these requests can need: one per phase each, and row 0.
+        """
+        max_rows = buffers.table.shape[1]
+        if max_requests < 1:
+            raise SteeringError("max_requests", f"{max_requests} given; at least 1 is needed")
+        if max_rows < 1 + 2 * max_requests:
+            raise SteeringError(
+                "max_rows",
+                f"{max_rows} rows given; {max_requests} requests with a prefill and a decode row each, and row 0, "
+                f"need {1 + 2 * max_requests}",
+            )
+        self._buffers = buffers
+        self._max_requests = max_requests
+        self._capacity = max_rows - 1
+        self._allocator = RowAllocator(max_rows)
+        self._planner = StepPlanner(max_requests)
+        self._rows = RowUploader(buffers.table)
+        self._flags = FlagUploader(buffers.any_active)
+        self._tokens = TokenUploader(buffers.token_slab)
+        self._site_position = {site: position for position, site in enumerate(buffers.sites)}
+        self._row_sites = np.zeros((max_rows, len(buffers.sites)), np.bool_)  # where a row has content
+        self._site_rows = np.zeros(len(buffers.sites), np.int64)  # held rows with content at each site
+        self._unwritten: dict[int, PhaseProgram] = {}  # held rows whose content the device has not seen
+        self._row_uploads = 0
+
+    @property
+    def capacity(self) -> int:
+        """Rows that can hold content at one time (row 0 never does)."""
+        return self._capacity
+
+    @property
+    def rows_in_use(self) -> int:
+        """Rows that admitted requests hold."""
+        return self._allocator.in_use
+
+    @property
+    def row_uploads(self) -> int:
+        """Rows written to the device since construction."""
+        return self._row_uploads
+
+    def admit(self, request_id: str, steering: ResolvedSteering | None) -> None:
+        """Hold the rows of both phases for `request_id`; replaces what it held. None or empty steering holds nothing.
+
+        Raises SteeringError if a vector's width is not the model's, or if `max_requests` others are admitted already.
+        The request then keeps what it held before.
+        """
+        if steering is None or not (steering.prefill.row_key or steering.decode.row_key):
+            self.release(request_id)
+            return
+        self._check(request_id, steering)
+        self.release(request_id)
+        phases = (steering.prefill, steering.decode)
+        prefill_row, decode_row = (self._acquire(program) for program in phases)
+        prefill_coefficient, decode_coefficient = (
+            program.coefficient if program.row_key else 1.0 for program in phases
+        )
+        self._planner.add(request_id, (prefill_row, decode_row), (prefill_coefficient, decode_coefficient))
+
+    def release(self, request_id: str) -> None:
+        """Let go of what `request_id` holds (finished or preempted). An id that holds nothing is no error."""
+        for row in self._planner.remove(request_id) or ():
+            if row:
+                self._release(row)
+
+    def step(
+        self,
+        request_ids: Sequence[str],
+        first_positions: npt.ArrayLike,
+        token_counts: npt.ArrayLike,
+        prompt_lengths: npt.ArrayLike,
+        *,
+        padded_tokens: int | None = None,
+    ) -> None:
+        """Prepare the device for one forward pass over the requests' tokens, concatenated in this order.
+
+        Request i brings `token_counts[i]` tokens from position `first_positions[i]` on; its tokens at positions below
+        `prompt_lengths[i]` are prefill, the others decode. An id that is not admitted is not steered. Every token
+        beyond the given ones, up to the end of the buffers, is routed to row 0; `padded_tokens`, the length of the
+        forward pass where it is longer than its tokens, is only checked.
+
+        Raises ValueError if the tokens exceed `padded_tokens` or the buffers. Never raises for what a request holds.
+        """
+        if not self._planner.slots and not self._tokens.tokens and self._flags.clear:
+            return
+        if self._unwritten:
+            self._rows.write(self._buffers.sites, self._unwritten)
+            self._row_uploads += len(self._unwritten)
+            self._unwritten.clear()
+        self._flags.write(self._site_rows > 0)
+        words = NO_TOKENS
+        if self._planner.steers(request_ids):
+            planned = self._planner.plan(as_ints(first_positions), as_ints(token_counts), as_ints(prompt_lengths))
+            limit = len(self._buffers.token_slab) if padded_tokens is None else padded_tokens
+            if not len(planned) <= limit <= len(self._buffers.token_slab):
+                raise ValueError(
+                    f"{len(planned)} tokens in a forward pass of {limit}; the buffers hold "
+                    f"{len(self._buffers.token_slab)}"
+                )
+            if planned.reshape(-1).view(TOKEN)["index"].any():
+                words = planned
+        self._tokens.write(words)
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the state: rows, requests and the last plan. Equal on ranks that saw the same calls."""
+        state = hashlib.sha256()
+        for part in (*self._allocator.state(), self._planner.state(), self._tokens.held.tobytes()):
+            state.update(len(part).to_bytes(8, "little"))
+            state.update(part)
+        return state.hexdigest()
+
+    def _check(self, request_id: str, steering: ResolvedSteering) -> None:
+        width = self._buffers.table.shape[2]
+        for vector in (term.vector for program in (steering.prefill, steering.decode) for term in program.terms):
+            if vector.hidden_size != width:
+                raise SteeringError(
+                    "vector", f"request {request_id!r} brings width {vector.hidden_size}; the model's is {width}"
+                )
+        admitted = self._planner.slots
+        if len(admitted) >= self._max_requests and request_id not in admitted:
+            raise SteeringError(
+                "max_requests",
+                f"request {request_id!r} would be steered request {len(admitted) + 1}; the limit is "
+                f"{self._max_requests}",
+            )
+
+    def _acquire(self, program: PhaseProgram) -> int:
+        if not program.row_key:
+            return 0
+        row, fresh = self._allocator.acquire(program.row_key)
+        if fresh:
+            self._unwritten[row] = program
+            self._row_sites[row] = False
+            self._row_sites[row, list(self._positions(program))] = True
+        if self._allocator.holders(row) == 1:
+            self._site_rows += self._row_sites[row]
+        return row
+
+    def _release(self, row: int) -> None:
+        if not self._allocator.release(row):
+            return
+        self._site_rows -= self._row_sites[row]
+        if self._unwritten.pop(row, None) is not None:
+            self._allocator.forget(row)  # the device never saw this content, so there is nothing worth keeping
+
+    def _positions(self, program: PhaseProgram) -> Iterable[int]:
+        """Positions of the program's sites among this rank's; sites of other pipeline stages have none here."""
+        return (self._site_position[site] for site in program.sites if site in self._site_position)

@@ -1,0 +1,159 @@
+"""How host state reaches the device: staged through pinned memory, written only where it differs.
+
+Each upload is one asynchronous copy on the current stream. The host may be a step ahead of the device, so a staging
+buffer is rewritten only after the event that follows its last copy; everything on the device happens in stream order,
+after the forward passes already queued and before the next one.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trimtab.program import PhaseProgram
+from trimtab.runtime.plan import TOKEN, TOKEN_WORDS, Words
+from trimtab.sites import Site
+
+ROW_STAGING_BYTES = 16 << 20  # a larger burst of new rows goes up in several pieces
+
+
+class StagingRing:
+    """Host buffers of `nbytes` bytes, used in turn. Pinned and event-guarded for CUDA; one plain buffer for the CPU."""
+
+    def __init__(self, nbytes: int, device: torch.device, depth: int = 3) -> None:
+        self._device = device
+        self._pinned = device.type == "cuda"
+        self._buffers = [
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned) for _ in range(depth if self._pinned else 1)
+        ]
+        self._copied: list[torch.cuda.Event | None] = [None] * len(self._buffers)
+        self._turn = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held, in bytes."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def next(self) -> Tensor:
+        """The next buffer (uint8 [nbytes]), safe to write: its previous copy has left it."""
+        self._turn = (self._turn + 1) % len(self._buffers)
+        event = self._copied[self._turn]
+        if event is not None:
+            event.synchronize()
+        return self._buffers[self._turn]
+
+    def send(self, target: Tensor, nbytes: int) -> None:
+        """Copy the first `nbytes` bytes of the buffer last taken to `target` (uint8 [nbytes])."""
+        target.copy_(self._buffers[self._turn][:nbytes], non_blocking=self._pinned)
+        if self._pinned:
+            event = self._copied[self._turn]
+            if event is None:
+                event = self._copied[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+
+
+class RowUploader:
+    """Writes table rows: one staged copy and one scatter over all sites for as many rows as fit the staging buffer."""
+
+    def __init__(self, table: Tensor) -> None:
+        """`table` is [S, R, H] on the device."""
+        self._table = table
+        sites, max_rows, width = table.shape
+        row_bytes = 8 + sites * width * table.element_size()  # its number, then its content at every site
+        self._rows_per_send = max(1, min(max_rows, ROW_STAGING_BYTES // row_bytes))
+        self._staging = StagingRing(self._rows_per_send * row_bytes, table.device)
+        self._arrived = torch.empty(self._rows_per_send * row_bytes, dtype=torch.uint8, device=table.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held for uploads, in bytes."""
+        return self._arrived.nbytes
+
+    def write(self, sites: Sequence[Site], programs: dict[int, PhaseProgram]) -> None:
+        """Compose each program at `sites` (the table's) and write it to its row; no other row is touched."""
+        numbered = list(programs.items())
+        for start in range(0, len(numbered), self._rows_per_send):
+            self._send(sites, numbered[start : start + self._rows_per_send])
+
+    def _send(self, sites: Sequence[Site], numbered: list[tuple[int, PhaseProgram]]) -> None:
+        staged = self._staging.next()
+        rows, content = self._split(staged, len(numbered))
+        rows.numpy()[:] = [row for row, _ in numbered]
+        for position, (_, program) in enumerate(numbered):
+            content[:, position].copy_(torch.from_numpy(program.row(sites)))  # the one rounding to the table's dtype
+        nbytes = rows.nbytes + content.nbytes
+        self._staging.send(self._arrived[:nbytes], nbytes)
+        rows, content = self._split(self._arrived, len(numbered))
+        self._table.index_copy_(1, rows, content)
+
+    def _split(self, buffer: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """A staging buffer as row numbers [count] int64 and row contents [S, count, H] in the table's dtype."""
+        sites, _, width = self._table.shape
+        content_bytes = count * sites * width * self._table.element_size()
+        rows = buffer[: 8 * count].view(torch.int64)
+        content = buffer[8 * count : 8 * count + content_bytes].view(self._table.dtype)
+        return rows, content.view(sites, count, width)
+
+
+class FlagUploader:
+    """Keeps the per-site `any_active` flags ([S, 1] bool) equal to the host's, written only when one changes."""
+
+    def __init__(self, any_active: Tensor) -> None:
+        self._device_flags = any_active.view(torch.uint8)[:, 0]  # strided: sites are aligned for the kernels
+        self._held = np.zeros(len(self._device_flags), np.bool_)
+        self._staging = StagingRing(self._held.nbytes, any_active.device)
+
+    @property
+    def clear(self) -> bool:
+        """Whether every flag on the device is False."""
+        return not self._held.any()
+
+    def write(self, flags: npt.NDArray[np.bool_]) -> None:
+        """Make the device's flags equal to `flags` [S]."""
+        if np.array_equal(flags, self._held):
+            return
+        self._held[:] = flags
+        self._staging.next().numpy()[:] = flags
+        self._staging.send(self._device_flags, flags.nbytes)
+
+
+class TokenUploader:
+    """Keeps the token slab equal to the last plan. Whatever lies behind a plan's tokens is idle: row 0, gate 1."""
+
+    def __init__(self, token_slab: Tensor) -> None:
+        """`token_slab` is uint8 [T, TOKEN.itemsize] on the device, holding its defaults."""
+        self._slab = token_slab
+        idle = np.zeros(1, TOKEN)
+        idle["row_gate"] = 1.0
+        self._idle_words = idle.view(np.int64)
+        self._held = np.tile(self._idle_words, (len(token_slab), 1))  # what the device will hold once copies are done
+        self._tokens = 0  # of the last plan; all behind them are idle
+        self._staging = StagingRing(token_slab.nbytes, token_slab.device)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the plan that the device holds; 0 when every token is idle."""
+        return self._tokens
+
+    @property
+    def held(self) -> Words:
+        """The records [tokens, TOKEN_WORDS] of that plan."""
+        return self._held[: self._tokens]
+
+    def write(self, words: Words) -> None:
+        """Make `words` [N, TOKEN_WORDS] the device's plan, in one copy, or in none if it holds it already."""
+        count = len(words)
+        if count == self._tokens and np.array_equal(words, self._held[:count]):
+            return
+        upto = max(count, self._tokens)  # a shorter plan also cleans what the longer one before it left behind
+        self._held[:count] = words
+        self._held[count:upto] = self._idle_words
+        self._tokens = count
+        nbytes = upto * TOKEN.itemsize
+        self._staging.next()[:nbytes].numpy().view(np.int64)[:] = self._held[:upto].reshape(-1)
+        self._staging.send(self._slab[:upto].view(-1), nbytes)
+
+
+NO_TOKENS: Words = np.zeros((0, TOKEN_WORDS), np.int64)
