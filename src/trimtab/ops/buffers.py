@@ -236,18 +236,21 @@ class SteeringBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held, row-monitor tensors of resized modules not included."""
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in vars(self).values()
-            if isinstance(tensor, Tensor)
-        }
-        return sum(storages.values())
+        in_slab = {id(self.index), id(self.row_gate), id(self.token_scales), id(self.decode_mask)}
+        tensors = [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor) and id(tensor) not in in_slab]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def token_views(slab: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views of a [T, 24] uint8 slab: index (int64), row gate, token scale and decode mask (float32), each [T]."""
+    """Views of a [T, 24] uint8 slab: index (int64), row gate, token scale and decode mask (float32), each [T].
+
+    Each has a storage object of its own over the slab's memory. Compilers track aliasing by storage, and these four
+    never overlap: inside one storage, a graph in which the monitor multiplies two of them could not be compiled.
+    """
     floats = slab.view(torch.float32)
-    return slab.view(torch.int64)[:, 0], floats[:, 2], floats[:, 3], floats[:, 4]
+    views = slab.view(torch.int64)[:, 0], floats[:, 2], floats[:, 3], floats[:, 4]
+    index, row_gate, token_scales, decode_mask = (torch.from_dlpack(view) for view in views)  # type: ignore[attr-defined]
+    return index, row_gate, token_scales, decode_mask
 
 
 def _aligned(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
