@@ -18,6 +18,7 @@ from trimtab.sites import HookPoint, Site
 from trimtab.vectors.vector import SteeringVector
 
 VERSION = 1
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def encode(steering: ResolvedSteering) -> dict[str, Any]:
@@ -47,8 +48,10 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     vectors = [_decode_vector(entry, f"wire.vectors[{i}]", vectors_by_digest) for i, entry in enumerate(entries)]
     if len({vector.hidden_size for vector, _ in vectors}) > 1:
         raise SteeringError("wire.vectors", "the vectors have different widths")
-    phases = [_decode_phase(wire[name], f"wire.{name}", vectors) for name in ("prefill", "decode")]
-    return ResolvedSteering(*phases)
+    prefill = _decode_phase(wire["prefill"], "wire.prefill", vectors)
+    if wire["decode"] == wire["prefill"]:
+        return ResolvedSteering(prefill, prefill)
+    return ResolvedSteering(prefill, _decode_phase(wire["decode"], "wire.decode", vectors))
 
 
 def _encode_vector(term: Term) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _decode_phase(
             raise SteeringError(
                 f"{path}[{i}][0]", f"got {index!r:.40}, want the index of one of {len(vectors)} vectors"
             )
-        if type(scale) not in (float, int) or not np.isfinite(np.float32(scale)):
+        if type(scale) not in (float, int) or not abs(scale) <= LARGEST_FLOAT32:
             raise SteeringError(f"{path}[{i}][1]", f"got {scale!r:.40}, want a finite number")
         vector, reference = vectors[index]
         terms.append(Term(vector, float(scale), reference))

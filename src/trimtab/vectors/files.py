@@ -98,8 +98,8 @@ def read_safetensors(path: Path) -> SteeringVector:
             raise SteeringError("metadata.version", f"is {metadata.get('version')!r}, this release reads {VERSION!r}")
         directions = {site_of_key(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     extra = {key.removeprefix(_EXTRA): value for key, value in metadata.items() if key.startswith(_EXTRA)}
-    about = (metadata.get(key, "") for key in ("base_model", "method", "source"))
-    vector = SteeringVector(directions, VectorMetadata(*about, extra=extra))
+    about = {key: metadata.get(key, "") for key in ("base_model", "method", "source")}
+    vector = SteeringVector(directions, VectorMetadata(**about, extra=extra))
     if metadata.get("hidden_size") != str(vector.hidden_size):
         said = metadata.get("hidden_size")
         raise SteeringError("metadata.hidden_size", f"says {said!r}, but the tensors have {vector.hidden_size} numbers")

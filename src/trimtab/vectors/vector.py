@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site, site_order
+from trimtab.wording import summary
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -60,12 +61,18 @@ class SteeringVector:
 
     @classmethod
     def from_block(
-        cls, sites: Sequence[Site], block: npt.NDArray[Any], metadata: VectorMetadata | None = None, *, field: str = ""
+        cls,
+        sites: Sequence[Site],
+        block: npt.NDArray[Any],
+        metadata: VectorMetadata | None = None,
+        *,
+        field: str = "",
+        known_finite: bool = False,
     ) -> Self:
         """Build from distinct `sites` and their directions, the rows of `block` [len(sites), H] (float16, 32 or 64).
 
         The array is taken over where it is float32 already: do not write to it afterwards. Raises `SteeringError` at
-        `field` where a number is not finite in float32.
+        `field` where a number is not finite in float32; `known_finite` is for a caller that has looked already.
         """
         if block.ndim != 2 or len(sites) != len(block) or block.shape[1] == 0 or not sites:
             raise SteeringError(field, f"got an array of shape {list(block.shape)} for {len(sites)} sites; want [n, H]")
@@ -74,7 +81,7 @@ class SteeringVector:
         if block.dtype != np.float32:
             with np.errstate(over="ignore"):  # what overflows is refused just below
                 block = block.astype(np.float32)
-        if not np.isfinite(block).all():
+        if not known_finite and not np.isfinite(block).all():
             row, column = np.argwhere(~np.isfinite(block))[0]
             raise SteeringError(field, f"number {column} at {sites[row]} is not finite in float32")
         vector = cls.__new__(cls)
@@ -276,7 +283,8 @@ def as_site(key: Any) -> Site:
 def as_direction(value: Any, name: str) -> FloatArray:
     """One direction [H] in float32 of a list, array or tensor. Raises `SteeringError` at `name`."""
     if isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
+        plain = set(map(type, value)) <= {float, int}
+        for index, item in enumerate(() if plain else value):
             if isinstance(item, (bool, np.bool_)) or not isinstance(item, (int, float, np.floating, np.integer)):
                 raise SteeringError(f"{name}[{index}]", f"got {_shown(item)}, want a finite number")
         try:
@@ -298,12 +306,6 @@ def as_direction(value: Any, name: str) -> FloatArray:
         index = int(np.flatnonzero(~np.isfinite(rounded))[0])
         raise SteeringError(f"{name}[{index}]", f"got {array[index]}, want a number that is finite in float32")
     return rounded
-
-
-def summary(items: Sequence[object], most: int = 8) -> str:
-    """A short listing for messages: the first few and how many more."""
-    head = ", ".join(str(item) for item in items[:most])
-    return f"{head} and {len(items) - most} more" if len(items) > most else head
 
 
 def _shown(item: object) -> str:

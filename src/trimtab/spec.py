@@ -1,0 +1,245 @@
+"""What a request may ask for: the one validator behind every door, and the way from a spec to programs.
+
+`Steering.parse` takes the object of a request in any of its forms and refuses what is wrong in form;
+`Steering.resolve` looks names up, checks the rest against the model, and returns what the engines run. Both raise
+`SteeringError`, whose path leads to the fault (`interventions[1].scale`) and whose message says what would be right.
+
+A new kind of intervention is a subclass of `Intervention` here, listed in `KINDS`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, core_schema
+
+from trimtab.errors import SteeringError
+from trimtab.program import MAX_VALUE, PhaseProgram, ResolvedSteering, Term, VectorReference
+from trimtab.sites import ModelSites, Phase
+from trimtab.spec_errors import translate
+from trimtab.spec_fields import Layers, Number, ProbeSource, Source
+from trimtab.vectors.inline import MAX_INLINE_BYTES
+from trimtab.vectors.vector import SteeringVector
+from trimtab.wording import summary, with_suggestions
+
+MAX_INTERVENTIONS = 16
+MAX_JSON_CHARACTERS = 96 << 20  # the numbers of MAX_INLINE_BYTES in decimal digits
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise translate(error, type(self)) from None
+
+
+class Gate(_Model):
+    """The factor of one intervention per token: `sigmoid(sharpness * (x . probe - threshold))`, x the residual stream.
+
+    `probe` is a registered name or an inline direction at one site. `hard` makes the factor 0 or 1 at the threshold,
+    `invert` turns it into one minus itself.
+    """
+
+    probe: ProbeSource
+    threshold: Number
+    sharpness: Number = 1.0
+    invert: Annotated[bool, Field(strict=True)] = False
+    hard: Annotated[bool, Field(strict=True)] = False
+
+    @model_validator(mode="after")
+    def _sharpness_means_something(self) -> Self:
+        if self.sharpness <= 0:
+            raise SteeringError("sharpness", f"got {self.sharpness}, want a number above 0; `invert` reverses a gate")
+        if self.hard and "sharpness" in self.model_fields_set:
+            raise SteeringError("sharpness", "has no effect on a hard gate: leave it out")
+        return self
+
+
+class Intervention(_Model):
+    """What every kind of intervention says. `kind` tells them apart; each subclass fixes it."""
+
+    kind: str
+    vector: Source
+    phase: Literal["all", "prefill", "decode"] = "all"
+    layers: Layers | None = None
+    gate: Gate | None = None
+
+    def term(self, vectors: Mapping[str, SteeringVector], path: str) -> Term:
+        """What this intervention adds; each kind has its own. Raises `SteeringError` below `path`."""
+        raise NotImplementedError
+
+    def narrowed_vector(
+        self, vectors: Mapping[str, SteeringVector], path: str
+    ) -> tuple[SteeringVector, VectorReference | None]:
+        """The vector at `layers` alone, and the reference by which another process can be told of it."""
+        reference: VectorReference | None = None
+        if isinstance(self.vector, SteeringVector):
+            vector = self.vector
+        elif (found := vectors.get(self.vector)) is None:
+            known = f"registered are {summary(sorted(vectors))}" if vectors else "no vector is registered"
+            hint = with_suggestions(self.vector, vectors)
+            raise SteeringError(f"{path}.vector", f"there is no vector {self.vector!r}{hint}; {known}")
+        else:
+            vector = found
+            reference = VectorReference(self.vector, vector.digest, self.layers)
+        if self.layers is None:
+            return vector, reference
+        try:
+            return vector.at(self.layers), reference
+        except SteeringError as error:
+            raise SteeringError(f"{path}.layers", error.message) from None
+
+
+class Add(Intervention):
+    """Adds `scale` times the vector to the stream, at each of the vector's sites."""
+
+    kind: Literal["add"] = "add"
+    scale: Number = 1.0
+
+    def term(self, vectors: Mapping[str, SteeringVector], path: str) -> Term:
+        """The vector and its scale. Raises `SteeringError` for an unknown name or layer, values out of range."""
+        vector, reference = self.narrowed_vector(vectors, path)
+        if vector.max_abs * max(1.0, abs(self.scale)) > MAX_VALUE:
+            field, factor = ("vector", 1.0) if vector.max_abs > MAX_VALUE else ("scale", abs(self.scale))
+            raise SteeringError(f"{path}.{field}", _out_of_range(vector.max_abs * factor))
+        return Term(vector, self.scale, reference)
+
+
+KINDS: tuple[type[Intervention], ...] = (Add,)
+
+
+class _ByKind:
+    """Chooses the model of an intervention by its `kind`, for one kind as for many."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        choices = {str(model.model_fields["kind"].default): handler.generate_schema(model) for model in KINDS}
+        return core_schema.tagged_union_schema(choices, discriminator="kind")
+
+
+class Steering(_Model):
+    """A request's steering: all of its interventions act on each token of their phase."""
+
+    interventions: Annotated[
+        tuple[Annotated[Intervention, _ByKind()], ...], Field(min_length=1, max_length=MAX_INTERVENTIONS)
+    ]
+
+    @model_validator(mode="after")
+    def _inline_content_is_not_too_large(self) -> Self:
+        total = sum(step.vector.block.nbytes for step in self.interventions if isinstance(step.vector, SteeringVector))
+        if total > MAX_INLINE_BYTES:
+            limit = f"at most {MAX_INLINE_BYTES} may come with a request; register the vectors instead"
+            raise SteeringError("interventions", f"the inline vectors take {total} bytes in float32: {limit}")
+        return self
+
+    @classmethod
+    def parse(cls, spec: "Steering | Mapping[str, Any] | str | bytes") -> "Steering":
+        """The spec in a request: a `Steering`, a mapping as in JSON, or a JSON text. Raises `SteeringError`."""
+        if isinstance(spec, Steering):
+            return spec
+        if isinstance(spec, (str, bytes)):
+            spec = _read_json(spec)
+        if not isinstance(spec, Mapping) or not all(isinstance(key, str) for key in spec):
+            raise SteeringError("", f'got {type(spec).__name__}, want an object: {{"interventions": [...]}}')
+        return cls(**spec)
+
+    def resolve(
+        self,
+        vectors: Mapping[str, SteeringVector],
+        model: ModelSites,
+        probes: Mapping[str, SteeringVector] | None = None,
+    ) -> ResolvedSteering:
+        """The programs that an engine serving `model` runs, names being looked up in `vectors`.
+
+        `probes` are the directions that a gate may name; None says that the engine serves no gates. Raises
+        `SteeringError` for unknown names, for sites and widths that the model does not have, and for sums out of range.
+        """
+        terms = self._terms(vectors, probes)
+        for index, term in enumerate(terms):
+            if term.vector.hidden_size != model.hidden_size or not model.sites.issuperset(term.vector.sites):
+                raise _misfit(term, model, f"interventions[{index}].vector", inline=term.reference is None)
+        return self._programs(terms)
+
+    def identity(
+        self,
+        phase: Phase | str,
+        vectors: Mapping[str, SteeringVector] | None = None,
+        probes: Mapping[str, SteeringVector] | None = None,
+    ) -> str:
+        """Hex digest of all that changes the KV of that phase's tokens; "" where the spec leaves them unsteered."""
+        return self._programs(self._terms(vectors or {}, probes)).identity(Phase(phase))
+
+    def _terms(self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, SteeringVector] | None) -> list[Term]:
+        terms: list[Term] = []
+        for index, step in enumerate(self.interventions):
+            path = f"interventions[{index}]"
+            if step.gate is not None:
+                raise SteeringError(f"{path}.gate", "this engine serves no gates: leave the gate out")
+            term = step.term(vectors, path)
+            if terms and term.vector.hidden_size != terms[0].vector.hidden_size:
+                widths = f"has width {term.vector.hidden_size}, but interventions[0] has {terms[0].vector.hidden_size}"
+                raise SteeringError(f"{path}.vector", widths)
+            terms.append(term)
+        return terms
+
+    def _programs(self, terms: list[Term]) -> ResolvedSteering:
+        phases = [step.phase for step in self.interventions]
+        prefill = _program(term for term, phase in zip(terms, phases, strict=True) if phase != "decode")
+        if all(phase == "all" for phase in phases):
+            return ResolvedSteering(prefill, prefill)
+        return ResolvedSteering(
+            prefill, _program(term for term, phase in zip(terms, phases, strict=True) if phase != "prefill")
+        )
+
+
+def _program(terms: Iterable[Term]) -> PhaseProgram:
+    program = PhaseProgram.of(terms)
+    largest = sum(abs(term.scale) * term.vector.max_abs for term in program.terms)
+    if largest > MAX_VALUE:  # each alone is in range, so this is a sum
+        raise SteeringError("interventions", f"together, {_out_of_range(largest)}")
+    return program
+
+
+def _out_of_range(largest: float) -> str:
+    return f"values reach {largest:g}, more than the {MAX_VALUE:g} that every model dtype can hold"
+
+
+def _misfit(term: Term, model: ModelSites, path: str, *, inline: bool) -> SteeringError:
+    vector = term.vector
+    if vector.hidden_size != model.hidden_size:
+        return SteeringError(path, f"has width {vector.hidden_size}, this model has hidden size {model.hidden_size}")
+    site = next(site for site in vector.sites if site not in model.sites)
+    here = f"{path}.{site.hook}" if inline else path
+    remedy = "" if inline else "; `layers` narrows a vector"
+    if site.layer >= model.num_layers:
+        return SteeringError(
+            here, f"layer {site.layer} does not exist: the layers are 0 to {model.num_layers - 1}{remedy}"
+        )
+    if site.hook not in model.hook_points:
+        served = ", ".join(hook.value for hook in model.hook_points)
+        return SteeringError(here, f"this model does not serve {site.hook}; it serves {served}")
+    layers = sorted(other.layer for other in model.sites if other.hook == site.hook)
+    return SteeringError(here, f"layer {site.layer} is not served at {site.hook}; served are {summary(layers)}{remedy}")
+
+
+def _read_json(text: str | bytes) -> Any:
+    if len(text) > MAX_JSON_CHARACTERS:
+        raise SteeringError("", f"the JSON text has {len(text)} characters, at most {MAX_JSON_CHARACTERS} are read")
+    try:
+        return json.loads(text, object_pairs_hook=_object_without_duplicates)
+    except SteeringError:
+        raise
+    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of 10,000 digits, nesting
+        raise SteeringError("", f"is not JSON ({error})"[:200]) from None
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise SteeringError("", f"the key {twice!r:.80} is given twice in one object")
+    return result

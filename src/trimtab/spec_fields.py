@@ -1,0 +1,69 @@
+"""Field types of a spec: what is taken for a number, a list of layers, a vector and a probe."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
+
+from trimtab.errors import SteeringError
+from trimtab.vectors.inline import pack, parse_inline
+from trimtab.vectors.vector import SteeringVector
+from trimtab.wording import summary
+
+MAX_NAME_CHARACTERS = 200
+
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise SteeringError("", f"got {value!r:.80}, want a number")
+    if not -_LARGEST_FLOAT32 <= value <= _LARGEST_FLOAT32:  # compares whole numbers of any size; false for NaN
+        raise SteeringError("", f"got {value!r:.80}, want a number that is finite in float32")
+    return float(value)
+
+
+def _source(value: Any) -> str | SteeringVector:
+    if isinstance(value, SteeringVector):
+        return value
+    if isinstance(value, str):
+        if not 0 < len(value) <= MAX_NAME_CHARACTERS:
+            raise SteeringError("", f"a name has 1 to {MAX_NAME_CHARACTERS} characters, this one has {len(value)}")
+        return value
+    if isinstance(value, Mapping):
+        return parse_inline(value)
+    raise SteeringError("", f"got {type(value).__name__}, want a registered name, a packed object or a SteeringVector")
+
+
+def _probe(value: Any) -> str | SteeringVector:
+    probe = _source(value)
+    if isinstance(probe, SteeringVector) and len(probe.sites) != 1:
+        raise SteeringError("", f"a probe is read at one site, this one has {summary(list(map(str, probe.sites)))}")
+    return probe
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple, range)):
+        raise SteeringError("", f"got {type(value).__name__}, want a list of layers")
+    if not value:
+        raise SteeringError("", "is empty, so nothing would be steered: name a layer or leave it out")
+    for index, layer in enumerate(value):
+        if isinstance(layer, (bool, np.bool_)) or not isinstance(layer, (int, np.integer)) or layer < 0:
+            raise SteeringError(f"[{index}]", f"got {layer!r:.80}, want a layer, a whole number from 0")
+        if layer in value[:index]:
+            raise SteeringError(f"[{index}]", f"layer {layer} is given twice")
+    return tuple(sorted(map(int, value)))
+
+
+def _dump_source(value: str | SteeringVector) -> Any:
+    return value if isinstance(value, str) else pack(value)
+
+
+Number = Annotated[float, PlainValidator(_number), WithJsonSchema({"type": "number"})]
+Layers = Annotated[
+    tuple[int, ...], PlainValidator(_layers), WithJsonSchema({"type": "array", "items": {"type": "integer"}})
+]
+_SOURCE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
+Source = Annotated[str | SteeringVector, PlainValidator(_source), PlainSerializer(_dump_source), _SOURCE_SCHEMA]
+ProbeSource = Annotated[str | SteeringVector, PlainValidator(_probe), PlainSerializer(_dump_source), _SOURCE_SCHEMA]
