@@ -1,0 +1,141 @@
+"""What happens at the doors of vLLM's front end: a request's spec is found, admitted, and replaced by its wire form.
+
+`compat_frontend` puts these functions into vLLM; this module says what they do.
+"""
+
+import copy
+import functools
+import json
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+from trimtab.engines.vllm.frontend import FIELD, Admission, AdmittedWire, FrontEnd
+from trimtab.errors import SteeringError
+
+
+class Exchange:
+    """One HTTP request while it is being answered: where it came in, and the receipt it is to get."""
+
+    __slots__ = ("path", "receipt")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.receipt: dict[str, Any] | None = None
+
+
+exchange: ContextVar[Exchange | None] = ContextVar("trimtab_exchange", default=None)
+
+_current: FrontEnd | None = None
+
+
+def current_front_end() -> FrontEnd | None:
+    """The front end of this process's engine, the latest one made; None where steering is off."""
+    return _current
+
+
+def set_current_front_end(front_end: FrontEnd | None) -> None:
+    """Make `front_end` the one that HTTP requests of this process meet."""
+    global _current
+    _current = front_end
+
+
+def given_by(request: Any) -> Any:
+    """What an HTTP request says as `steering`: at the top of its body, or in `vllm_xargs`."""
+    top = (request.model_extra or {}).get(FIELD)
+    inner = (getattr(request, "vllm_xargs", None) or {}).get(FIELD)
+    if top is not None and inner is not None:
+        if (front_end := current_front_end()) is not None:
+            front_end.refuse("twice")
+        refuse(SteeringError(FIELD, "given twice, at the top of the body and in vllm_xargs"))
+    return inner if top is None else top
+
+
+def admit_http(params: Any, given: Any) -> Any:
+    """Sampling parameters with admitted steering in `extra_args`. Raises what vLLM answers with HTTP 400."""
+    current = exchange.get()
+    if isinstance(given, AdmittedWire):
+        return params
+    if current is not None and current.path.endswith("/render"):
+        # The answer is another server's input, as JSON: check it, and pass on what the caller wrote.
+        if given is not None:
+            _admit(current_front_end(), given, count=False)
+            _replace_extra(params, json.dumps(given) if isinstance(given, dict) else given)
+        return params
+    admission = _admit(current_front_end(), given)
+    if admission is not None:
+        _replace_extra(params, admission.wire)
+        if current is not None:
+            current.receipt = admission.receipt
+    return params
+
+
+def admit_params(front_end: FrontEnd | None, params: Any, *, resumable: bool = False) -> Any:
+    """Sampling parameters whose steering is admitted; the caller's own object is left as it is.
+
+    Raises `SteeringError` (a `ValueError`), in the form that vLLM's servers answer with HTTP 400.
+    """
+    extra = getattr(params, "extra_args", None)
+    given = extra.get(FIELD) if extra else None
+    if isinstance(given, AdmittedWire) or not hasattr(params, "extra_args"):  # admitted before, or a pooling request
+        return params
+    if resumable and (given is not None or (front_end is not None and front_end.default is not None)):
+        if front_end is not None:
+            front_end.refuse("resumable")
+        refuse(SteeringError(FIELD, "a request whose prompt grows while it runs cannot be steered"))
+    admission = _admit(front_end, given)
+    if admission is not None:
+        params = copy.copy(params)
+        _replace_extra(params, admission.wire)
+    return params
+
+
+def refuse_beam_search(given: Any) -> None:
+    """Raise if a request for beam search is steered, by itself or by the server's default."""
+    front_end = current_front_end()
+    if given is None and (front_end is None or front_end.default is None):
+        return
+    if front_end is not None:
+        front_end.refuse("beam_search")
+    reason = "cannot be steered" if given is not None else "cannot be steered, and this server steers every request"
+    refuse(SteeringError("use_beam_search", f"beam search {reason}; leave one of the two out"))
+
+
+def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Admission | None:
+    if front_end is None:
+        if given is None:
+            return None
+        refuse(SteeringError(FIELD, "steering is off in this engine; start it with --enable-steering"))
+    try:
+        return front_end.admit(given, count=count)
+    except SteeringError as error:
+        refuse(error)
+
+
+def _replace_extra(params: Any, steering: Any) -> None:
+    params.extra_args = {**(params.extra_args or {}), FIELD: steering}  # vLLM shares this dict with the request
+
+
+def refuse(error: SteeringError) -> NoReturn:
+    """Raise `error` in the form that vLLM's servers answer with HTTP 400 and that is a `ValueError` in Python."""
+    raise _refusal_class()(error) from error
+
+
+@functools.cache
+def _refusal_class() -> Callable[[SteeringError], Exception]:
+    """vLLM's validation error and ours in one: its servers answer 400 with the field, Python callers see `ValueError`.
+
+    In newer versions vLLM's is no `ValueError`, in older ones its text repeats the field.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    class RefusedError(VLLMValidationError, SteeringError):  # type: ignore[misc]
+        def __init__(self, error: SteeringError) -> None:
+            Exception.__init__(self, str(error))
+            self.field, self.message = error.field, error.message
+            self.parameter, self.value = error.field, None
+
+        def __str__(self) -> str:
+            return str(self.args[0])
+
+    return RefusedError

@@ -1,0 +1,271 @@
+"""HTTP routes beside vLLM's own, and the receipt header: `vllm.endpoint_plugins` entry point `trimtab`.
+
+    GET    /v1/steering                  what is on: sites, vectors, default, and each worker's state
+    GET    /v1/steering/vectors          the registered names
+    POST   /v1/steering/vectors          register one: JSON {"name", "vector"}, or a .safetensors body with ?name=
+    DELETE /v1/steering/vectors/{name}   forget one
+
+All stand below /v1, which vLLM guards with `--api-key`. The front end they speak for is this process's.
+"""
+
+import asyncio
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from trimtab.engines.vllm.doors import Exchange, current_front_end, exchange
+from trimtab.engines.vllm.frontend import FrontEnd
+from trimtab.engines.vllm.metrics import metrics
+from trimtab.engines.vllm.registry import Entry, check_name
+from trimtab.errors import SteeringError
+from trimtab.sites import site_order
+from trimtab.spec import Steering
+from trimtab.vectors.vector import SteeringVector
+
+RECEIPT_HEADER = b"x-trimtab-steering"
+
+WORKER_METHOD = "trimtab_status"
+
+_STATUS_AGE = 1.0  # seconds for which a scrape of /metrics reuses the last answer of the workers
+_STATUS_TIMEOUT = 5.0  # seconds
+
+logger = logging.getLogger("vllm.trimtab")
+
+
+def endpoint_plugin() -> "EndpointPlugin":
+    """The factory that vLLM calls."""
+    return EndpointPlugin()
+
+
+class EndpointPlugin:
+    """The routes and the receipt header, in the shape that vLLM's `EndpointPlugin` protocol asks for."""
+
+    name = "trimtab"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self.workers = Workers()
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; nothing where steering is off."""
+        if current_front_end() is None:
+            return
+        app.add_api_route("/v1/steering", self.status, methods=["GET"])
+        app.add_api_route("/v1/steering/vectors", self.list_vectors, methods=["GET"])
+        app.add_api_route("/v1/steering/vectors", self.register_vector, methods=["POST"])
+        app.add_api_route("/v1/steering/vectors/{name}", self.delete_vector, methods=["DELETE"])
+        app.add_middleware(ExchangeMiddleware, workers=self.workers)  # vLLM's authentication is added later: outside
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Compare what the workers serve with what requests are checked against; a mismatch stops the start."""
+        front_end = current_front_end()
+        if front_end is None or engine_client is None:
+            return
+        self.workers.client = engine_client
+        check_workers(front_end, await self.workers.ask())
+
+    async def status(self) -> Response:
+        """What this server steers, and the state of each worker."""
+        front_end = _front_end()
+        workers = await self.workers.ask()
+        digests = {worker.get("digest") for worker in workers}
+        sites = sorted(front_end.model.sites, key=site_order)
+        return JSONResponse(
+            {
+                "model": {"hidden_size": front_end.model.hidden_size, "num_layers": front_end.model.num_layers},
+                "sites": [str(site) for site in sites],
+                "vectors": [describe(entry) for entry in front_end.registry.entries()],
+                "default": None if front_end.default is None else front_end.default.model_dump(mode="json"),
+                "workers": [_plain(worker) for worker in workers],
+                "workers_agree": len(digests) == 1,
+            }
+        )
+
+    async def list_vectors(self) -> Response:
+        """The registered names, with the digest of their content and where it acts."""
+        return JSONResponse({"vectors": [describe(entry) for entry in _front_end().registry.entries()]})
+
+    async def register_vector(self, request: Request) -> Response:
+        """Register content under a name. Requests that are running keep what the name meant to them."""
+        front_end = _front_end()
+        try:
+            name, vector = await _read_registration(request, front_end)
+            check_fits(vector, front_end)
+            previous = await asyncio.to_thread(front_end.registry.add, name, vector)
+        except SteeringError as error:
+            return _refusal(error)
+        entries = front_end.registry.entries()
+        metrics().vectors(len(entries))
+        entry = next(entry for entry in entries if entry.name == name)
+        replaced = None if previous is None else previous.digest.hex()
+        return JSONResponse({**describe(entry), "replaced": replaced}, 201 if previous is None else 200)
+
+    async def delete_vector(self, name: str) -> Response:
+        """Forget a name. Requests that are running are untouched."""
+        front_end = _front_end()
+        try:
+            removed = await asyncio.to_thread(front_end.registry.remove, name)
+        except KeyError:
+            known = ", ".join(sorted(front_end.registry.vectors())) or "none"
+            return _refusal(SteeringError("name", f"there is no vector {name!r:.160}; registered are: {known}"), 404)
+        metrics().vectors(len(front_end.registry.vectors()))
+        return JSONResponse({"name": name, "digest": removed.digest.hex(), "deleted": True})
+
+
+class Workers:
+    """Asks the workers for their state, at most once a second for the metrics page."""
+
+    def __init__(self) -> None:
+        self.client: Any = None
+        self._asked = -_STATUS_AGE
+
+    async def ask(self) -> list[dict[str, Any]]:
+        """One dict per worker, of the first engine if there are several."""
+        if self.client is None:
+            return []
+        answers = await self.client.collective_rpc(WORKER_METHOD, timeout=_STATUS_TIMEOUT)
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def refresh_metrics(self) -> None:
+        """Bring the gauges up to date; the page is served with the old ones where the workers do not answer."""
+        if time.monotonic() - self._asked < _STATUS_AGE:
+            return
+        self._asked = time.monotonic()
+        try:
+            statuses = await asyncio.wait_for(self.ask(), _STATUS_TIMEOUT)
+        except Exception as error:  # a metrics page must not fail because an engine is stopping
+            logger.warning("steering metrics are stale: %s", error)
+            return
+        metrics().workers(statuses)
+        if (front_end := current_front_end()) is not None:
+            metrics().vectors(len(front_end.registry.vectors()))
+
+
+class ExchangeMiddleware:
+    """Carries the receipt of a steered request from its admission to a header of its response."""
+
+    def __init__(self, app: Any, workers: Workers) -> None:
+        self._app = app
+        self._workers = workers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["path"].startswith("/metrics"):
+            await self._workers.refresh_metrics()
+        current = Exchange(scope["path"])
+
+        async def send_with_receipt(message: Any) -> None:
+            if message["type"] == "http.response.start" and current.receipt is not None:
+                value = f"prefill={current.receipt['prefill']}, decode={current.receipt['decode']}"
+                message = {**message, "headers": [*message.get("headers", []), (RECEIPT_HEADER, value.encode())]}
+            await send(message)
+
+        token = exchange.set(current)
+        try:
+            await self._app(scope, receive, send_with_receipt)
+        finally:
+            exchange.reset(token)
+
+
+def describe(entry: Entry) -> dict[str, Any]:
+    """A registered vector as the routes show it."""
+    vector = entry.vector
+    return {
+        "name": entry.name,
+        "digest": vector.digest.hex(),
+        "hidden_size": vector.hidden_size,
+        "sites": [str(site) for site in vector.sites],
+        "loaded_at_start": entry.at_start,
+    }
+
+
+def check_fits(vector: SteeringVector, front_end: FrontEnd) -> None:
+    """Refuse a vector that no request could use here. Raises `SteeringError` at `vector`."""
+    try:
+        Steering.parse({"interventions": [{"kind": "add", "vector": vector}]}).resolve({}, front_end.model)
+    except SteeringError as error:
+        raise SteeringError(error.field.removeprefix("interventions[0].") or "vector", error.message) from error
+
+
+def check_workers(front_end: FrontEnd, workers: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `SteeringError` if there are sites that requests may name and that no worker serves."""
+    expected = {str(site) for site in front_end.model.sites}
+    served: set[str] = set()
+    for worker in workers:
+        served.update(worker.get("sites") or ())
+    if workers and (missing := sorted(expected - served)):
+        raise SteeringError("steering", f"no worker serves these sites: {', '.join(missing[:8])}")
+
+
+async def _read_registration(request: Request, front_end: FrontEnd) -> tuple[str, SteeringVector]:
+    body = await _read_body(request, limit=64 * 1024 + 64 * front_end.model.hidden_size * len(front_end.model.sites))
+    if request.headers.get("content-type", "").split(";")[0].strip() == "application/octet-stream":
+        name = check_name(request.query_params.get("name"), "name")
+        return name, await asyncio.to_thread(_load_safetensors, body)
+    try:
+        data = json.loads(body)
+    except ValueError as error:
+        raise SteeringError("", f"the body is neither JSON nor application/octet-stream: {error}") from error
+    if not isinstance(data, dict) or set(data) != {"name", "vector"}:
+        raise SteeringError("", 'want {"name": ..., "vector": {...}}')
+    name = check_name(data["name"], "name")
+    if not isinstance(data["vector"], Mapping):
+        raise SteeringError("vector", "want packed objects or lists per hook point, not a name")
+    spec = {"interventions": [{"kind": "add", "vector": data["vector"]}]}
+    try:
+        vector = Steering.parse(spec).interventions[0].vector
+    except SteeringError as error:
+        raise SteeringError(error.field.removeprefix("interventions[0]."), error.message) from error
+    assert isinstance(vector, SteeringVector)
+    return name, vector
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise SteeringError("", f"the body is larger than a vector of this model can be ({limit} bytes)")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _load_safetensors(body: bytes) -> SteeringVector:
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        file = Path(folder) / "vector.safetensors"
+        file.write_bytes(body)
+        try:
+            return SteeringVector.load(file)
+        except SteeringError as error:
+            raise SteeringError("vector", error.message) from error
+
+
+def _front_end() -> FrontEnd:
+    front_end = current_front_end()
+    assert front_end is not None, "the routes are attached only where steering is on"
+    return front_end
+
+
+def _refusal(error: SteeringError, status: int = 400) -> Response:
+    kind = "NotFoundError" if status == 404 else "BadRequestError"
+    content = {"error": {"message": str(error), "type": kind, "param": error.field or None, "code": status}}
+    return JSONResponse(content, status)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: bytes as hex."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    return value.hex() if isinstance(value, bytes) else value

@@ -1,0 +1,220 @@
+"""Admission without vLLM: what the one validator makes of a request, and what it refuses."""
+
+import base64
+import copy
+import json
+import time
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from trimtab.engines.vllm.frontend import AdmittedWire, FrontEnd, merge, refusal_reason
+from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.errors import SteeringError
+from trimtab.program import ResolvedSteering
+from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.spec import Steering
+from trimtab.vectors.vector import SteeringVector
+
+WIDTH, LAYERS = 8, 4
+SITES = frozenset(Site(layer, HookPoint.POST_BLOCK) for layer in range(LAYERS))
+MODEL = ModelSites(WIDTH, LAYERS, SITES)
+
+
+def vector(seed: int, width: int = WIDTH, layers: int = LAYERS) -> SteeringVector:
+    numbers = np.random.default_rng(seed).normal(size=(layers, width))
+    return SteeringVector({Site(layer, HookPoint.POST_BLOCK): numbers[layer] for layer in range(layers)})
+
+
+CALM, JOY = vector(1), vector(2)
+
+
+class Counts:
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.reasons: list[str] = []
+
+    def steered(self) -> None:
+        self.accepted += 1
+
+    def refused(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+def add(name: Any, **more: Any) -> dict[str, Any]:
+    return {"interventions": [{"kind": "add", "vector": name, **more}]}
+
+
+def packed(rows: np.ndarray) -> dict[str, Any]:
+    data = base64.b64encode(rows.astype("<f2").tobytes()).decode()
+    layers = list(range(len(rows)))
+    return {"post_block": {"dtype": "float16", "shape": list(rows.shape), "layer_indices": layers, "data": data}}
+
+
+def front_end(default: Any = None) -> FrontEnd:
+    return FrontEnd(MODEL, VectorRegistry({"calm": CALM}), default, Counts())
+
+
+def program_rows(wire: Any, known: dict[bytes, SteeringVector] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """What a worker that holds `known` adds at every site in either phase, for a wire form that went over msgpack."""
+    travelled = msgspec.msgpack.decode(msgspec.msgpack.encode(wire))
+    resolved = ResolvedSteering.from_wire(travelled, {CALM.digest: CALM} if known is None else known)
+    sites = sorted(SITES)
+    phases = (resolved.prefill, resolved.decode)
+    rows = [p.row(sites) * p.coefficient if p.terms else np.zeros((LAYERS, WIDTH)) for p in phases]
+    return rows[0], rows[1]
+
+
+def test_an_unsteered_request_passes_untouched():
+    assert front_end().admit(None) is None
+
+
+@pytest.mark.parametrize("form", [dict, json.dumps, Steering.parse], ids=["mapping", "json", "Steering"])
+def test_every_form_of_a_spec_is_admitted_to_the_same_program(form):
+    admission = front_end().admit(form(add("calm", scale=2.0, phase="decode")))
+    prefill, decode = program_rows(admission.wire)
+    np.testing.assert_array_equal(prefill, np.zeros((LAYERS, WIDTH)))
+    np.testing.assert_array_equal(decode, 2 * CALM.block)
+
+
+def test_a_start_vector_travels_by_digest_and_a_registered_one_as_its_content():
+    front = front_end()
+    front.registry.add("joy", JOY)
+    by_name = front.admit(add("calm")).wire
+    assert len(msgspec.msgpack.encode(by_name)) < 200
+    rows, _ = program_rows(front.admit(add("joy")).wire, known={})
+    np.testing.assert_array_equal(rows, JOY.block)
+
+
+def test_a_name_registered_anew_leaves_an_admitted_request_as_it_was():
+    front = front_end()
+    admitted = front.admit(add("calm"))
+    front.registry.add("calm", JOY)
+    np.testing.assert_array_equal(program_rows(admitted.wire)[0], CALM.block)
+    np.testing.assert_array_equal(program_rows(front.admit(add("calm")).wire)[0], JOY.block)
+    front.registry.remove("calm")
+    with pytest.raises(SteeringError, match="calm"):
+        front.admit(add("calm"))
+
+
+def test_the_default_is_added_to_requests_with_and_without_a_spec_of_their_own():
+    front = front_end(add("calm", scale=0.5))
+    np.testing.assert_allclose(program_rows(front.admit(None).wire)[0], 0.5 * CALM.block)
+    both = front.admit(add(JOY, scale=2.0))
+    np.testing.assert_allclose(program_rows(both.wire)[0], 0.5 * CALM.block + 2 * JOY.block, rtol=1e-6)
+    assert both.receipt["server_default"] is True
+
+
+def test_a_default_follows_its_name_when_it_is_registered_anew():
+    front = front_end(add("calm"))
+    front.admit(None)
+    front.registry.add("calm", JOY)
+    np.testing.assert_array_equal(program_rows(front.admit(None).wire)[0], JOY.block)
+
+
+def test_a_default_that_cannot_be_honoured_stops_the_start():
+    with pytest.raises(SteeringError, match=r"default.*nobody"):
+        front_end(add("nobody"))
+
+
+def test_a_request_is_blamed_for_its_own_part_by_its_own_path():
+    front = front_end(add("calm"))
+    with pytest.raises(SteeringError) as caught:
+        front.admit(add("nobody"))
+    assert caught.value.field == "steering.interventions[0].vector"
+
+
+def test_a_sum_that_only_overflows_with_the_default_says_so():
+    huge = SteeringVector({Site(0, HookPoint.POST_BLOCK): [6e4] * WIDTH})
+    front = front_end(add(huge))
+    front_end().admit(add(huge))
+    with pytest.raises(SteeringError, match="server's default"):
+        front.admit(add(SteeringVector({Site(0, HookPoint.POST_BLOCK): [6.1e4] * WIDTH})))
+
+
+def test_merging_puts_the_default_first_and_keeps_all():
+    merged = merge(Steering.parse(add("a")), Steering.parse(add("b")))
+    assert [step.vector for step in merged.interventions] == ["a", "b"]
+
+
+BAD = {
+    "not an object": (3, "steering", "other"),
+    "not json": ("{", "steering", "other"),
+    "empty": ({}, "steering.interventions", "interventions"),
+    "no interventions": ({"interventions": []}, "steering.interventions", "interventions"),
+    "unknown key": ({"interventions": [], "strength": 1}, "steering.strength", "other"),
+    "unknown name": (add("nobody"), "steering.interventions[0].vector", "vector"),
+    "unknown kind": ({"interventions": [{"kind": "x", "vector": "calm"}]}, "steering.interventions[0].kind", "kind"),
+    "unknown hook": (add({"resid": {"0": [1.0] * WIDTH}}), "steering.interventions[0].vector.resid", "vector"),
+    "unserved hook": (add({"pre_attn": {"0": [1.0] * WIDTH}}), "steering.interventions[0].vector.pre_attn", "pre_attn"),
+    "unknown layer": (add({"post_block": {"9": [1.0] * WIDTH}}), "steering.interventions[0].vector", "post_block"),
+    "narrowed away": (add("calm", layers=[7]), "steering.interventions[0].layers", "layers"),
+    "wrong width": (add(packed(np.ones((1, 5)))), "steering.interventions[0].vector", "vector"),
+    "not finite": (
+        add(packed(np.full((1, WIDTH), np.nan))),
+        "steering.interventions[0].vector.post_block.data",
+        "data",
+    ),
+    "infinite scale": (add("calm", scale=float("inf")), "steering.interventions[0].scale", "scale"),
+    "text scale": (add("calm", scale="2"), "steering.interventions[0].scale", "scale"),
+    "huge scale": (add("calm", scale=1e30), "steering.interventions[0].scale", "scale"),
+    "unknown phase": (add("calm", phase="later"), "steering.interventions[0].phase", "phase"),
+    "gate": (add("calm", gate={"probe": "p", "threshold": 1.0}), "steering.interventions[0].gate", "gate"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_spec_is_refused_at_its_field_and_counted(case: str):
+    given, field, reason = BAD[case]
+    front = front_end()
+    with pytest.raises(SteeringError) as caught:
+        front.admit(given)
+    assert caught.value.field.startswith(field)
+    assert front._observer.reasons == [reason]
+    assert front._observer.accepted == 0
+
+
+def test_counter_labels_are_never_what_a_caller_wrote():
+    assert refusal_reason("interventions[3].vector.evil{}.data") == "data"
+    assert refusal_reason("evil") == "other"
+
+
+def test_receipts_name_content_and_identity_per_phase():
+    front = front_end()
+    receipt = front.admit(add("calm", phase="decode", layers=[1])).receipt
+    assert receipt["prefill"] == ""
+    assert len(receipt["decode"]) == 64
+    assert receipt["vectors"] == [{"name": "calm", "digest": CALM.digest.hex()}]
+    assert receipt["server_default"] is False
+    assert json.loads(json.dumps(receipt)) == receipt
+    other = front.admit(add("calm", phase="decode", layers=[2])).receipt
+    assert other["decode"] != receipt["decode"]
+
+
+def test_cloning_sampling_parameters_does_not_copy_vectors():
+    wire = front_end().admit(add(JOY)).wire
+    assert copy.deepcopy({"steering": wire})["steering"] is wire
+    assert type(wire) is AdmittedWire
+
+
+def best_of(call, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_admission_is_cheap_at_the_size_of_a_large_model():
+    # The targets are 50 microseconds and 1 ms on a quiet core; the bounds here allow for a busy machine.
+    layers, width = 32, 4096
+    model = ModelSites(width, layers, frozenset(Site(layer, HookPoint.POST_BLOCK) for layer in range(layers)))
+    front = FrontEnd(model, VectorRegistry({"calm": vector(1, width, layers)}))
+    front.admit(add("calm"))
+    rows = np.random.default_rng(0).normal(size=(40, layers, width))
+    inline = iter([add(packed(block)) for block in rows])
+    assert best_of(lambda: front.admit(add("calm", scale=1.25)), 300) < 200e-6
+    assert best_of(lambda: front.admit(next(inline)), 40) < 4e-3

@@ -1,0 +1,152 @@
+"""The front end's vector registry, alone and shared between processes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trimtab.engines.vllm import registry as module
+from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.errors import SteeringError
+from trimtab.sites import HookPoint, Site
+from trimtab.vectors.vector import SteeringVector
+
+
+def vector(seed: int) -> SteeringVector:
+    numbers = np.random.default_rng(seed).normal(size=(2, 8))
+    return SteeringVector({Site(layer, HookPoint.POST_BLOCK): numbers[layer] for layer in range(2)})
+
+
+CALM, JOY, FEAR = vector(1), vector(2), vector(3)
+
+
+@pytest.fixture(params=["alone", "shared"])
+def registry(request, tmp_path: Path) -> VectorRegistry:
+    return VectorRegistry({"calm": CALM}, tmp_path / "shared" if request.param == "shared" else None)
+
+
+def test_start_vectors_are_there_and_held_by_workers(registry: VectorRegistry):
+    assert dict(registry.vectors()) == {"calm": CALM}
+    assert registry.held_by_workers(CALM.digest)
+    assert not registry.held_by_workers(JOY.digest)
+
+
+def test_a_name_can_be_added_replaced_and_removed(registry: VectorRegistry):
+    assert registry.add("joy", JOY) is None
+    assert registry.add("joy", FEAR) == JOY
+    assert registry.vectors()["joy"] == FEAR
+    assert registry.remove("joy") == FEAR
+    assert "joy" not in registry.vectors()
+    with pytest.raises(KeyError):
+        registry.remove("joy")
+
+
+def test_a_start_name_can_be_replaced_and_removed_and_its_content_stays_with_the_workers(registry: VectorRegistry):
+    assert registry.add("calm", JOY) == CALM
+    assert [(entry.vector, entry.at_start) for entry in registry.entries()] == [(JOY, False)]
+    assert registry.remove("calm") == JOY
+    assert dict(registry.vectors()) == {}
+    assert registry.held_by_workers(CALM.digest)
+
+
+def test_the_same_content_under_a_new_name_needs_no_second_copy_at_the_workers(registry: VectorRegistry):
+    registry.add("serene", CALM)
+    assert [entry.at_start for entry in registry.entries()] == [True, True]
+
+
+def test_a_mapping_handed_out_never_changes(registry: VectorRegistry):
+    before = registry.vectors()
+    registry.add("joy", JOY)
+    assert set(before) == {"calm"}
+    assert registry.vectors() is not before
+    assert registry.vectors() is registry.vectors()
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a/b", "a b", "x" * 129, "a\n", None, 3, "ä", "../x"])
+def test_a_name_that_cannot_stand_in_a_url_is_refused(registry: VectorRegistry, name):
+    with pytest.raises(SteeringError) as caught:
+        registry.add(name, JOY)
+    assert caught.value.field == "name"
+
+
+def test_a_full_registry_refuses_a_new_name_but_not_a_replacement(registry: VectorRegistry, monkeypatch):
+    monkeypatch.setattr(module, "MAX_REGISTERED", 2)
+    registry.add("a", JOY)
+    registry.add("b", JOY)
+    with pytest.raises(SteeringError, match="registered already"):
+        registry.add("c", JOY)
+    registry.add("a", FEAR)
+    registry.remove("b")
+    registry.add("c", JOY)
+    assert set(registry.vectors()) == {"a", "c", "calm"}
+
+
+def test_two_processes_that_share_a_directory_see_each_others_names(tmp_path: Path):
+    one, two = VectorRegistry({"calm": CALM}, tmp_path), VectorRegistry({"calm": CALM}, tmp_path)
+    one.add("joy", JOY)
+    assert two.vectors()["joy"] == JOY
+    two.add("joy", FEAR)
+    assert one.vectors()["joy"] == FEAR
+    one.remove("calm")
+    assert set(two.vectors()) == {"joy"}
+    late = VectorRegistry({"calm": CALM}, tmp_path)
+    assert dict(late.vectors()) == {"joy": FEAR}
+
+
+def test_content_that_no_name_uses_is_deleted_from_the_directory(tmp_path: Path):
+    registry = VectorRegistry({}, tmp_path)
+    registry.add("a", JOY)
+    registry.add("b", JOY)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    registry.remove("a")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    registry.remove("b")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_file_whose_content_was_exchanged_is_not_believed(tmp_path: Path):
+    one, two = VectorRegistry({}, tmp_path), VectorRegistry({}, tmp_path)
+    one.add("joy", JOY)
+    FEAR.save(next(tmp_path.glob("*.safetensors")))
+    with pytest.raises(SteeringError, match="does not hold"):
+        two.vectors()
+
+
+def test_a_failed_write_leaves_the_registry_as_it_was(tmp_path: Path, monkeypatch):
+    registry = VectorRegistry({"calm": CALM}, tmp_path)
+    registry.add("joy", JOY)
+    monkeypatch.setattr(SteeringVector, "save", lambda self, path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        registry.add("fear", FEAR)
+    assert set(registry.vectors()) == {"calm", "joy"}
+
+
+WRITER = """
+import sys
+import numpy as np
+from pathlib import Path
+from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.vectors.vector import SteeringVector
+registry = VectorRegistry({}, Path(sys.argv[1]))
+for number in range(20):
+    registry.add(f"{sys.argv[2]}-{number}", SteeringVector({(0, "post_block"): [float(number), float(sys.argv[3])]}))
+    if number % 2:
+        registry.remove(f"{sys.argv[2]}-{number - 1}")
+"""
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: Path):
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name, str(number)])
+        for number, name in enumerate(["a", "b"])
+    ]
+    reader = VectorRegistry({}, tmp_path)
+    deadline = time.monotonic() + 60
+    while any(writer.poll() is None for writer in writers) and time.monotonic() < deadline:
+        for name, content in reader.vectors().items():
+            assert content.block[0, 0] == float(name.split("-")[1])
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert set(reader.vectors()) == {f"{name}-{number}" for name in "ab" for number in range(1, 20, 2)}
