@@ -1,0 +1,6 @@
+"""The embedded engine: per-prompt steering inside Transformers, on a laptop or in a notebook."""
+
+from trimtab.engines.transformers.model import SteeredModel
+from trimtab.engines.transformers.results import Generation, Receipt
+
+__all__ = ["Generation", "Receipt", "SteeredModel"]

@@ -1,0 +1,83 @@
+"""What a caller hands to `generate`, brought into one form: one resolved steering per prompt, checked options."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimtab.errors import SteeringError
+from trimtab.instrument.hookmap import HookMap
+from trimtab.program import ResolvedSteering
+from trimtab.spec import Steering
+from trimtab.vectors.vector import SteeringVector
+
+REFUSED_OPTIONS = {
+    "inputs": "pass the prompts as the first argument",
+    "input_ids": "pass the prompts, strings or lists of token ids, as the first argument",
+    "inputs_embeds": "prompts must be strings or lists of token ids",
+    "attention_mask": "padding is handled here",
+    "position_ids": "positions follow from the prompts' lengths",
+    "past_key_values": "a cache from elsewhere would hold tokens whose steering is unknown",
+    "assistant_model": "a draft model would need its own steering",
+    "return_dict_in_generate": "the results are objects already",
+    "custom_generate": "a custom loop may place tokens where their phase is unknown",
+}
+
+
+def resolve_all(
+    steering: Any, count: int, vectors: Mapping[str, SteeringVector], hook_map: HookMap
+) -> list[ResolvedSteering | None]:
+    """One resolved steering or None for each of `count` prompts. One spec, or None, stands for all of them.
+
+    Raises SteeringError naming the place in the caller's input: `steering[2].interventions[0].scale`.
+    """
+    if steering is None:
+        return [None] * count
+    if isinstance(steering, (str, bytes, Mapping, Steering)):
+        return [_resolve(steering, "", vectors, hook_map)] * count
+    if not isinstance(steering, Sequence):
+        raise SteeringError("steering", f"is a {type(steering).__name__}; want a spec, None, or a list of them")
+    if len(steering) != count:
+        raise SteeringError("steering", f"has {len(steering)} entries for {count} prompts; want one spec or None each")
+    return [
+        None if spec is None else _resolve(spec, f"steering[{index}]", vectors, hook_map)
+        for index, spec in enumerate(steering)
+    ]
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise SteeringError for a generation option that cannot be honoured together with steering by position."""
+    for name, reason in REFUSED_OPTIONS.items():
+        if options.get(name) is not None:
+            raise SteeringError(name, f"cannot be given: {reason}")
+
+
+def option(name: str, options: Mapping[str, Any], default_config: Any) -> Any:
+    """The value that `generate` will use for `name`: given by name, in a `generation_config`, or the model's own."""
+    if options.get(name) is not None:
+        return options[name]
+    given = getattr(options.get("generation_config"), name, None)
+    return given if given is not None else getattr(default_config, name, None)
+
+
+def end_tokens(options: Mapping[str, Any], default_config: Any) -> frozenset[int]:
+    """The token ids that end an output; none where generation runs to its length."""
+    value = option("eos_token_id", options, default_config)
+    if value is None:
+        return frozenset()
+    listed = value.tolist() if hasattr(value, "tolist") else value
+    return frozenset([listed] if isinstance(listed, int) else listed)
+
+
+def _resolve(spec: Any, prefix: str, vectors: Mapping[str, SteeringVector], hook_map: HookMap) -> ResolvedSteering:
+    try:
+        return Steering.parse(spec).resolve(vectors, hook_map.sites)
+    except SteeringError as error:
+        field = f"{prefix}.{error.field}".strip(".")
+        raise SteeringError(field, error.message + _reason(error, hook_map)) from None
+
+
+def _reason(error: SteeringError, hook_map: HookMap) -> str:
+    """Why the model lacks the hook point that the error is about."""
+    for hook, reason in hook_map.refusals.items():
+        if hook.value in error.field or hook.value in error.message:
+            return f" ({hook.value}: {reason})"
+    return ""

@@ -1,0 +1,231 @@
+"""SteeredModel: a Transformers causal LM whose prompts can each be steered differently in one batch."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from trimtab.engines.transformers.arguments import check_options, end_tokens, option, resolve_all
+from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
+from trimtab.engines.transformers.results import Generation, new_tokens, receipt
+from trimtab.engines.transformers.session import SteeringSession
+from trimtab.errors import SteeringError
+from trimtab.instrument.hookmap import map_hook_points
+from trimtab.instrument.probe import evaluating
+from trimtab.program import ResolvedSteering
+from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.vectors.vector import SteeringVector, as_site
+
+SHARED_WITH_TOKENIZER = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+class SteeredModel:
+    """Steers a causal LM per prompt and per token.
+
+    The model is instrumented only while a call runs: between calls, and after `close`, its modules, hooks, buffers and
+    weights are what they were. Use as a context manager, or call `close`. Not for use from several threads at once.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, vectors: Mapping[str, SteeringVector] | None = None
+    ) -> None:
+        """Find and prove the hook points of `model`, a Transformers causal LM (see docs/hook-points.md).
+
+        `tokenizer` may be None where all prompts are token ids. `vectors` are the names that specs may use.
+        Raises SteeringError where the decoder layers cannot be found, or lie on several devices.
+        """
+        self._map = map_hook_points(model)
+        devices = {str(parameter.device) for layer in self._map.decoder for parameter in layer.parameters()}
+        if len(devices) != 1 or "meta" in devices:
+            raise SteeringError("model", f"its layers lie on {', '.join(sorted(devices))}; one real device is needed")
+        self._model, self._tokenizer = model, tokenizer
+        self._decoder: nn.Module = model.get_submodule(self._map.decoder.path.rpartition(".")[0])
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._vectors: dict[str, SteeringVector] = {}
+        self._closed = False
+        for name, vector in (vectors or {}).items():
+            self.register(name, vector)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | Path,
+        *,
+        tokenizer: Any = None,
+        vectors: Mapping[str, SteeringVector] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load model and tokenizer with Transformers. `kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if tokenizer is None:
+            shared = {name: kwargs[name] for name in SHARED_WITH_TOKENIZER if name in kwargs}
+            tokenizer = AutoTokenizer.from_pretrained(path_or_name, **shared)
+        return cls(AutoModelForCausalLM.from_pretrained(path_or_name, **kwargs), tokenizer, vectors=vectors)
+
+    @property
+    def model(self) -> Any:
+        """The Transformers model itself."""
+        return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, or None."""
+        return self._tokenizer
+
+    @property
+    def sites(self) -> ModelSites:
+        """Everything that can be steered and read in this model."""
+        return self._map.sites
+
+    @property
+    def refused_hook_points(self) -> Mapping[HookPoint, str]:
+        """The hook points that this model does not have, each with the reason."""
+        return MappingProxyType(self._map.refusals)
+
+    @property
+    def vectors(self) -> Mapping[str, SteeringVector]:
+        """The named vectors."""
+        return MappingProxyType(self._vectors)
+
+    def register(self, name: str, vector: SteeringVector) -> None:
+        """Let specs name `vector`, in place of any earlier one. Raises SteeringError for another width."""
+        field = f"vectors[{name!r}]"
+        if not isinstance(vector, SteeringVector):
+            raise SteeringError(field, f"is a {type(vector).__name__}; want a SteeringVector")
+        if vector.hidden_size != self.sites.hidden_size:
+            raise SteeringError(field, f"has width {vector.hidden_size}; this model needs {self.sites.hidden_size}")
+        self._vectors[name] = vector
+
+    def generate(
+        self, prompts: Sequence[Prompt] | str, steering: Any = None, **generation_kwargs: Any
+    ) -> list[Generation]:
+        """Continue `prompts` (strings or lists of token ids), each under its own steering.
+
+        `steering` is None, one spec for all prompts, or a list with a spec or None for each. A spec is a `Steering`,
+        its plain dict or its JSON string. `generation_kwargs` are those of Transformers' `generate`; sampling, beam
+        search and `num_return_sequences` work, and the n outputs of a prompt then stand side by side.
+        Raises SteeringError for whatever cannot be honoured, naming the place in the input.
+        """
+        self._check_open()
+        check_options(generation_kwargs)
+        rows = encode(prompts, self._tokenizer, self._vocabulary)
+        resolved = resolve_all(steering, len(rows), self._vectors, self._map)
+        defaults = self._model.generation_config
+        ends = end_tokens(generation_kwargs, defaults)
+        filler = self._pad_token(option("pad_token_id", generation_kwargs, defaults), ends)
+        batch = pad(rows, "left", filler, self._device)
+        output = self._run(batch, resolved, ends, {**generation_kwargs, "pad_token_id": filler})
+
+        copies = len(output) // len(rows)
+        stops_early = any(generation_kwargs.get(name) for name in ("stop_strings", "stopping_criteria"))
+        results = []
+        for index, row in enumerate(output):
+            source = index // copies
+            tokens = new_tokens(row[batch.width :], ends, filler if stops_early else None)
+            text = "" if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=True)
+            results.append(Generation(text, tokens, receipt(resolved[source], len(rows[source]), len(tokens))))
+        return results
+
+    def activations(
+        self,
+        prompts: Sequence[Prompt] | str,
+        sites: Iterable[Site | tuple[int, str]],
+        *,
+        batch_size: int = 8,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[dict[Site, npt.NDArray[np.float32]]]:
+        """The un-steered activations of each prompt: for every site an array [tokens, H] in float32, padding removed.
+
+        `progress` is called with the number of prompts done after each batch. Raises SteeringError for a site that the
+        model does not have, by name and with the reason.
+        """
+        self._check_open()
+        rows = encode(prompts, self._tokenizer, self._vocabulary)
+        wanted = [as_site(site) for site in sites]
+        if not wanted or batch_size < 1:
+            raise SteeringError("sites" if not wanted else "batch_size", "at least one is needed")
+        for site in wanted:
+            self._map.tap(site)
+        results: list[dict[Site, npt.NDArray[np.float32]]] = []
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            results.extend(self._read(pad(part, "right", self._pad_token(None, frozenset()), self._device), wanted))
+            if progress is not None:
+                progress(len(part))
+        return results
+
+    def close(self) -> None:
+        """Let go of the model, which is as it was before. Closing twice is no error."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._map.decoder.layers.parameters()).device
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SteeringError("model", "this SteeredModel is closed")
+
+    def _pad_token(self, configured: Any, ends: frozenset[int]) -> int:
+        """What to fill padding with. It is masked and never steered, so any token of the vocabulary will do."""
+        for token in (configured, getattr(self._tokenizer, "pad_token_id", None), *sorted(ends)):
+            if token is not None and 0 <= int(token) < self._vocabulary:
+                return int(token)
+        return 0
+
+    def _run(
+        self,
+        batch: PromptBatch,
+        resolved: list[ResolvedSteering | None],
+        ends: frozenset[int],
+        options: dict[str, Any],
+    ) -> list[list[int]]:
+        if options.get("stop_strings"):
+            options.setdefault("tokenizer", self._tokenizer)
+        options["disable_compile"] = True  # a compiled pass would keep this call's hooks after it
+        arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **options}
+        with evaluating(self._model):
+            if all(item is None for item in resolved):
+                return self._model.generate(**arguments).tolist()  # type: ignore[no-any-return]
+            beams = option("num_beams", options, self._model.generation_config) or 1
+            session = SteeringSession(
+                self._map,
+                batch,
+                resolved,
+                end_tokens=ends if beams == 1 else frozenset(),
+                dtype=self._model.dtype,
+                device=self._device,
+            )
+            with session.steering(self._decoder):
+                output = self._model.generate(**arguments)
+        if not session.steps:
+            raise RuntimeError("the model generated without running its decoder; nothing was steered")
+        return output.tolist()  # type: ignore[no-any-return]
+
+    def _read(self, batch: PromptBatch, sites: list[Site]) -> list[dict[Site, npt.NDArray[np.float32]]]:
+        seen: dict[Site, npt.NDArray[np.float32]] = {}
+
+        def reader(site: Site) -> Callable[[torch.Tensor], None]:
+            def read(value: torch.Tensor) -> None:
+                rows = value.detach().to("cpu", torch.float32).numpy().copy()
+                seen[site] = rows.reshape(*batch.input_ids.shape, -1)
+
+            return read
+
+        with evaluating(self._model), torch.no_grad(), self._map.installed({site: reader(site) for site in sites}):
+            self._decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return [{site: seen[site][row, :length].copy() for site in sites} for row, length in enumerate(batch.lengths)]

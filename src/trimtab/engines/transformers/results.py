@@ -1,0 +1,51 @@
+"""What a steered generation returns."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from trimtab.program import ResolvedSteering
+from trimtab.sites import Phase, Site
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was done to one output. An unsteered one has empty identities, no sites and zero tokens.
+
+    `steered_tokens` counts by position: every prompt token where the prefill was steered, and every new token but the
+    last where the decode was: the last one is never fed back, so nothing of it was computed.
+    """
+
+    identity: Mapping[Phase, str]
+    sites: tuple[Site, ...]
+    steered_tokens: Mapping[Phase, int]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One output. `token_ids` are the new tokens alone, up to and including the end token, without padding; `text` is
+    what the tokenizer makes of them, special tokens left out ("" without a tokenizer)."""
+
+    text: str
+    token_ids: list[int]
+    receipt: Receipt
+
+
+def receipt(steering: ResolvedSteering | None, prompt_length: int, new_tokens: int) -> Receipt:
+    """The receipt of an output of `new_tokens` tokens after a prompt of `prompt_length`."""
+    fed = {Phase.PREFILL: prompt_length, Phase.DECODE: max(new_tokens - 1, 0)}
+    identity = {phase: "" if steering is None else steering.identity(phase) for phase in Phase}
+    counts = {phase: fed[phase] if identity[phase] else 0 for phase in Phase}
+    sites = () if steering is None else steering.sites
+    return Receipt(MappingProxyType(identity), sites, MappingProxyType(counts))
+
+
+def new_tokens(row: Sequence[int], end_tokens: frozenset[int], strip: int | None = None) -> list[int]:
+    """The tokens of `row` up to and including the first end token; without one, trailing `strip` tokens are cut."""
+    for index, token in enumerate(row):
+        if token in end_tokens:
+            return list(row[: index + 1])
+    end = len(row)
+    while strip is not None and end and row[end - 1] == strip:
+        end -= 1
+    return list(row[:end])
