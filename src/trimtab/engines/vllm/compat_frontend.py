@@ -1,8 +1,9 @@
 """Every change made to vLLM's front end: flags, request doors and HTTP plumbing.
 
 Each patch says why it exists and until when, checks the signature of what it replaces, is marked on its target, and is
-applied once. Nothing is imported from vLLM's server before an engine configuration is made, so worker processes, which
-load plugins too, stay as light as they are.
+applied once. Where vLLM is not what a patch was written for, the patch is left out and noted: without steering vLLM
+runs on, with steering it does not start. Nothing is imported from vLLM's server before an engine configuration is made,
+so worker processes, which load plugins too, stay as light as they are.
 """
 
 import argparse
@@ -10,10 +11,12 @@ import functools
 import importlib
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from trimtab.engines.vllm import doors
+from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.flags import add_flags, apply_flags
 from trimtab.engines.vllm.frontend import FIELD, FrontEnd
 from trimtab.engines.vllm.registry import share_registry
@@ -38,16 +41,19 @@ MESSAGES_HANDLER = ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessa
 _MARK = "__trimtab_patch__"
 
 
+_problems: list[str] = []
+
+
 def install(build: Callable[[Any], FrontEnd | None]) -> None:
     """Patch the command line now, and the request doors once an engine configuration is made.
 
-    `build` makes the front end of a `VllmConfig`, None where steering is not configured. Raises `RuntimeError` where
-    vLLM is not what the patches were written for.
+    `build` makes the front end of a `VllmConfig`, None where steering is not configured. Does nothing in a process that
+    makes no engine configuration: an engine core or a worker.
     """
-    from vllm.engine.arg_utils import EngineArgs
-
-    _patch_flags(EngineArgs)
-    _patch_engine_config(EngineArgs, build)
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")  # it is what loads plugins in a front-end process
+    if arg_utils is not None:
+        _patch_flags(arg_utils.EngineArgs)
+        _patch_engine_config(arg_utils.EngineArgs, build)
 
 
 # --- the command line
@@ -96,6 +102,8 @@ def _patch_engine_config(engine_args: Any, build: Callable[[Any], FrontEnd | Non
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = original(self, *args, **kwargs)
         install_doors(build)
+        if _problems and SteeringSettings.of(config) is not None:
+            raise SteeringError("steering", f"trimtab does not know this vLLM: {'; '.join(_problems)}")
         return config
 
     _put(engine_args, "create_engine_config", create_engine_config)
@@ -108,9 +116,11 @@ def install_doors(build: Callable[[Any], FrontEnd | None]) -> None:
     """Patch what turns requests into work for the engine."""
     _patch_input_processor(build)
     for module, name in PROTOCOLS.items():
-        _patch_protocol(getattr(importlib.import_module(module), name))
+        if (request_class := _find(module, name)) is not None:
+            _patch_protocol(request_class)
     for module, (name, method) in HANDLERS.items():
-        _patch_handler(getattr(importlib.import_module(module), name), method)
+        if (handler_class := _find(module, name)) is not None:
+            _patch_handler(handler_class, method)
     _patch_tokens_handler()
     _patch_messages_handler()
     _patch_offline_beam_search()
@@ -135,7 +145,8 @@ def _patch_input_processor(build: Callable[[Any], FrontEnd | None]) -> None:
     _put(InputProcessor, "__init__", __init__)
 
     process = _take(InputProcessor, "process_inputs", ["self", "request_id", "prompt", "params", "supported_tasks"])
-    assert process is not None
+    if process is None:
+        return
 
     @functools.wraps(process)
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -164,7 +175,8 @@ def _patch_protocol(request_class: Any) -> None:
     if not hasattr(request_class, "to_beam_search_params"):
         return
     beam = _take(request_class, "to_beam_search_params", ["self"])
-    assert beam is not None
+    if beam is None:
+        return
 
     @functools.wraps(beam)
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -279,25 +291,29 @@ def _patch_endpoint_plugins() -> None:
 # --- patching
 
 
-def _find(module: str, name: str) -> Any:
+def _find(module: str, name: str, *, required: bool = True) -> Any:
+    """A class of vLLM; None if this version has none, which is noted if every version known to us has it."""
     try:
-        return getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:  # not in this version
-        return None
+        found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError:
+        found = None
+    if found is None and required and (problem := f"{module}.{name} is gone") not in _problems:
+        _problems.append(problem)
+    return found
 
 
 def _take(owner: Any, name: str, first: list[str]) -> Any:
-    """`owner.name`, None if it is ours already. Raises `RuntimeError` unless its parameters start with `first`."""
+    """`owner.name` if it is to be replaced: None if it is ours already, or takes other parameters, which is noted."""
     original = getattr(owner, name, None)
-    if original is None:
-        raise RuntimeError(f"trimtab does not know this vLLM: {owner.__name__}.{name} is gone")
     if getattr(original, _MARK, False):
         return None
-    found = list(inspect.signature(original).parameters)
-    if found[: len(first)] != first:
-        raise RuntimeError(
-            f"trimtab does not know this vLLM: {owner.__name__}.{name} takes {found}, expected to start with {first}"
-        )
+    where = f"{owner.__name__}.{name}"
+    found = None if original is None else list(inspect.signature(original).parameters)
+    if found is None or found[: len(first)] != first:
+        problem = f"{where} is gone" if found is None else f"{where} takes {found}, not {first}, ..."
+        if problem not in _problems:
+            _problems.append(problem)
+        return None
     return original
 
 
