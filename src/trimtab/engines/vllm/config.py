@@ -124,7 +124,10 @@ def table_rows(vllm_config: Any, settings: SteeringSettings) -> int:
 
 
 def stamped(vllm_config: Any, settings: SteeringSettings) -> dict[str, Any]:
-    """The settings as plain JSON values, with the stamp that separates compile caches."""
+    """The settings as plain JSON values, with the stamp that separates compile caches and lets workers compare.
+
+    Raises `SteeringError` for layers, rows or vector files that cannot be used.
+    """
     sites = model_sites(vllm_config, settings)
     plain = settings.model_dump(mode="json", exclude={"stamp"}, exclude_none=True)
     plain["stamp"] = {
@@ -132,6 +135,7 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> dict[str, Any]:
         "trimtab": trimtab.__version__,
         "layers": sorted({site.layer for site in sites.sites}),
         "rows": table_rows(vllm_config, settings),
+        "vectors": {name: vector.digest.hex() for name, vector in settings.start_vectors.items()},
     }
     return plain
 

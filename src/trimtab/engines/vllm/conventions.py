@@ -1,0 +1,183 @@
+"""How a decoder layer of vLLM hands on the residual stream, read from the source of its `forward`.
+
+vLLM's layers follow one of a few conventions, and the addition must land where the stream really is:
+
+- SPLIT: returns `(hidden, residual)`; the stream is their sum, and the next layer's norm adds them. Adding to the
+  residual keeps vLLM's fusions of that norm.
+- FIRST: returns a tuple whose first element is the whole stream; what follows is overwritten by the next layer.
+- WHOLE: returns the stream itself ([n, H], or [1, n, H] from a Transformers layer).
+
+SPLIT and FIRST look alike from outside. They differ in what `forward` does with the `residual` it is given: a SPLIT
+layer reads it, a FIRST layer overwrites it unread. Adding to the first element is right for both, so that is what an
+undecided layer gets; the start-up canary catches a layer taken for SPLIT by mistake.
+"""
+
+import ast
+import inspect
+import textwrap
+from enum import Enum
+from typing import Any
+
+from trimtab.sites import HookPoint
+
+
+class Convention(Enum):
+    """Where a layer's result holds the residual stream."""
+
+    SPLIT = "split"
+    FIRST = "first"
+    WHOLE = "whole"
+
+
+# Layers whose source does not tell, by class name; each was read, and why is said.
+_OVERRIDES: dict[str, Convention] = {}
+
+# Streams of another shape: several streams per token, mixing weights, or shared blocks run in loops. `vllm.models` is
+# where vLLM keeps the former.
+_UNSUPPORTED_PACKAGES = ("vllm.models.",)
+
+
+def convention_of(layer_class: type) -> Convention:
+    """The convention of a decoder layer's class."""
+    if (known := _OVERRIDES.get(layer_class.__name__)) is not None:
+        return known
+    function = _forward(layer_class)
+    if function is None:
+        return Convention.FIRST
+    if "residual" not in (argument.arg for argument in function.args.args):
+        return Convention.FIRST if _returns_tuple(function) else Convention.WHOLE
+    return Convention.SPLIT if _reads_residual_first(function) else Convention.FIRST
+
+
+def unsupported_reason(layer_class: type) -> str | None:
+    """Why layers of this class cannot be steered; None where they can."""
+    if layer_class.__module__.startswith(_UNSUPPORTED_PACKAGES):
+        return f"{layer_class.__module__}.{layer_class.__name__} carries more than one residual stream"
+    return None
+
+
+class BranchTap:
+    """Where an inner hook point is: at the input or the output of the layer's child `path`."""
+
+    __slots__ = ("is_input", "path")
+
+    def __init__(self, path: str, *, is_input: bool) -> None:
+        self.path, self.is_input = path, is_input
+
+    def __repr__(self) -> str:
+        return f"{'input' if self.is_input else 'output'} of {self.path}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BranchTap) and (self.path, self.is_input) == (other.path, other.is_input)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.is_input))
+
+
+def branch_taps(layer_class: type) -> dict[HookPoint, BranchTap]:
+    """The inner hook points of a layer class: empty unless its source proves where they are.
+
+    Recognised is the one form that most pre-norm families share, whatever the modules are called:
+
+        h = self.<attention>(...)                 any number of further h = self.<module>(h)
+        h, residual = self.<norm>(h, residual)    the attention add
+        h = self.<mlp>(h)                         any number of further h = self.<module>(h)
+        return h, residual
+
+    What is added to the last module before the norm enters the stream, and the MLP, as `post_attn` says; what follows
+    the norm is the MLP branch.
+    """
+    function = _forward(layer_class)
+    if function is None or not function.body or not _returns_pair(function.body[-1]):
+        return {}
+    branch: list[str] = []  # children after the attention add, last first
+    attention: str | None = None
+    joined = False
+    for statement in reversed(function.body[:-1]):
+        if (child := _applies(statement)) is not None:
+            if joined:
+                attention = child
+                break
+            branch.append(child)
+        elif _joins(statement) and not joined:
+            joined = True
+        else:
+            break
+    if attention is None or not branch:
+        return {}
+    return {
+        HookPoint.POST_ATTN: BranchTap(attention, is_input=False),
+        HookPoint.MLP_IN: BranchTap(branch[-1], is_input=True),
+        HookPoint.MLP_OUT: BranchTap(branch[0], is_input=False),
+    }
+
+
+def _forward(layer_class: type) -> ast.FunctionDef | None:
+    forward: Any = inspect.unwrap(layer_class.forward)  # type: ignore[attr-defined]
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
+
+
+def _reads_residual_first(function: ast.FunctionDef) -> bool:
+    for statement in function.body:
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name) and node.id == "residual"]
+        if any(isinstance(node.ctx, ast.Load) for node in names):
+            return True
+        if names and isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            return False  # overwritten, whatever came in
+    return False
+
+
+def _returns_tuple(function: ast.FunctionDef) -> bool:
+    returns = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    return any(isinstance(value, ast.Tuple) for value in returns)
+
+
+def _returns_pair(statement: ast.stmt) -> bool:
+    value = statement.value if isinstance(statement, ast.Return) else None
+    return isinstance(value, ast.Tuple) and _names(value) == ["hidden_states", "residual"]
+
+
+def _applies(statement: ast.stmt) -> str | None:
+    """The child of `hidden_states = self.<child>(.. hidden_states ..)`."""
+    if not isinstance(statement, ast.Assign) or _names(statement.targets[0]) != ["hidden_states"]:
+        return None
+    child = _child_called(statement.value)
+    return child if child is not None and _passes(statement.value, "hidden_states") else None
+
+
+def _joins(statement: ast.stmt) -> bool:
+    """Whether a statement is `hidden_states, residual = self.<norm>(hidden_states, residual)`."""
+    if not isinstance(statement, ast.Assign) or _names(statement.targets[0]) != ["hidden_states", "residual"]:
+        return False
+    call = statement.value
+    return (
+        _child_called(call) is not None
+        and isinstance(call, ast.Call)
+        and _names(ast.Tuple(elts=call.args))
+        == [
+            "hidden_states",
+            "residual",
+        ]
+    )
+
+
+def _child_called(value: ast.expr) -> str | None:
+    if not isinstance(value, ast.Call) or not isinstance(value.func, ast.Attribute):
+        return None
+    owner = value.func.value
+    return value.func.attr if isinstance(owner, ast.Name) and owner.id == "self" else None
+
+
+def _passes(value: ast.expr, name: str) -> bool:
+    assert isinstance(value, ast.Call)
+    given = [*value.args, *(keyword.value for keyword in value.keywords)]
+    return any(isinstance(item, ast.Name) and item.id == name for item in given)
+
+
+def _names(target: ast.expr) -> list[str]:
+    items = target.elts if isinstance(target, ast.Tuple) else [target]
+    return [item.id if isinstance(item, ast.Name) else "" for item in items]

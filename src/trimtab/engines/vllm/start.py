@@ -1,0 +1,82 @@
+"""What happens to a steered engine between its configuration and its requests, in the front end and the engine core.
+
+Called by the patches of `compat`; each function does nothing for an engine without steering.
+"""
+
+from typing import Any
+
+import trimtab
+from trimtab.engines.vllm.compat import require_supported
+from trimtab.engines.vllm.config import STAMP_SCHEMA, SteeringSettings, model_sites, stamped
+from trimtab.engines.vllm.flags import SETTINGS_KEY
+from trimtab.engines.vllm.refusals import require_steerable
+from trimtab.engines.vllm.wire import DecodedWire, carried, checked
+from trimtab.errors import SteeringError
+from trimtab.sites import ModelSites
+
+
+def prepare_config(vllm_config: Any) -> None:
+    """Check a new configuration and stamp it. Raises `SteeringError` where this engine cannot be steered as asked."""
+    settings = SteeringSettings.of(vllm_config)
+    if settings is None:
+        return
+    require_supported()
+    require_steerable(vllm_config)
+    vllm_config.additional_config = {**vllm_config.additional_config, SETTINGS_KEY: stamped(vllm_config, settings)}
+
+
+def stamped_settings(vllm_config: Any) -> SteeringSettings | None:
+    """The settings of a configuration that passed `prepare_config`; None where steering is not configured.
+
+    Raises `SteeringError` for one that did not pass, or passed in a process with another trimtab.
+    """
+    settings = SteeringSettings.of(vllm_config)
+    if settings is None:
+        return None
+    stamp = settings.stamp or {}
+    if (stamp.get("schema"), stamp.get("trimtab")) != (STAMP_SCHEMA, trimtab.__version__):
+        raise SteeringError(
+            SETTINGS_KEY,
+            f"the configuration was prepared by trimtab {stamp.get('trimtab', 'of no known version')}, this process "
+            f"has {trimtab.__version__}: install the same one wherever vLLM runs",
+        )
+    return settings
+
+
+def check_request(core: Any, request: Any) -> None:
+    """Read and check what an `EngineCoreRequest` carries. Raises `SteeringError`, which refuses the request alone."""
+    given = carried(request.sampling_params)
+    if given is None or isinstance(given, DecodedWire):
+        return
+    if (served := _served_by(core)) is None:
+        return
+    settings, model = served
+    if getattr(request, "resumable", False):
+        raise SteeringError(SETTINGS_KEY, "cannot be combined with resumable requests: where a prompt ends would move")
+    wire = checked(given, settings, model)
+    # Callers may use their sampling parameters again: they are not to find our form in them.
+    params = request.sampling_params.clone() if hasattr(request.sampling_params, "clone") else request.sampling_params
+    params.extra_args = {**params.extra_args, SETTINGS_KEY: wire}
+    request.sampling_params = params
+
+
+def check_workers(vllm_config: Any, executor: Any) -> None:
+    """Ask each worker whether its model is steered. Raises `SteeringError` if one is not."""
+    if SteeringSettings.of(vllm_config) is None:
+        return
+    try:
+        attached = executor.collective_rpc("trimtab_attached")
+    except (AttributeError, NotImplementedError) as error:
+        raise SteeringError(SETTINGS_KEY, f"the workers do not know trimtab ({error}); install it there") from error
+    if not all(attached):
+        missing = [rank for rank, done in enumerate(attached) if not done]
+        raise SteeringError(SETTINGS_KEY, f"the models of workers {missing} were loaded without being steered")
+
+
+def _served_by(core: Any) -> tuple[SteeringSettings, ModelSites] | None:
+    """What the engine of an `EngineCore` serves, read once."""
+    if "_trimtab_served" not in core.__dict__:
+        settings = stamped_settings(core.vllm_config)
+        core._trimtab_served = settings and (settings, model_sites(core.vllm_config, settings))
+    served: tuple[SteeringSettings, ModelSites] | None = core._trimtab_served
+    return served

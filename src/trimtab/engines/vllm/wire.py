@@ -1,0 +1,78 @@
+"""Steering as it travels inside a request: from the front end to the engine core, and on to every worker.
+
+The front end puts the wire form of a resolved spec into `SamplingParams.extra_args["steering"]`. The engine core reads
+it once, when the request arrives, and puts a `DecodedWire` in its place: still the same dict for everyone who
+serialises it, but with the resolved steering at hand for block keys, and for a worker in the same process.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.engines.vllm.config import SteeringSettings
+from trimtab.engines.vllm.flags import SETTINGS_KEY
+from trimtab.errors import SteeringError
+from trimtab.program import ResolvedSteering
+from trimtab.sites import ModelSites
+from trimtab.spec import Steering
+
+_WIRE_KEYS = {"version", "vectors", "prefill", "decode"}
+
+
+class DecodedWire(dict[str, Any]):
+    """A wire form that has been read and checked. Pickles as the plain dict."""
+
+    steering: ResolvedSteering
+
+    def __init__(self, wire: Mapping[str, Any], steering: ResolvedSteering) -> None:
+        super().__init__(wire)
+        self.steering = steering
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodedWire":
+        return self  # never changed, so clones of sampling parameters may share it
+
+
+def carried(sampling_params: Any) -> Any:
+    """What a request carries as steering, in whatever form; None if nothing."""
+    extra = getattr(sampling_params, "extra_args", None)
+    return extra.get(SETTINGS_KEY) if extra else None
+
+
+def checked(given: Any, settings: SteeringSettings, model: ModelSites) -> DecodedWire:
+    """What a request carries, read and checked against what the engine serves.
+
+    Takes the wire form, or a spec as users write it from a producer that bypassed the front end. Raises
+    `SteeringError`.
+    """
+    if isinstance(given, DecodedWire):
+        return given
+    if isinstance(given, Mapping) and set(given) == _WIRE_KEYS:
+        steering = ResolvedSteering.from_wire(given, settings.start_vectors_by_digest)
+        _check_served(steering, model)
+        return DecodedWire(given, steering)
+    steering = Steering.parse(given).resolve(settings.start_vectors, model)
+    return DecodedWire(steering.to_wire(), steering)
+
+
+def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSteering | None:
+    """The steering of a request that the engine core has checked; None if it carries none."""
+    given = carried(sampling_params)
+    if given is None:
+        return None
+    if isinstance(given, DecodedWire):
+        return given.steering
+    return ResolvedSteering.from_wire(given, settings.start_vectors_by_digest)
+
+
+def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
+    for site in steering.sites:
+        if site not in model.sites:
+            raise SteeringError(SETTINGS_KEY, f"{site} is not served by this engine")
+    for program in (steering.prefill, steering.decode):
+        for term in program.terms:
+            if term.vector.hidden_size != model.hidden_size:
+                raise SteeringError(
+                    SETTINGS_KEY, f"a vector of width {term.vector.hidden_size}; the model's is {model.hidden_size}"
+                )

@@ -1,0 +1,120 @@
+"""A steered worker: its model attached, its runner driving the runtime, its start-up checked, its state reported."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.engines.vllm.attach import Attachment, attach
+from trimtab.engines.vllm.canary import require_live_sites
+from trimtab.engines.vllm.config import SteeringSettings
+from trimtab.engines.vllm.refusals import require_steerable
+from trimtab.engines.vllm.runner_v1 import drive_v1
+from trimtab.engines.vllm.runner_v2 import drive_v2
+from trimtab.engines.vllm.start import stamped_settings
+from trimtab.engines.vllm.warmup import KernelVariants
+from trimtab.errors import SteeringError
+from trimtab.runtime import SteeringRuntime
+
+logger = logging.getLogger("vllm.trimtab")
+
+
+@dataclass(frozen=True)
+class WorkerSteering:
+    """What trimtab keeps on a worker. `runtime` is None on a pipeline stage without a steered layer."""
+
+    attachment: Attachment
+    runtime: SteeringRuntime | None
+    variants: KernelVariants
+
+
+def attach_worker(worker: Any) -> None:
+    """Steer the model that `worker` has just loaded; nothing where steering is not configured.
+
+    Raises `SteeringError` where this model or this runner cannot be steered as configured.
+    """
+    settings = stamped_settings(worker.vllm_config)
+    if settings is None:
+        return
+    require_steerable(worker.vllm_config)
+    _require_same_vectors(settings)
+    runner = worker.model_runner
+    attachment = attach(runner.get_model(), worker.vllm_config, settings, worker.device)
+    runtime = None
+    if attachment.modules:
+        limit = int(worker.vllm_config.scheduler_config.max_num_seqs)
+        runtime = SteeringRuntime(attachment.buffers, max_requests=limit)
+        _account_for_memory(runner, attachment.buffers.nbytes)
+        (drive_v2 if _is_v2(runner) else drive_v1)(runner, runtime, settings, limit)
+    worker._trimtab = WorkerSteering(attachment, runtime, KernelVariants())
+    _check_after_warm_up(worker)
+    logger.info(
+        "Steering %d sites: %.1f MiB for %d rows",
+        len(attachment.modules),
+        attachment.buffers.nbytes / 2**20,
+        attachment.buffers.table.shape[1],
+    )
+
+
+def trimtab_attached(self: Any) -> bool:
+    """Worker method: whether this worker's model is steered."""
+    return getattr(self, "_trimtab", None) is not None
+
+
+def trimtab_status(self: Any) -> dict[str, Any]:
+    """Worker method: what is on, in plain values. Digests of ranks that saw the same requests are equal."""
+    steering: WorkerSteering = self._trimtab
+    runtime = steering.runtime
+    return {
+        "rank": int(self.rank),
+        "runner": "v2" if _is_v2(self.model_runner) else "v1",
+        "sites": [str(site) for site in steering.attachment.buffers.sites],
+        "rows_in_use": runtime.rows_in_use if runtime else 0,
+        "capacity": runtime.capacity if runtime else 0,
+        "row_uploads": runtime.row_uploads if runtime else 0,
+        "digest": runtime.digest() if runtime else "",
+        "nbytes": steering.attachment.buffers.nbytes,
+        "late_variants": steering.variants.late(),
+    }
+
+
+def _is_v2(runner: Any) -> bool:
+    """Whether a runner is of the V2 family: by what it is, not by what was asked for."""
+    return any(base.__module__ == "vllm.v1.worker.gpu.model_runner" for base in type(runner).__mro__)
+
+
+def _check_after_warm_up(worker: Any) -> None:
+    """After the worker's own warm-up and graph capture, which row 0 leaves unsteered: warm our kernels, then check."""
+    original = worker.compile_or_warm_up_model
+
+    def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
+        steering: WorkerSteering = worker._trimtab
+        steering.variants.warm_up(worker, steering.attachment)
+        result = original(*args, **kwargs)
+        require_live_sites(worker, steering.attachment, _is_v2(worker.model_runner))
+        steering.variants.settle()
+        return result
+
+    worker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def _require_same_vectors(settings: SteeringSettings) -> None:
+    """Raise `SteeringError` if a file holds another vector here than where the engine was configured."""
+    expected = (settings.stamp or {}).get("vectors", {})
+    for name, vector in settings.start_vectors.items():
+        if expected.get(name) != vector.digest.hex():
+            raise SteeringError(
+                f"steering.vectors.{name}",
+                f"{settings.vectors[name]} holds another vector here than where the engine was configured",
+            )
+
+
+def _account_for_memory(runner: Any, nbytes: int) -> None:
+    """Let vLLM's KV-cache sizing know of the tables.
+
+    Before 0.32 it adds up the weights and the peak of the profile run; what is allocated between the two is in neither.
+    Newer versions measure what is gone from the device.
+    """
+    from vllm.utils import mem_utils
+
+    if "total_consumed" not in getattr(mem_utils.MemoryProfilingResult, "__dataclass_fields__", {}):
+        runner.model_memory_usage += nbytes
