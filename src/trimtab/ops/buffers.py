@@ -145,6 +145,11 @@ def row_monitor_tensors(table: Tensor) -> tuple[Tensor, Tensor]:
     return probes, _row_params(1, rows, table.device)[0]
 
 
+def row_monitor_dummies(device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """What stands in for those tensors at a site without the row monitor: [1, 1] and [1, 2]."""
+    return torch.zeros(1, 1, dtype=torch.float32, device=device), _row_params(1, 1, device)[0]
+
+
 def share_token_buffers(modules: Iterable[nn.Module]) -> None:
     """Make all modules read the per-token buffers of the first one."""
     first: nn.Module | None = None

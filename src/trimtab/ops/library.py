@@ -18,6 +18,9 @@ from trimtab.ops.args import MonitorOpArgs, SteeringOpArgs, check_capacity, chec
 
 NAMESPACE = "trimtab"
 
+MAX_KERNEL_WIDTH = 16384
+"""Widest row that a kernel holds in registers. Wider ones, and machines without Triton, take the reference."""
+
 
 def schema(name: str, fields: tuple[str, ...], *, mutates: tuple[str, ...] = (), returns: str = "()") -> str:
     """The operator schema whose arguments are `fields`, all tensors, those in `mutates` declared as written to."""
@@ -83,7 +86,7 @@ def _monitor_any_device(*tensors: Tensor) -> None:
 
 
 def _apply_cuda(*tensors: Tensor) -> Tensor:
-    if not _has_triton():
+    if not kernels_serve(tensors[0]):
         return _apply_any_device(*tensors)
     from trimtab.ops.kernels.apply_steering import launch_apply_steering
 
@@ -94,7 +97,7 @@ def _apply_cuda(*tensors: Tensor) -> Tensor:
 
 
 def _apply_in_place_cuda(*tensors: Tensor) -> None:
-    if not _has_triton():
+    if not kernels_serve(tensors[0]):
         return _apply_in_place_any_device(*tensors)
     from trimtab.ops.kernels.apply_steering import launch_apply_steering
 
@@ -103,7 +106,7 @@ def _apply_in_place_cuda(*tensors: Tensor) -> None:
 
 
 def _monitor_cuda(*tensors: Tensor) -> None:
-    if not _has_triton():
+    if not kernels_serve(tensors[0]):
         return _monitor_any_device(*tensors)
     from trimtab.ops.kernels.steering_monitor import launch_steering_monitor
 
@@ -128,6 +131,11 @@ def _checked_monitor(tensors: tuple[Tensor, ...]) -> MonitorOpArgs:
     check_monitor_args(args)
     check_capacity(args.hidden_states, args.steering_token_scales, args.steering_row_gate, args.steering_decode_mask)
     return args
+
+
+def kernels_serve(hidden_states: Tensor) -> bool:
+    """Whether a CUDA tensor of this width is steered by a kernel, rather than by the reference."""
+    return hidden_states.shape[-1] <= MAX_KERNEL_WIDTH and _has_triton()
 
 
 @cache

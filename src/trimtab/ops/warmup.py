@@ -1,0 +1,135 @@
+"""Compiles ahead what service will launch, by launching it: the registered operators, on the real sites' own buffers.
+
+Nothing here builds look-alike tensors: a variant is keyed by strides and alignments, and an imitation that differs in
+one of them compiles what no request uses. To be called after `resize_row_monitor_buffers` and before graph capture;
+on a machine without CUDA or Triton it does nothing.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.ops.args import SteeringOpArgs
+from trimtab.ops.buffers import (
+    has_steering,
+    monitor_op_args,
+    row_monitor_dummies,
+    row_monitor_tensors,
+    steering_op_args,
+)
+from trimtab.ops.library import kernels_serve
+from trimtab.ops.variants import compiled_variants, late_variants, watch
+from trimtab.sites import HookPoint
+
+__all__ = ["compiled_variants", "late_variants", "warmup_apply_steering_kernel", "warmup_steering_monitor_kernel"]
+
+logger = logging.getLogger(__name__)
+
+
+def warmup_apply_steering_kernel(
+    modules: Iterable[nn.Module],
+    sizes: Iterable[int],
+    *,
+    dtype: torch.dtype | None = None,
+    row_monitor: Sequence[bool] | None = None,
+    in_place: Sequence[bool] = (False, True),
+) -> int:
+    """Launch `apply_steering` (and its in-place form) for every site of `modules` at every number of tokens in `sizes`.
+
+    `dtype` is that of the hidden states (default: the site's table). `row_monitor` names the states to warm; by default
+    each site is warmed as it is registered. Buffers keep their values. Returns how many variants this compiled; any that
+    appears later is counted by `late_variants`.
+    """
+
+    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> None:
+        for args in _row_monitor_states(steering_op_args(module, hook, hidden), row_monitor):
+            if False in in_place:
+                torch.ops.trimtab.apply_steering(*args)
+            if True in in_place:
+                torch.ops.trimtab.apply_steering_(*args)
+
+    sites = _served_sites(modules)
+    if not sites:
+        return 0
+    from trimtab.ops.kernels.apply_steering import apply_steering_kernel
+
+    return _warm(apply_steering_kernel, sites, sizes, dtype, launches)
+
+
+def warmup_steering_monitor_kernel(
+    modules: Iterable[nn.Module], sizes: Iterable[int], *, dtype: torch.dtype | None = None
+) -> int:
+    """Launch `steering_monitor` for every site of `modules` at every number of tokens in `sizes`.
+
+    The per-token buffers that it multiplies keep their values. Returns how many variants this compiled.
+    """
+
+    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> None:
+        args = monitor_op_args(module, hook, hidden)
+        written = (args.steering_token_scales, args.steering_row_gate)
+        before = [tensor.clone() for tensor in written]
+        torch.ops.trimtab.steering_monitor(*args)
+        for tensor, values in zip(written, before, strict=True):
+            tensor.copy_(values)
+
+    sites = _served_sites(modules)
+    if not sites:
+        return 0
+    from trimtab.ops.kernels.steering_monitor import steering_monitor_kernel
+
+    return _warm(steering_monitor_kernel, sites, sizes, dtype, launches)
+
+
+def _served_sites(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, HookPoint]]:
+    """The (module, hook) pairs whose operator launches a kernel."""
+    sites = [(module, hook) for module in modules for hook in HookPoint if has_steering(module, hook)]
+    return [(module, hook) for module, hook in sites if _launches_kernels(steering_op_args(module, hook, _NONE))]
+
+
+_NONE = torch.empty(0, 0)
+
+
+def _launches_kernels(args: SteeringOpArgs) -> bool:
+    return args.steering_table.is_cuda and kernels_serve(args.steering_table)
+
+
+def _row_monitor_states(args: SteeringOpArgs, states: Sequence[bool] | None) -> Iterable[SteeringOpArgs]:
+    """`args` as registered, or once per state with the tensors that registration or resizing gives a site in it."""
+    for state in [args.has_row_monitor] if states is None else states:
+        if state == args.has_row_monitor:
+            yield args
+            continue
+        table = args.steering_table
+        probes, params = row_monitor_tensors(table) if state else row_monitor_dummies(table.device)
+        yield args._replace(steering_monitor_probe_table=probes, steering_monitor_row_params=params)
+
+
+def _warm(
+    kernel: Any,
+    sites: list[tuple[nn.Module, HookPoint]],
+    sizes: Iterable[int],
+    dtype: torch.dtype | None,
+    launches: Callable[[nn.Module, HookPoint, Tensor], None],
+) -> int:
+    started, before = time.perf_counter(), compiled_variants(kernel)
+    tokens = sorted({size for size in sizes if size > 0})
+    with torch.no_grad():
+        for module, hook in sites:
+            table = steering_op_args(module, hook, _NONE).steering_table
+            hidden = torch.zeros(
+                max(tokens, default=0), table.shape[1], dtype=dtype or table.dtype, device=table.device
+            )
+            for size in tokens:
+                launches(module, hook, hidden[:size])
+    torch.accelerator.synchronize()
+    watch(kernel)
+    compiled = compiled_variants(kernel) - before
+    logger.info(
+        "%s: %d sites at %s tokens in %.0f ms: %d variants compiled, %d held",
+        kernel.__name__, len(sites), tokens, 1e3 * (time.perf_counter() - started), compiled, before + compiled,
+    )  # fmt: skip
+    return compiled
