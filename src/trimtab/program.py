@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.errors import SteeringError
 from trimtab.sites import Phase, Site, site_order
 from trimtab.vectors.vector import FloatArray, SteeringVector
 
@@ -82,6 +83,12 @@ class PhaseProgram:
         """The sites at which something is added, in the order of the forward pass."""
         return tuple(sorted({site for term in self.terms for site in term.vector.sites}, key=site_order))
 
+    @property
+    def bound(self) -> float:
+        """No value that this program stores in its row, or adds to the stream, is larger than this."""
+        stored = max((term.vector.max_abs for term in self.terms), default=0.0)
+        return max(stored, sum(abs(term.scale) * term.vector.max_abs for term in self.terms))
+
     def row(self, sites: Sequence[Site], out: FloatArray | None = None) -> FloatArray:
         """The content of this program's table row at `sites`: float32 [len(sites), H], zero where it has no direction.
 
@@ -112,6 +119,18 @@ class PhaseProgram:
 
 
 EMPTY = PhaseProgram((), b"", 0.0, "")
+
+
+def checked(program: PhaseProgram, field: str) -> PhaseProgram:
+    """The program itself, or a `SteeringError` at `field` where its values exceed `MAX_VALUE`."""
+    if program.bound > MAX_VALUE:
+        raise SteeringError(field, out_of_range(program.bound))
+    return program
+
+
+def out_of_range(largest: float) -> str:
+    """The message for values beyond `MAX_VALUE`."""
+    return f"values reach {largest:g}, more than the {MAX_VALUE:g} that every model dtype can hold"
 
 
 def _merged(group: list[Term]) -> Term:

@@ -8,14 +8,14 @@ A new kind of intervention is a subclass of `Intervention` here, listed in `KIND
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
-from trimtab.program import MAX_VALUE, PhaseProgram, ResolvedSteering, Term, VectorReference
+from trimtab.program import MAX_VALUE, PhaseProgram, ResolvedSteering, Term, VectorReference, checked, out_of_range
 from trimtab.sites import ModelSites, Phase
 from trimtab.spec_errors import translate
 from trimtab.spec_fields import Layers, Number, ProbeSource, Source
@@ -105,7 +105,7 @@ class Add(Intervention):
         vector, reference = self.narrowed_vector(vectors, path)
         if vector.max_abs * max(1.0, abs(self.scale)) > MAX_VALUE:
             field, factor = ("vector", 1.0) if vector.max_abs > MAX_VALUE else ("scale", abs(self.scale))
-            raise SteeringError(f"{path}.{field}", _out_of_range(vector.max_abs * factor))
+            raise SteeringError(f"{path}.{field}", out_of_range(vector.max_abs * factor))
         return Term(vector, self.scale, reference)
 
 
@@ -186,25 +186,13 @@ class Steering(_Model):
         return terms
 
     def _programs(self, terms: list[Term]) -> ResolvedSteering:
-        phases = [step.phase for step in self.interventions]
-        prefill = _program(term for term, phase in zip(terms, phases, strict=True) if phase != "decode")
-        if all(phase == "all" for phase in phases):
-            return ResolvedSteering(prefill, prefill)
-        return ResolvedSteering(
-            prefill, _program(term for term, phase in zip(terms, phases, strict=True) if phase != "prefill")
-        )
+        def program(left_out: str) -> PhaseProgram:
+            kept = [term for term, step in zip(terms, self.interventions, strict=True) if step.phase != left_out]
+            return checked(PhaseProgram.of(kept), "interventions")
 
-
-def _program(terms: Iterable[Term]) -> PhaseProgram:
-    program = PhaseProgram.of(terms)
-    largest = sum(abs(term.scale) * term.vector.max_abs for term in program.terms)
-    if largest > MAX_VALUE:  # each alone is in range, so this is a sum
-        raise SteeringError("interventions", f"together, {_out_of_range(largest)}")
-    return program
-
-
-def _out_of_range(largest: float) -> str:
-    return f"values reach {largest:g}, more than the {MAX_VALUE:g} that every model dtype can hold"
+        prefill = program("decode")
+        same = all(step.phase == "all" for step in self.interventions)
+        return ResolvedSteering(prefill, prefill if same else program("prefill"))
 
 
 def _misfit(term: Term, model: ModelSites, path: str, *, inline: bool) -> SteeringError:

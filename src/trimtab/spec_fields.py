@@ -62,7 +62,10 @@ def _dump_source(value: str | SteeringVector) -> Any:
 
 Number = Annotated[float, PlainValidator(_number), WithJsonSchema({"type": "number"})]
 Layers = Annotated[
-    tuple[int, ...], PlainValidator(_layers), WithJsonSchema({"type": "array", "items": {"type": "integer"}})
+    tuple[int, ...],
+    PlainValidator(_layers),
+    PlainSerializer(list, return_type=list[int]),
+    WithJsonSchema({"type": "array", "items": {"type": "integer"}}),
 ]
 _SOURCE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
 Source = Annotated[str | SteeringVector, PlainValidator(_source), PlainSerializer(_dump_source), _SOURCE_SCHEMA]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import SteeringError
-from trimtab.program import PhaseProgram, ResolvedSteering, Term, VectorReference
+from trimtab.program import PhaseProgram, ResolvedSteering, Term, VectorReference, checked
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.vector import SteeringVector
 
@@ -121,7 +121,7 @@ def _decode_phase(
             raise SteeringError(f"{path}[{i}][1]", f"got {scale!r:.40}, want a finite number")
         vector, reference = vectors[index]
         terms.append(Term(vector, float(scale), reference))
-    return PhaseProgram.of(terms)
+    return checked(PhaseProgram.of(terms), path)
 
 
 def _keys(entry: Any, path: str, wanted: set[str]) -> None:
