@@ -77,7 +77,7 @@ def received(buffers: SteeringBuffers) -> np.ndarray:
 
 def snapshot(buffers: SteeringBuffers) -> list[bytes]:
     """Every byte that the runtime may write."""
-    return [t.contiguous().view(torch.uint8).numpy().tobytes() for t in written(buffers)]
+    return [t.view(torch.uint8).contiguous().numpy().tobytes() for t in written(buffers)]
 
 
 def written(buffers: SteeringBuffers) -> tuple[torch.Tensor, ...]:

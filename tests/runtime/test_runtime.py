@@ -216,6 +216,9 @@ def test_content_released_before_any_step_is_written_when_it_comes_back(runtime,
 
 
 def test_thousands_of_distinct_vectors_pass_through_a_small_table(buffers):
+    def made(seed):
+        return vector(seed, (SITES[:1], SITES[1:2], SITES[1:], SITES)[seed % 4])
+
     runtime = SteeringRuntime(buffers, max_requests=4)
     choose = np.random.default_rng(0)
     held: dict[str, int] = {}
@@ -223,15 +226,17 @@ def test_thousands_of_distinct_vectors_pass_through_a_small_table(buffers):
         name = f"r{turn % 4}"
         runtime.release(name)
         held[name] = int(choose.integers(turn, turn + 12))  # some seen a few turns ago, most new
-        runtime.admit(name, resolved([(vector(held[name]), 2.0)], [(vector(held[name] + 9000), 1.0)]))
+        runtime.admit(name, resolved([(made(held[name]), 2.0)], [(made(held[name] + 9000), 1.0)]))
         names = list(held)
         runtime.step(names, np.full(len(names), 9), np.full(len(names), 2), np.full(len(names), 10))
         if turn % 7 == 0:
             sums = received(buffers)
             for position, seed in enumerate(held.values()):
-                for offset, one, scale in ((0, vector(seed), 2.0), (1, vector(seed + 9000), 1.0)):
-                    want = scale * np.stack([one.directions[s] for s in SITES]).astype(float)
+                for offset, one, scale in ((0, made(seed), 2.0), (1, made(seed + 9000), 1.0)):
+                    want = [scale * one.directions.get(site, np.zeros(HIDDEN)) for site in SITES]
                     np.testing.assert_array_equal(sums[2 * position + offset], want)
+            sites = {site for seed in held.values() for one in (made(seed), made(seed + 9000)) for site in one.sites}
+            assert buffers.any_active[:, 0].tolist() == [site in sites for site in SITES]
     assert runtime.row_uploads > 2000
     assert runtime.rows_in_use == 2 * len(set(held.values()))
     for name in held:

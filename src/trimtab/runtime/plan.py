@@ -39,6 +39,8 @@ class StepPlanner:
         self._records = np.zeros((max_requests + 1, 2), TOKEN)
         self._records["row_gate"] = 1.0
         self._records["decode_mask"][:, DECODE] = 1.0
+        self._rows = self._records["index"]
+        self._coefficients = self._records["row_gate"]
         self._record_words = self._records.view(np.int64).reshape(max_requests + 1, 2 * TOKEN_WORDS)
         self._slot_of: dict[str, int] = {}
         self._free = list(range(max_requests, 0, -1))
@@ -56,8 +58,8 @@ class StepPlanner:
         """Give `request_id`, not yet known, a slot with one (row, coefficient) per phase: (prefill, decode)."""
         slot = self._free.pop()
         self._slot_of[request_id] = slot
-        self._records["index"][slot] = rows
-        self._records["row_gate"][slot] = coefficients
+        self._rows[slot] = rows
+        self._coefficients[slot] = coefficients
         self._last_ids = None
 
     def remove(self, request_id: str) -> tuple[int, int] | None:
@@ -65,12 +67,9 @@ class StepPlanner:
         slot = self._slot_of.pop(request_id, None)
         if slot is None:
             return None
-        rows = self._records["index"][slot].tolist()
-        self._records["index"][slot] = 0
-        self._records["row_gate"][slot] = 1.0
         self._free.append(slot)
         self._last_ids = None
-        return rows[PREFILL], rows[DECODE]
+        return int(self._rows[slot, PREFILL]), int(self._rows[slot, DECODE])
 
     def steers(self, request_ids: Sequence[str]) -> bool:
         """Whether anyone in the batch is steered, in either phase. Remembers the batch for `plan`."""
@@ -101,7 +100,7 @@ class StepPlanner:
     def state(self) -> bytes:
         """Who holds which slot with which records, in a fixed order, for digests."""
         members = sorted(self._slot_of.items())
-        return repr((members, self._free)).encode() + self._records.tobytes()
+        return repr((members, self._free)).encode() + self._records[[slot for _, slot in members]].tobytes()
 
     def _resize(self, batch: int) -> None:
         self._counts = np.zeros((batch, 2), np.int64)

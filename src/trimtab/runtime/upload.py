@@ -6,6 +6,7 @@ after the forward passes already queued and before the next one.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,34 +20,37 @@ from trimtab.sites import Site
 ROW_STAGING_BYTES = 16 << 20  # a larger burst of new rows goes up in several pieces
 
 
-class StagingRing:
-    """Host buffers of `nbytes` bytes, used in turn. Pinned and event-guarded for CUDA; one plain buffer for the CPU."""
+class Staging(NamedTuple):
+    """One host buffer, as torch and as NumPy see it."""
 
-    def __init__(self, nbytes: int, device: torch.device, depth: int = 3) -> None:
+    tensor: Tensor
+    array: npt.NDArray[Any]
+
+
+class StagingRing:
+    """Host buffers of one shape, used in turn. Pinned and event-guarded for CUDA; one plain buffer for the CPU."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, depth: int = 3) -> None:
         self._device = device
         self._pinned = device.type == "cuda"
-        self._buffers = [
-            torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned) for _ in range(depth if self._pinned else 1)
-        ]
+        self._buffers: list[Staging] = []
+        for _ in range(depth if self._pinned else 1):
+            tensor = torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
+            self._buffers.append(Staging(tensor, tensor.numpy()))
         self._copied: list[torch.cuda.Event | None] = [None] * len(self._buffers)
         self._turn = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Host memory held, in bytes."""
-        return sum(buffer.nbytes for buffer in self._buffers)
-
-    def next(self) -> Tensor:
-        """The next buffer (uint8 [nbytes]), safe to write: its previous copy has left it."""
+    def next(self) -> Staging:
+        """The next buffer, safe to write: its previous copy has left it."""
         self._turn = (self._turn + 1) % len(self._buffers)
         event = self._copied[self._turn]
         if event is not None:
             event.synchronize()
         return self._buffers[self._turn]
 
-    def send(self, target: Tensor, nbytes: int) -> None:
-        """Copy the first `nbytes` bytes of the buffer last taken to `target` (uint8 [nbytes])."""
-        target.copy_(self._buffers[self._turn][:nbytes], non_blocking=self._pinned)
+    def send(self, staged: Tensor, target: Tensor) -> None:
+        """Copy `staged`, a view of the buffer last taken, to `target` on the device."""
+        target.copy_(staged, non_blocking=self._pinned)
         if self._pinned:
             event = self._copied[self._turn]
             if event is None:
@@ -63,7 +67,7 @@ class RowUploader:
         sites, max_rows, width = table.shape
         row_bytes = 8 + sites * width * table.element_size()  # its number, then its content at every site
         self._rows_per_send = max(1, min(max_rows, ROW_STAGING_BYTES // row_bytes))
-        self._staging = StagingRing(self._rows_per_send * row_bytes, table.device)
+        self._staging = StagingRing((self._rows_per_send * row_bytes,), torch.uint8, table.device)
         self._arrived = torch.empty(self._rows_per_send * row_bytes, dtype=torch.uint8, device=table.device)
 
     @property
@@ -78,13 +82,13 @@ class RowUploader:
             self._send(sites, numbered[start : start + self._rows_per_send])
 
     def _send(self, sites: Sequence[Site], numbered: list[tuple[int, PhaseProgram]]) -> None:
-        staged = self._staging.next()
+        staged = self._staging.next().tensor
         rows, content = self._split(staged, len(numbered))
+        nbytes = rows.nbytes + content.nbytes
         rows.numpy()[:] = [row for row, _ in numbered]
         for position, (_, program) in enumerate(numbered):
             content[:, position].copy_(torch.from_numpy(program.row(sites)))  # the one rounding to the table's dtype
-        nbytes = rows.nbytes + content.nbytes
-        self._staging.send(self._arrived[:nbytes], nbytes)
+        self._staging.send(staged[:nbytes], self._arrived[:nbytes])
         rows, content = self._split(self._arrived, len(numbered))
         self._table.index_copy_(1, rows, content)
 
@@ -103,7 +107,7 @@ class FlagUploader:
     def __init__(self, any_active: Tensor) -> None:
         self._device_flags = any_active.view(torch.uint8)[:, 0]  # strided: sites are aligned for the kernels
         self._held = np.zeros(len(self._device_flags), np.bool_)
-        self._staging = StagingRing(self._held.nbytes, any_active.device)
+        self._staging = StagingRing((len(self._held),), torch.uint8, any_active.device)
 
     @property
     def clear(self) -> bool:
@@ -115,8 +119,9 @@ class FlagUploader:
         if np.array_equal(flags, self._held):
             return
         self._held[:] = flags
-        self._staging.next().numpy()[:] = flags
-        self._staging.send(self._device_flags, flags.nbytes)
+        staged = self._staging.next()
+        staged.array[:] = flags
+        self._staging.send(staged.tensor, self._device_flags)
 
 
 class TokenUploader:
@@ -124,13 +129,13 @@ class TokenUploader:
 
     def __init__(self, token_slab: Tensor) -> None:
         """`token_slab` is uint8 [T, TOKEN.itemsize] on the device, holding its defaults."""
-        self._slab = token_slab
+        self._slab_words = token_slab.view(torch.int64)  # words, not bytes: torch splits long copies among threads
         idle = np.zeros(1, TOKEN)
         idle["row_gate"] = 1.0
-        self._idle_words = idle.view(np.int64)
-        self._held = np.tile(self._idle_words, (len(token_slab), 1))  # what the device will hold once copies are done
+        self._idle = np.tile(idle.view(np.int64), (len(token_slab), 1))
+        self._held = self._idle.copy()  # what the device holds once the copies under way are done
         self._tokens = 0  # of the last plan; all behind them are idle
-        self._staging = StagingRing(token_slab.nbytes, token_slab.device)
+        self._staging = StagingRing((len(token_slab), TOKEN_WORDS), torch.int64, token_slab.device)
 
     @property
     def tokens(self) -> int:
@@ -149,11 +154,11 @@ class TokenUploader:
             return
         upto = max(count, self._tokens)  # a shorter plan also cleans what the longer one before it left behind
         self._held[:count] = words
-        self._held[count:upto] = self._idle_words
+        self._held[count:upto] = self._idle[count:upto]
         self._tokens = count
-        nbytes = upto * TOKEN.itemsize
-        self._staging.next()[:nbytes].numpy().view(np.int64)[:] = self._held[:upto].reshape(-1)
-        self._staging.send(self._slab[:upto].view(-1), nbytes)
+        staged = self._staging.next()
+        staged.array[:upto] = self._held[:upto]
+        self._staging.send(staged.tensor[:upto], self._slab_words[:upto])
 
 
 NO_TOKENS: Words = np.zeros((0, TOKEN_WORDS), np.int64)
