@@ -12,7 +12,7 @@ from trimtab.vectors.vector import SteeringVector, VectorMetadata
 
 FORMAT = "trimtab-steering-vector"
 VERSION = "1"
-MAX_FILE_BYTES = 1 << 30  # a vector with five hooks in 128 layers of width 16384 in float32 takes 42 MB
+MAX_FILE_BYTES = 256 << 20  # a vector with five hooks in 128 layers of width 16384 in float32 takes 42 MB
 
 _EXTRA = "extra."  # prefix of free metadata, so that it can never shadow a key of the format
 
@@ -31,14 +31,19 @@ def load_vector(path: Path) -> SteeringVector:
 
 def save_vector(vector: SteeringVector, path: Path) -> None:
     """Write in the format that the suffix names. Raises `SteeringError` for a suffix other than these two."""
-    if path.suffix == ".safetensors":
-        write_safetensors(vector, path)
-    elif path.suffix == ".gguf":
-        from trimtab.vectors.gguf import write_gguf
-
-        write_gguf(vector, path)
-    else:
+    if path.suffix not in (".safetensors", ".gguf"):
         raise SteeringError(str(path), "vectors are written as .safetensors (the native format) or .gguf")
+    try:
+        if path.suffix == ".gguf":
+            from trimtab.vectors.gguf import write_gguf
+
+            write_gguf(vector, path)
+        else:
+            write_safetensors(vector, path)
+    except SteeringError as error:
+        raise SteeringError(str(path), error.message) from error
+    except Exception as error:  # each library has its own error for a folder that is not there or a disk that is full
+        raise SteeringError(str(path), f"cannot be written ({error})") from error
 
 
 def _reader(path: Path) -> Callable[[Path], SteeringVector]:
@@ -80,10 +85,7 @@ def write_safetensors(vector: SteeringVector, path: Path) -> None:
     }
     metadata.update({_EXTRA + key: value for key, value in about.extra.items()})
     tensors = {f"{site.hook.value}.{site.layer}": row for site, row in vector.directions.items()}
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except OSError as error:
-        raise SteeringError(str(path), f"cannot be written ({error})") from error
+    save_file(tensors, path, metadata=metadata)
 
 
 def read_safetensors(path: Path) -> SteeringVector:

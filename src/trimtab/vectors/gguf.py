@@ -18,11 +18,12 @@ from trimtab.vectors.vector import SteeringVector, VectorMetadata
 ARCHITECTURES = ("controlvector", "steeringvector")  # the second is what dialz writes
 
 _PREFIX = "direction."
+_MOST_READS = 50_000  # a field or tensor takes three to six: enough for 128 layers and any metadata
 
 
 def read_gguf(path: Path) -> SteeringVector:
     """The vector of a GGUF file; its metadata may be missing. Raises `SteeringError` for tensors of other names."""
-    reader = _gguf().GGUFReader(path)
+    reader = _bounded_reader()(path)
     strings = {
         key: str(field.contents())
         for key, field in reader.fields.items()
@@ -77,8 +78,6 @@ def write_gguf(vector: SteeringVector, path: Path, *, allow_block_zero: bool = F
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    except OSError as error:
-        raise SteeringError(str(path), f"cannot be written ({error})") from error
     finally:
         writer.close()
 
@@ -88,6 +87,27 @@ def _site(name: str) -> Site:
     if not name.startswith(_PREFIX) or not (number.isascii() and number.isdecimal()) or str(int(number)) != number:
         raise SteeringError(f"tensor {name!r:.80}", f"is not named {_PREFIX}N, N being a block counted from 0")
     return Site(int(number), HookPoint.POST_BLOCK)
+
+
+def _bounded_reader() -> Any:
+    """The reader of the gguf package, kept from looping where a file lies about its lengths.
+
+    That reader takes an array past the end of the file for one of empty items, 2**60 of them if the header says so.
+    """
+
+    class BoundedReader(_gguf().GGUFReader):  # type: ignore[misc]  # the package is imported only when needed
+        reads = 0
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **more: Any) -> Any:
+            self.reads += 1
+            if self.reads > _MOST_READS:
+                raise ValueError("it has more fields than a control vector")
+            values = super()._get(offset, dtype, count, *rest, **more)
+            if len(values) != count:
+                raise ValueError("it ends before the content that its header announces")
+            return values
+
+    return BoundedReader
 
 
 def _gguf() -> Any:
