@@ -138,12 +138,11 @@ class SteeredModel:
         sites: Iterable[Site | tuple[int, str]],
         *,
         batch_size: int = 8,
-        progress: Callable[[int], object] | None = None,
     ) -> list[dict[Site, npt.NDArray[np.float32]]]:
         """The un-steered activations of each prompt: for every site an array [tokens, H] in float32, padding removed.
 
-        `progress` is called with the number of prompts done after each batch. Raises SteeringError for a site that the
-        model does not have, by name and with the reason.
+        Prompts are read `batch_size` at a time. Raises SteeringError for a site that the model does not have, by name
+        and with the reason.
         """
         self._check_open()
         rows = encode(prompts, self._tokenizer, self._vocabulary)
@@ -156,8 +155,6 @@ class SteeredModel:
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
             results.extend(self._read(pad(part, "right", self._pad_token(None, frozenset()), self._device), wanted))
-            if progress is not None:
-                progress(len(part))
         return results
 
     def close(self) -> None:

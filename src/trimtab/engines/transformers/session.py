@@ -75,7 +75,7 @@ class SteeringSession:
         copies = rows // len(self._steering)  # beams or samples of one prompt lie side by side
         padding = np.repeat(self._batch.padding, copies)
         lengths = np.repeat(self._batch.lengths, copies)
-        stop = np.minimum(self._end_columns(rows, cached, columns, ids), cached + columns)
+        stop = np.clip(self._end_columns(rows, cached, columns, ids), cached, cached + columns)
         start = np.minimum(np.maximum(padding, cached), stop)
         counts = np.stack([start - cached, stop - start, cached + columns - stop], axis=1)
         names = [name for row in range(rows) for name in (NOT_STEERED, str(row), NOT_STEERED)]
