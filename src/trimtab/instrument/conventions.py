@@ -86,11 +86,9 @@ class _Derivation:
 
     def _silencing_pair(self) -> tuple[str, str] | None:
         """The ends of the attention and MLP branches: with both at zero, the layer returns its input."""
-        start, stop = self.order.index(self.attention), self.order.index(self.mlp_first)
-        attention_ends = [self.attention, *self.order[start + 1 : stop]]
-        mlp_ends = self._after(self.mlp_last)
-        for mlp_end in [*reversed(mlp_ends), self.mlp_last]:
-            for attention_end in attention_ends:
+        mlp_ends = [self.mlp_last, *self._between(self.mlp_last, None)]
+        for mlp_end in reversed(mlp_ends):
+            for attention_end in [self.attention, *self._between(self.attention, self.mlp_first)]:
                 if self._close(self.probe.run({attention_end: self.zero, mlp_end: self.zero}).output, self.x):
                     return attention_end, mlp_end
         return None
@@ -110,8 +108,7 @@ class _Derivation:
     def _post_attention_tap(self, attention_end: str, mlp_end: str) -> Tap | None:
         without_mlp = self.probe.run({mlp_end: self.zero})
         without_both = self.probe.run({attention_end: self.zero, mlp_end: self.zero})
-        start, stop = self.order.index(self.attention), self.order.index(self.mlp_first)
-        for name in self.order[start + 1 : stop + 1]:
+        for name in [*self._between(self.attention, self.mlp_first), self.mlp_first]:
             stream = without_mlp.child(name).entering
             if not (self._same_tokens(stream) and self._close(stream, without_mlp.output)):
                 continue
@@ -130,16 +127,18 @@ class _Derivation:
     def _add_delta(self, value: torch.Tensor) -> torch.Tensor:
         return value + self.delta.reshape(value.shape)
 
-    def _after(self, name: str) -> list[str]:
-        return self.order[self.order.index(name) + 1 :]
+    def _between(self, first: str, last: str | None) -> list[str]:
+        """Modules called after `first` and before `last`. One that is called twice is no place to act at once."""
+        start, stop = self.order.index(first) + 1, None if last is None else self.order.index(last)
+        return [name for name in self.order[start:stop] if self.order.count(name) == 1]
 
     def _same_tokens(self, value: torch.Tensor) -> bool:
         return value.shape[-1] == self.x.shape[-1] and value.numel() == self.x.numel()
 
     def _close(self, left: torch.Tensor, right: torch.Tensor) -> bool:
         """Equal but for the rounding of a few additions in the model's dtype, element by element."""
-        a, b = left.float().reshape(-1), right.float().reshape(-1)
-        size = self.x.float().abs() + self.delta.float().abs() + self.natural.output.float().abs()
+        a, b = left.double().reshape(-1), right.double().reshape(-1)
+        size = self.x.double().abs() + self.delta.double().abs() + self.natural.output.double().abs()
         bound = 4 * torch.finfo(self.x.dtype).eps * (size.reshape(-1) + a.abs() + b.abs())
         return a.shape == b.shape and bool(((a - b).abs() <= bound).all())
 

@@ -72,7 +72,7 @@ def map_hook_points(model: nn.Module) -> HookMap:
             conventions.append(kinds[kind])
         sites = frozenset(Site(layer, hook) for layer, conv in enumerate(conventions) for hook in conv.taps)
         found = HookMap(decoder, tuple(conventions), ModelSites(decoder.hidden_size, len(decoder), sites))
-        _check_every_layer(model, found)
+        _check_every_layer(model, found, torch.finfo(calls[0].entering.dtype).eps)
     return found
 
 
@@ -91,13 +91,13 @@ def _check_stream(decoder: DecoderLayers, calls: list[LayerCall]) -> None:
             raise SteeringError("model", f"layer {index} is not given what layer {index - 1} returns")
 
 
-def _check_every_layer(model: nn.Module, found: HookMap) -> None:
+def _check_every_layer(model: nn.Module, found: HookMap, eps: float) -> None:
     """In every layer that has both: post_attn + mlp_out = post_block, in the model itself."""
     seen: dict[Site, torch.Tensor] = {}
 
     def reader(site: Site) -> Transform:
         def read(value: torch.Tensor) -> None:
-            seen[site] = value.detach().float().reshape(-1, value.shape[-1]).clone()
+            seen[site] = value.detach().double().reshape(-1, value.shape[-1]).clone()
 
         return read
 
@@ -107,8 +107,6 @@ def _check_every_layer(model: nn.Module, found: HookMap) -> None:
         if {HookPoint.POST_ATTN, HookPoint.MLP_OUT} <= convention.taps.keys():
             stream, branch = seen[Site(layer, HookPoint.POST_ATTN)], seen[Site(layer, HookPoint.MLP_OUT)]
             leaving = seen[Site(layer, HookPoint.POST_BLOCK)]
-            dtype = next(found.decoder.layers[layer].parameters()).dtype
-            eps = torch.finfo(dtype if dtype.is_floating_point else torch.float32).eps
             bound = 2 * eps * (stream.abs() + branch.abs() + leaving.abs())
             if not bool(((stream + branch - leaving).abs() <= bound).all()):
                 raise SteeringError(
