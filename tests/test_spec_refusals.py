@@ -65,6 +65,7 @@ REFUSED_IN_FORM = {
     "NaN scale": (add(scale=math.nan), "interventions[1].scale", "finite"),
     "infinite scale": (add(scale=-math.inf), "interventions[1].scale", "finite"),
     "scale beyond float32": (add(scale=10**400), "interventions[1].scale", "finite"),
+    "scale of endless digits": (add(scale=10**5000), "interventions[1].scale", "finite"),
     "null scale": (add(scale=None), "interventions[1].scale", "want a number"),
     "unknown phase": (add(phase="decoding"), "interventions[1].phase", "'all', 'prefill' or 'decode'"),
     "layers is a number": (add(layers=3), "interventions[1].layers", "want a list of layers"),

@@ -16,7 +16,8 @@ import numpy as np
 
 from trimtab.errors import SteeringError
 from trimtab.sites import Phase, Site, site_order
-from trimtab.vectors.vector import FloatArray, SteeringVector
+from trimtab.vectors.values import FloatArray
+from trimtab.vectors.vector import SteeringVector
 
 MAX_VALUE = 65504.0  # the largest float16: whatever the model's dtype, a table row can hold what we let through
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from trimtab.errors import SteeringError
-from trimtab.wording import with_suggestions
+from trimtab.wording import shown, with_suggestions
 
 
 def translate(error: ValidationError, model: type[BaseModel]) -> SteeringError:
@@ -55,11 +55,11 @@ def _kind_fault(fault: ErrorDetails, place: str) -> SteeringError:
     kind = given.get("kind") if isinstance(given, dict) else None
     expected = fault.get("ctx", {}).get("expected_tags")
     known = [name.strip("' ") for name in expected.split(",")] if expected else []
-    said = f"unknown kind {kind!r:.80}{with_suggestions(kind, known)}" if expected else "is required"
+    said = f"unknown kind {shown(kind)}{with_suggestions(kind, known)}" if expected else "is required"
     return SteeringError(join(place, "kind"), said + (f"; the kinds are {', '.join(known)}" if known else ""))
 
 
 def _facts(fault: ErrorDetails) -> dict[str, Any]:
     given = fault["input"]
-    facts = {"given": f"{given!r:.80}", "type": type(given).__name__, "msg": fault["msg"]}
+    facts = {"given": shown(given), "type": type(given).__name__, "msg": fault["msg"]}
     return facts | dict(fault.get("ctx", {}))

@@ -8,19 +8,18 @@ from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from trimtab.errors import SteeringError
 from trimtab.vectors.inline import pack, parse_inline
+from trimtab.vectors.values import LARGEST_FLOAT32
 from trimtab.vectors.vector import SteeringVector
-from trimtab.wording import summary
+from trimtab.wording import shown, summary
 
 MAX_NAME_CHARACTERS = 200
-
-_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def _number(value: Any) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise SteeringError("", f"got {value!r:.80}, want a number")
-    if not -_LARGEST_FLOAT32 <= value <= _LARGEST_FLOAT32:  # compares whole numbers of any size; false for NaN
-        raise SteeringError("", f"got {value!r:.80}, want a number that is finite in float32")
+        raise SteeringError("", f"got {shown(value)}, want a number")
+    if not -LARGEST_FLOAT32 <= value <= LARGEST_FLOAT32:  # compares whole numbers of any size; false for NaN
+        raise SteeringError("", f"got {shown(value)}, want a number that is finite in float32")
     return float(value)
 
 
@@ -50,7 +49,7 @@ def _layers(value: Any) -> tuple[int, ...]:
         raise SteeringError("", "is empty, so nothing would be steered: name a layer or leave it out")
     for index, layer in enumerate(value):
         if isinstance(layer, (bool, np.bool_)) or not isinstance(layer, (int, np.integer)) or layer < 0:
-            raise SteeringError(f"[{index}]", f"got {layer!r:.80}, want a layer, a whole number from 0")
+            raise SteeringError(f"[{index}]", f"got {shown(layer)}, want a layer, a whole number from 0")
         if layer in value[:index]:
             raise SteeringError(f"[{index}]", f"layer {layer} is given twice")
     return tuple(sorted(map(int, value)))

@@ -15,10 +15,11 @@ import numpy as np
 from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram, ResolvedSteering, Term, VectorReference, checked
 from trimtab.sites import HookPoint, Site
+from trimtab.vectors.values import LARGEST_FLOAT32
 from trimtab.vectors.vector import SteeringVector
+from trimtab.wording import shown
 
 VERSION = 1
-LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def encode(steering: ResolvedSteering) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     """The steering of a wire form. Raises `SteeringError` where it is malformed or names an unknown vector."""
     _keys(wire, "wire", {"version", "vectors", "prefill", "decode"})
     if type(wire["version"]) is not int or wire["version"] != VERSION:
-        raise SteeringError("wire.version", f"got {wire['version']!r:.40}, this release reads version {VERSION}")
+        raise SteeringError("wire.version", f"got {shown(wire['version'])}, this release reads version {VERSION}")
     entries = _list(wire["vectors"], "wire.vectors")
     vectors = [_decode_vector(entry, f"wire.vectors[{i}]", vectors_by_digest) for i, entry in enumerate(entries)]
     if len({vector.hidden_size for vector, _ in vectors}) > 1:
@@ -75,7 +76,7 @@ def _decode_vector(
     sites = [_site(site, f"{path}.sites[{i}]") for i, site in enumerate(_list(entry["sites"], f"{path}.sites"))]
     width, data = entry["width"], entry["data"]
     if type(width) is not int or width < 1:
-        raise SteeringError(f"{path}.width", f"got {width!r:.40}, want a whole number above 0")
+        raise SteeringError(f"{path}.width", f"got {shown(width)}, want a whole number above 0")
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise SteeringError(f"{path}.data", f"got {type(data).__name__}, want bytes")
     size = memoryview(data).nbytes
@@ -115,10 +116,10 @@ def _decode_phase(
         index, scale = pair
         if type(index) is not int or not 0 <= index < len(vectors):
             raise SteeringError(
-                f"{path}[{i}][0]", f"got {index!r:.40}, want the index of one of {len(vectors)} vectors"
+                f"{path}[{i}][0]", f"got {shown(index)}, want the index of one of {len(vectors)} vectors"
             )
         if type(scale) not in (float, int) or not abs(scale) <= LARGEST_FLOAT32:
-            raise SteeringError(f"{path}[{i}][1]", f"got {scale!r:.40}, want a finite number")
+            raise SteeringError(f"{path}[{i}][1]", f"got {shown(scale)}, want a finite number")
         vector, reference = vectors[index]
         terms.append(Term(vector, float(scale), reference))
     return checked(PhaseProgram.of(terms), path)
@@ -139,12 +140,12 @@ def _list(value: Any, path: str) -> list[Any]:
 
 def _layer(value: Any, path: str) -> int:
     if type(value) is not int or value < 0:
-        raise SteeringError(path, f"got {value!r:.40}, want a layer, a whole number from 0")
+        raise SteeringError(path, f"got {shown(value)}, want a layer, a whole number from 0")
     return value
 
 
 def _site(value: Any, path: str) -> Site:
     pair = _list(value, path)
     if len(pair) != 2 or pair[1] not in HookPoint.__members__.values():
-        raise SteeringError(path, f"got {value!r:.40}, want [layer, hook]")
+        raise SteeringError(path, f"got {shown(value)}, want [layer, hook]")
     return Site(_layer(pair[0], f"{path}[0]"), HookPoint(pair[1]))

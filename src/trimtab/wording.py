@@ -18,3 +18,12 @@ def with_suggestions(name: object, known: Iterable[str]) -> str:
     some = list(islice(known, _NAMES_COMPARED))
     close = get_close_matches(name, some, n=3, cutoff=0.6) if isinstance(name, str) and len(name) <= 200 else []
     return f", did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number with more digits than Python prints
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,5 +1,6 @@
-"""Steering vectors: what they hold, and the files that they come from."""
+"""Steering vectors and probes: what they hold, and the files that they come from."""
 
+from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector, VectorMetadata
 
-__all__ = ["SteeringVector", "VectorMetadata"]
+__all__ = ["Probe", "SteeringVector", "VectorMetadata"]

@@ -18,8 +18,9 @@ import numpy as np
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
-from trimtab.vectors.vector import FloatArray, SteeringVector, as_direction
-from trimtab.wording import summary, with_suggestions
+from trimtab.vectors.values import FloatArray, as_direction
+from trimtab.vectors.vector import SteeringVector
+from trimtab.wording import shown, summary, with_suggestions
 
 _b64decode: Callable[..., bytes]
 try:  # the same decoder about fifty times faster, wherever it is installed (vLLM brings it)
@@ -78,9 +79,9 @@ def _packed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatA
         raise SteeringError(f"{hook}.{missing[0]}", "is required in a packed array")
     dtype, shape, layers, data = (body[key] for key in _PACKED_KEYS)
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
-        raise SteeringError(f"{hook}.dtype", f"got {dtype!r:.80}, want one of {', '.join(_ITEM_BYTES)}")
+        raise SteeringError(f"{hook}.dtype", f"got {shown(dtype)}, want one of {', '.join(_ITEM_BYTES)}")
     if not isinstance(shape, (list, tuple)) or len(shape) != 2 or any(type(n) is not int or n < 1 for n in shape):
-        raise SteeringError(f"{hook}.shape", f"got {shape!r:.80}, want [number of layers, hidden size]")
+        raise SteeringError(f"{hook}.shape", f"got {shown(shape)}, want [number of layers, hidden size]")
     count, width = shape
     _check_size(count, width, f"{hook}.shape")
     layers = _layers(layers, f"{hook}.layer_indices")
@@ -155,7 +156,7 @@ def _layer_key(key: Any, path: str) -> int:
         return key
     if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key:
         return int(key)
-    raise SteeringError(path, f'{key!r:.80} is not a layer: want a whole number from 0, such as "14"')
+    raise SteeringError(path, f'{shown(key)} is not a layer: want a whole number from 0, such as "14"')
 
 
 def _layers(value: Any, path: str) -> list[int]:
@@ -166,7 +167,7 @@ def _layers(value: Any, path: str) -> list[int]:
     seen: set[int] = set()
     for index, layer in enumerate(value):
         if type(layer) is not int or layer < 0:
-            raise SteeringError(f"{path}[{index}]", f"got {layer!r:.80}, want a layer, a whole number from 0")
+            raise SteeringError(f"{path}[{index}]", f"got {shown(layer)}, want a layer, a whole number from 0")
         if layer in seen:
             raise SteeringError(f"{path}[{index}]", f"layer {layer} is given twice")
         seen.add(layer)

@@ -1,0 +1,86 @@
+"""The native file format: safetensors with one float32 tensor per site and string metadata. See docs/formats.md."""
+
+from pathlib import Path
+
+from trimtab.errors import SteeringError
+from trimtab.sites import HookPoint, Site
+from trimtab.vectors.probe import Probe
+from trimtab.vectors.vector import SteeringVector, VectorMetadata
+
+VECTOR_FORMAT = "trimtab-steering-vector"
+PROBE_FORMAT = "trimtab-probe"
+VERSION = "1"
+
+_EXTRA = "extra."  # prefix of free metadata, so that it can never shadow a key of the format
+
+
+def write_vector(vector: SteeringVector, path: Path) -> None:
+    """One float32 tensor [hidden_size] named `HOOK.LAYER` per site."""
+    _write(vector, path, VECTOR_FORMAT, {})
+
+
+def read_vector(path: Path) -> SteeringVector:
+    """The vector in a file; floats of other widths are rounded to float32. Raises `SteeringError` for other content."""
+    return _read(path, VECTOR_FORMAT)[0]
+
+
+def write_probe(probe: Probe, path: Path) -> None:
+    """As a vector of one site, with the bias in the metadata."""
+    _write(probe.vector, path, PROBE_FORMAT, {"bias": repr(probe.bias)})
+
+
+def read_probe(path: Path) -> Probe:
+    """The probe in a file. Raises `SteeringError` for other content."""
+    vector, metadata = _read(path, PROBE_FORMAT)
+    try:
+        bias = float(metadata["bias"])
+    except (KeyError, ValueError):
+        raise SteeringError("metadata.bias", f"is {metadata.get('bias')!r:.80}, want a number") from None
+    return Probe(vector, bias)
+
+
+def site_of_key(key: str) -> Site:
+    """The site that a tensor name such as `post_block.14` stands for. Raises `SteeringError` for any other name."""
+    hook, _, layer = key.partition(".")
+    if hook not in HookPoint.__members__.values() or not (layer.isascii() and layer.isdecimal() and len(layer) < 10):
+        hooks = ", ".join(point.value for point in HookPoint)
+        raise SteeringError(f"tensor {key!r:.80}", f"is not named HOOK.LAYER, HOOK being one of {hooks}")
+    if str(int(layer)) != layer:
+        raise SteeringError(f"tensor {key!r:.80}", f"the layer is written {int(layer)}, without leading zeros")
+    return Site(int(layer), HookPoint(hook))
+
+
+def _write(vector: SteeringVector, path: Path, kind: str, more: dict[str, str]) -> None:
+    from safetensors.numpy import save_file
+
+    about = vector.metadata
+    metadata = {
+        "format": kind,
+        "version": VERSION,
+        "hidden_size": str(vector.hidden_size),
+        "base_model": about.base_model,
+        "method": about.method,
+        "source": about.source,
+    }
+    metadata |= more | {_EXTRA + key: value for key, value in about.extra.items()}
+    save_file({f"{site.hook.value}.{site.layer}": row for site, row in vector.directions.items()}, path, metadata)
+
+
+def _read(path: Path, kind: str) -> tuple[SteeringVector, dict[str, str]]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != kind:
+            raise SteeringError("metadata.format", f"is {metadata.get('format')!r:.80}, want {kind!r}")
+        if metadata.get("version") != VERSION:
+            said = f"{metadata.get('version')!r:.80}"
+            raise SteeringError("metadata.version", f"is {said}, this release reads {VERSION!r}")
+        directions = {site_of_key(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    extra = {key.removeprefix(_EXTRA): value for key, value in metadata.items() if key.startswith(_EXTRA)}
+    about = {key: metadata.get(key, "") for key in ("base_model", "method", "source")}
+    vector = SteeringVector(directions, VectorMetadata(**about, extra=extra))
+    if metadata.get("hidden_size") != str(vector.hidden_size):
+        said = f"{metadata.get('hidden_size')!r:.80}"
+        raise SteeringError("metadata.hidden_size", f"says {said}, but the tensors have {vector.hidden_size} numbers")
+    return vector, metadata
