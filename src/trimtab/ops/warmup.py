@@ -41,8 +41,8 @@ def warmup_apply_steering_kernel(
     """Launch `apply_steering` (and its in-place form) for every site of `modules` at every number of tokens in `sizes`.
 
     `dtype` is that of the hidden states (default: the site's table). `row_monitor` names the states to warm; by default
-    each site is warmed as it is registered. Buffers keep their values. Returns how many variants this compiled; any that
-    appears later is counted by `late_variants`.
+    each site is warmed as it is registered. Buffers keep their values. Returns how many variants this compiled; any
+    that appears later is counted by `late_variants`.
     """
 
     def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> None:
@@ -125,7 +125,8 @@ def _warm(
             )
             for size in tokens:
                 launches(module, hook, hidden[:size])
-    torch.accelerator.synchronize()
+            if hidden.is_cuda:
+                torch.cuda.synchronize(hidden.device)
     watch(kernel)
     compiled = compiled_variants(kernel) - before
     logger.info(

@@ -27,24 +27,25 @@ class Launch:
 def launch_sizes(width: int, tokens: int, device: torch.device) -> Launch:
     """The launch for N `tokens` of `width` H. What selects a variant depends on `width` alone.
 
-    A program takes one token at a time and holds its row at 16 elements per thread: two 16-byte loads of bfloat16. Up
-    to H = 8192 that fits 64 registers, which leaves room for the loads of several tokens on a multiprocessor. The grid
-    is bounded, so a flag that is off costs a few waves of one load and not a program per token.
+    A program takes one token at a time and holds its row at 8 elements per thread, one 16-byte load of bfloat16; a
+    16384-wide row at 32, because more threads than 512 would leave each too few registers. The grid is bounded, so a
+    flag that is off costs a few waves of one load and not a program per token.
     """
     block = triton.next_power_of_2(width)
-    num_warps = min(16, max(1, block // 512))
-    registers = 64 if block <= 8192 else None
-    return Launch(block, num_warps, registers, min(tokens, multiprocessors(device) * (64 // num_warps)))
+    num_warps = min(32 if block <= 8192 else 16, max(1, block // 256))
+    return Launch(block, num_warps, None, min(tokens, multiprocessors(device) * (64 // num_warps)))
 
 
 def named_arguments(kernel: Any, args: NamedTuple, **more: Tensor) -> dict[str, Any]:
-    """The tensors of `args` and `more` under their own names, with the strides that `kernel` asks for by name.
+    """The tensors of `args` and `more` as `p_{name}`, with the strides that `kernel` asks for as `{name}_stride_{dim}`.
+
+    (The prefix also keeps clear of names that Triton's generated launcher uses itself, `params` among them.)
 
     A dimension of one element has no stride worth the name: a row's is given as if it were packed, so that a single
     token of any layout runs the same variant as many.
     """
     tensors: Mapping[str, Tensor] = args._asdict() | more
-    arguments: dict[str, Any] = dict(tensors)
+    arguments: dict[str, Any] = {f"p_{field}": tensor for field, tensor in tensors.items()}
     for field, dim in _stride_parameters(kernel):
         tensor = tensors[field]
         packed = dim == 0 and tensor.dim() == 2 and tensor.shape[0] == 1

@@ -40,21 +40,21 @@ def launch_steering_monitor(args: MonitorOpArgs, sizes: Launch | None = None) ->
         "steering_row_gate_stride_0",
     ],
     do_not_specialize_on_alignment=[
-        "params",
-        "monitor_active",
-        "steering_token_scales",
-        "steering_decode_mask",
-        "steering_row_gate",
+        "p_params",
+        "p_monitor_active",
+        "p_steering_token_scales",
+        "p_steering_decode_mask",
+        "p_steering_row_gate",
     ],
 )
 def steering_monitor_kernel(  # type: ignore[no-untyped-def]
-    hidden_states,
-    probe,
-    params,
-    monitor_active,
-    steering_token_scales,
-    steering_decode_mask,
-    steering_row_gate,
+    p_hidden_states,
+    p_probe,
+    p_params,
+    p_monitor_active,
+    p_steering_token_scales,
+    p_steering_decode_mask,
+    p_steering_row_gate,
     tokens,
     hidden_states_stride_0,
     hidden_states_stride_1,
@@ -66,26 +66,26 @@ def steering_monitor_kernel(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    active = tl.load(monitor_active)
-    threshold = tl.load(params)
-    sharpness = tl.load(params + params_stride_0)
-    gate_rows = tl.load(params + 2 * params_stride_0) != 0.0
+    active = tl.load(p_monitor_active)
+    threshold = tl.load(p_params)
+    sharpness = tl.load(p_params + params_stride_0)
+    gate_rows = tl.load(p_params + 2 * params_stride_0) != 0.0
     end = tl.where(active, tokens, 0)  # an idle site walks no token
 
     o_h = tl.arange(0, BLOCK).to(tl.int64)
     in_row = o_h < WIDTH
     for number in range(tl.program_id(0), end, tl.num_programs(0)):
         i_token = tl.cast(number, tl.int64)
-        p_tier = steering_token_scales + i_token * steering_token_scales_stride_0
-        p_gate = steering_row_gate + i_token * steering_row_gate_stride_0
-        decode = tl.load(steering_decode_mask + i_token * steering_decode_mask_stride_0)
-        tier = tl.load(p_tier)
-        gate = tl.load(p_gate)
+        at_tier = p_steering_token_scales + i_token * steering_token_scales_stride_0
+        at_gate = p_steering_row_gate + i_token * steering_row_gate_stride_0
+        decode = tl.load(p_steering_decode_mask + i_token * steering_decode_mask_stride_0)
+        tier = tl.load(at_tier)
+        gate = tl.load(at_gate)
         if (tier != 0.0) | (gate_rows & (decode != 0.0)):
-            p_hidden = hidden_states + i_token * hidden_states_stride_0
-            b_x = tl.load(p_hidden + o_h * hidden_states_stride_1, mask=in_row, other=0.0).to(tl.float32)
-            b_probe = tl.load(probe + o_h * probe_stride_0, mask=in_row, other=0.0).to(tl.float32)
+            at_hidden = p_hidden_states + i_token * hidden_states_stride_0
+            b_x = tl.load(at_hidden + o_h * hidden_states_stride_1, mask=in_row, other=0.0).to(tl.float32)
+            b_probe = tl.load(p_probe + o_h * probe_stride_0, mask=in_row, other=0.0).to(tl.float32)
             y = opening(tl.sum(b_x * b_probe, 0), threshold, sharpness, active)
-            tl.store(p_tier, tier * y)
+            tl.store(at_tier, tier * y)
             if gate_rows:
-                tl.store(p_gate, gate * decode_only(y, decode))
+                tl.store(at_gate, gate * decode_only(y, decode))

@@ -1,0 +1,112 @@
+"""The kernels on a machine without a GPU: their numbers in Triton's interpreter, and their machine code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ops_cases import monitor_case, steering_case
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from ops_triton import RecordedKernel, recorded, resource_usage
+
+from trimtab.ops import MonitorOpArgs, SteeringOpArgs
+from trimtab.ops.kernels import apply_steering as apply_module
+from trimtab.ops.kernels import steering_monitor as monitor_module
+
+HERE = Path(__file__).parent
+ARCHITECTURES = [80, 90, 100]
+# A multiprocessor has 64K registers and 2048 threads: at 64 a thread half of the threads are resident, which keeps
+# enough loads in flight. A 16384-wide row holds 32 elements per thread and may use 128, the most 512 threads can have.
+MOST_REGISTERS = {1: 64, 100: 64, 2048: 64, 2880: 64, 4096: 64, 8192: 64, 16384: 128}
+
+
+def test_interpreted_kernels_equal_the_oracle() -> None:
+    run = subprocess.run(
+        [sys.executable, HERE / "interpreted_kernels.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.strip() == "64 steering cases, 6 layouts, 12 monitor cases equal the oracle"
+
+
+def launched(args: SteeringOpArgs, *, in_place: bool) -> RecordedKernel:
+    with recorded(apply_module, "apply_steering_kernel") as kernel:
+        out = args.hidden_states if in_place else torch.empty_like(args.hidden_states)
+        apply_module.launch_apply_steering(args, out)
+    return kernel
+
+
+def launched_monitor(args: MonitorOpArgs) -> RecordedKernel:
+    with recorded(monitor_module, "steering_monitor_kernel") as kernel:
+        monitor_module.launch_steering_monitor(args)
+    return kernel
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("width", MOST_REGISTERS)
+def test_every_variant_compiles_without_spills_and_within_its_registers(architecture: int, width: int) -> None:
+    for row_monitor in (False, True):
+        args = steering_case(4, width, dtype=torch.bfloat16, row_monitor=row_monitor)
+        for in_place in (False, True):
+            kernel = launched(args, in_place=in_place)
+            usage = resource_usage(kernel.build(kernel.launches[0], architecture))
+            assert usage["REG"] <= MOST_REGISTERS[width], (row_monitor, in_place)
+            assert usage["STACK"] == usage["LOCAL"] == 0, (row_monitor, in_place)
+    monitor = launched_monitor(monitor_case(4, width, dtype=torch.bfloat16))
+    usage = resource_usage(monitor.build(monitor.launches[0], architecture))
+    assert usage["REG"] <= MOST_REGISTERS[width]
+    assert usage["STACK"] == usage["LOCAL"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_are_loaded_and_stored_sixteen_bytes_at_a_time_and_hidden_states_once(dtype: torch.dtype) -> None:
+    args = steering_case(4, 4096, dtype=dtype, row_monitor=True)
+    kernel = launched(args, in_place=True)
+    assembly = kernel.build(kernel.launches[0], 90).asm["ptx"]
+    loads = -(-4096 * dtype.itemsize // (kernel.launches[0]["num_warps"] * 32 * 16))  # per thread, to cover a row once
+    wide = 4096 * 4 // (kernel.launches[0]["num_warps"] * 32 * 16)  # the float32 vectors: two probes and the tier
+    assert assembly.count("st.global.v4") == loads
+    assert assembly.count("ld.global.v4") == 2 * loads + 3 * wide  # hidden and table, then the float32 vectors
+
+
+def test_kernels_name_every_tensor_of_their_tuple() -> None:
+    def pointers(kernel: Any) -> list[str]:
+        return [name.removeprefix("p_") for name in kernel.arg_names if name.startswith("p_")]
+
+    assert sorted(pointers(apply_module.apply_steering_kernel)) == sorted((*SteeringOpArgs._fields, "out"))
+    assert sorted(pointers(monitor_module.steering_monitor_kernel)) == sorted(MonitorOpArgs._fields)
+
+
+def test_launch_passes_tensors_and_strides_under_their_own_names() -> None:
+    args = steering_case(4, 16, row_monitor=True)
+    args = args._replace(
+        hidden_states=torch.zeros(4, 48)[:, ::3],
+        steering_row_gate=torch.zeros(4, 5)[:, 2],
+        steering_monitor_row_params=torch.zeros(5, 7)[:, :4:2],
+    )
+    given = launched(args, in_place=True).launches[0]
+    for field in SteeringOpArgs._fields:
+        assert given[f"p_{field}"] is getattr(args, field)
+    strides = {name: value for name, value in given.items() if "_stride_" in name}
+    assert strides["hidden_states_stride_0"] == 48
+    assert strides["hidden_states_stride_1"] == 3
+    assert strides["steering_row_gate_stride_0"] == 5
+    assert strides["steering_monitor_row_params_stride_0"] == 7
+    assert strides["steering_monitor_row_params_stride_1"] == 2
+    assert strides["steering_index_stride_0"] == 1
+
+
+def test_one_token_of_any_layout_runs_the_variant_of_many() -> None:
+    many, one, odd = (steering_case(n, 32) for n in (4, 1, 1))
+    odd = odd._replace(hidden_states=torch.zeros(32, 1).t())
+    assert odd.hidden_states.stride() == (1, 1)
+    keys = [launched(args, in_place=True).keys for args in (many, one, odd)]
+    assert keys[0] == keys[1] == keys[2]
