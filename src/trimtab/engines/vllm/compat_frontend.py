@@ -205,28 +205,29 @@ def _patch_handler(handler_class: Any, method: str) -> None:
 
 
 def _patch_tokens_handler() -> None:
-    # Why: this door takes sampling parameters as they are and may stream. Until: as for `to_sampling_params`.
-    if (handler_class := _find(*TOKENS_HANDLER[:2])) is None:
+    # Why: this door takes sampling parameters as they are, may stream, and its request model drops unknown fields, so a
+    # top-level "steering" would be ignored without a word. Until: as for `to_sampling_params`.
+    if (handler_class := _find(*TOKENS_HANDLER[:2], required=False)) is None:
         return
-    original = _take(handler_class, TOKENS_HANDLER[2], ["self", "request"])
+    original = _take(handler_class, TOKENS_HANDLER[2], ["self", "request", "raw_request"])
     if original is None:
         return
 
     @functools.wraps(original)
-    async def serve_tokens(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if FIELD in (getattr(request, "model_extra", None) or {}):
-            doors.refuse(SteeringError(FIELD, "this endpoint takes it as sampling_params.extra_args.steering"))
-        given = (request.sampling_params.extra_args or {}).get(FIELD)
+    async def serve_tokens(self: Any, request: Any, raw_request: Any = None) -> Any:
+        given = await _top_level(raw_request)
+        inner = (request.sampling_params.extra_args or {}).get(FIELD)
+        given = doors.one_of(given, inner, "sampling_params.extra_args")
         request.sampling_params = doors.admit_http(request.sampling_params, given)
-        return await original(self, request, *args, **kwargs)
+        return await original(self, request, raw_request)
 
     _put(handler_class, TOKENS_HANDLER[2], serve_tokens)
 
 
 def _patch_messages_handler() -> None:
-    # Why: its request model drops unknown fields, so a top-level "steering" would be ignored without a word.
+    # Why: its request model drops unknown fields too; what it does hand on, from 0.32 on, is vllm_xargs.
     # Until: the model keeps them.
-    if (handler_class := _find(*MESSAGES_HANDLER[:2])) is None:
+    if (handler_class := _find(*MESSAGES_HANDLER[:2], required=False)) is None:
         return
     original = _take(handler_class, MESSAGES_HANDLER[2], ["self", "request", "raw_request"])
     if original is None:
@@ -234,17 +235,21 @@ def _patch_messages_handler() -> None:
 
     @functools.wraps(original)
     async def create_messages(self: Any, request: Any, raw_request: Any = None) -> Any:
-        body = {} if raw_request is None else await raw_request.json()  # parsed already; kept by the request
-        if (given := body.get(FIELD)) is not None:
+        given = await _top_level(raw_request)
+        if given is not None:
             if "vllm_xargs" not in type(request).model_fields:
                 doors.refuse(SteeringError(FIELD, "this version of vLLM cannot pass it on from /v1/messages"))
             xargs = request.vllm_xargs or {}
-            if FIELD in xargs:
-                doors.refuse(SteeringError(FIELD, "given twice, at the top of the body and in vllm_xargs"))
+            doors.one_of(given, xargs.get(FIELD), "vllm_xargs")
             request.vllm_xargs = {**xargs, FIELD: json.dumps(given)}
         return await original(self, request, raw_request)
 
     _put(handler_class, MESSAGES_HANDLER[2], create_messages)
+
+
+async def _top_level(raw_request: Any) -> Any:
+    # The body is parsed already, and kept by the request.
+    return None if raw_request is None else (await raw_request.json()).get(FIELD)
 
 
 def _patch_offline_beam_search() -> None:

@@ -43,11 +43,15 @@ def set_current_front_end(front_end: FrontEnd | None) -> None:
 def given_by(request: Any) -> Any:
     """What an HTTP request says as `steering`: at the top of its body, or in `vllm_xargs`."""
     top = (request.model_extra or {}).get(FIELD)
-    inner = (getattr(request, "vllm_xargs", None) or {}).get(FIELD)
+    return one_of(top, (getattr(request, "vllm_xargs", None) or {}).get(FIELD), "vllm_xargs")
+
+
+def one_of(top: Any, inner: Any, place: str) -> Any:
+    """What is given at the top of a body or in an inner `place`; refused where it is given in both."""
     if top is not None and inner is not None:
         if (front_end := current_front_end()) is not None:
             front_end.refuse("twice")
-        refuse(SteeringError(FIELD, "given twice, at the top of the body and in vllm_xargs"))
+        refuse(SteeringError(FIELD, f"given twice, at the top of the body and in {place}"))
     return inner if top is None else top
 
 

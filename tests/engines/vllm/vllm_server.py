@@ -1,0 +1,154 @@
+"""For server tests: a tiny model with a tokenizer, its oracle, and a real `vllm serve` process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LAYERS, WIDTH, VOCABULARY = 4, 64, 256
+
+KEY = "a-secret-key"
+
+
+def make_model(path: Path) -> None:
+    """A random Llama whose tokens are words, `w3` to `w255`, with a chat template that joins the messages."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.15)
+        model.lm_head.weight[:3] = 0  # never the most likely: texts hold words alone
+    model.save_pretrained(path)
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}w3"
+    fast.save_pretrained(path)
+
+
+class Oracle:
+    """Greedy decoding by Transformers, a plain hook on each layer adding what the phase of each position asks for."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = LlamaForCausalLM.from_pretrained(path).float().eval()
+
+    def words(
+        self,
+        prompt: str,
+        count: int,
+        prefill: Mapping[int, np.ndarray] | None = None,
+        decode: Mapping[int, np.ndarray] | None = None,
+    ) -> str:
+        """`count` words after `prompt`; `prefill` and `decode` map a layer to what is added where it ends."""
+        tokens = [int(word[1:]) for word in prompt.split()]
+        boundary = len(tokens)
+        handles = [
+            layer.register_forward_hook(self._hook(boundary, (prefill or {}).get(index), (decode or {}).get(index)))
+            for index, layer in enumerate(self._model.model.layers)
+        ]
+        try:
+            for _ in range(count):  # without a KV cache: every position is computed under its own phase, every time
+                with torch.no_grad():
+                    logits = self._model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+                tokens.append(int(logits.argmax()))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return " ".join(f"w{token}" for token in tokens[boundary:])
+
+    @staticmethod
+    def _hook(boundary: int, prefill: np.ndarray | None, decode: np.ndarray | None):
+        def hook(module, args, output):
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            if prefill is not None:
+                hidden[:, :boundary] += torch.from_numpy(np.asarray(prefill, dtype=np.float32))
+            if decode is not None:
+                hidden[:, boundary:] += torch.from_numpy(np.asarray(decode, dtype=np.float32))
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+
+class Server:
+    """A `vllm serve` process on the CPU, model runner V1 unless the environment says otherwise."""
+
+    def __init__(self, model: Path, *flags: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        settings = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
+            **(environment or {}),
+        }
+        settings.pop("VLLM_PLUGINS", None)
+        command = [
+            str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", "tiny",
+            "--host", "127.0.0.1", "--port", str(self.port), "--api-key", KEY,
+            "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--block-size", "32",
+            "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16", *flags,
+        ]  # fmt: skip
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=settings)
+
+    def wait(self, timeout: float = 240) -> None:
+        """Return once the server answers; raises with the end of its log if it does not."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.3)
+        tail = self.log.read_text(errors="replace")[-6000:]
+        self.stop()
+        raise RuntimeError(f"the server did not start:\n{tail}")
+
+    def client(self) -> httpx.Client:
+        """A client that knows the key."""
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+
+    def stop(self, timeout: float = 60) -> list[str]:
+        """Ask the server to end; returns the command lines of processes that outlived it, which are then killed."""
+        if self.process.poll() is not None:
+            return []
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        left = []
+        for process in alive:
+            try:
+                left.append(" ".join(process.cmdline()))
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        return left
