@@ -62,6 +62,24 @@ def test_a_row_that_has_ended_is_padding_and_no_longer_steered(llama):
     assert steered.tolist() == [5 + stop, 2 + 5]  # the receipt's counts: the end token and what follows it are not
 
 
+def test_an_end_token_inside_a_prompt_ends_nothing(llama):
+    prompts = [[5, 95, 3, 95], [7, 8]]
+    with SteeredModel(llama) as model:
+        added = watch_steering(llama, 0)
+        out = model.generate(prompts, spec(PUSH), max_new_tokens=2, eos_token_id=95)
+    assert 95 not in out[0].token_ids
+    assert torch.cat(added, dim=1).any(-1).sum(1).tolist() == [4 + 1, 2 + 1]
+
+
+def test_a_model_in_training_mode_generates_without_dropout():
+    model = FAMILIES["gpt2"].model()  # with dropout probabilities of 0.1
+    with SteeredModel(model) as steered:
+        expected = steered.generate(PROMPTS, [spec(PUSH), None, None], max_new_tokens=6)
+        model.train()
+        assert steered.generate(PROMPTS, [spec(PUSH), None, None], max_new_tokens=6) == expected
+        assert model.training
+
+
 def test_receipts_say_what_was_steered_where_and_in_which_phase(llama):
     with SteeredModel(llama) as model:
         out = model.generate(PROMPTS, [spec(PUSH), None, spec(DECODE)], max_new_tokens=4)

@@ -149,8 +149,6 @@ class SteeredModel:
         wanted = [as_site(site) for site in sites]
         if not wanted or batch_size < 1:
             raise SteeringError("sites" if not wanted else "batch_size", "at least one is needed")
-        for site in wanted:
-            self._map.tap(site)
         results: list[dict[Site, npt.NDArray[np.float32]]] = []
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
