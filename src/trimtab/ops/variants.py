@@ -38,6 +38,11 @@ def watch(kernel: Any) -> None:
     _watched[kernel.__name__] = (kernel, variant_keys(kernel))
 
 
+def pause(kernel: Any) -> None:
+    """Warm-up of `kernel` begins: variants compiled until `watch` are expected."""
+    _watched.pop(kernel.__name__, None)
+
+
 def note_launch(kernel: Any) -> None:
     """To be called after each launch: counts and logs the variants that a watched kernel has gained."""
     global _late

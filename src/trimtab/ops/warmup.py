@@ -22,7 +22,7 @@ from trimtab.ops.buffers import (
     steering_op_args,
 )
 from trimtab.ops.library import kernels_serve
-from trimtab.ops.variants import compiled_variants, late_variants, watch
+from trimtab.ops.variants import compiled_variants, late_variants, pause, watch
 from trimtab.sites import HookPoint
 
 __all__ = ["compiled_variants", "late_variants", "warmup_apply_steering_kernel", "warmup_steering_monitor_kernel"]
@@ -116,6 +116,7 @@ def _warm(
     launches: Callable[[nn.Module, HookPoint, Tensor], None],
 ) -> int:
     started, before = time.perf_counter(), compiled_variants(kernel)
+    pause(kernel)
     tokens = sorted({size for size in sizes if size > 0})
     with torch.no_grad():
         for module, hook in sites:
