@@ -1,5 +1,7 @@
 """A program: the canonical sum of a phase, its row, and what tells rows and tokens apart."""
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -99,3 +101,22 @@ def test_sites_of_both_phases_are_listed_in_forward_order() -> None:
     assert [str(site) for site in steering.sites] == ["mlp_out:0", "pre_attn:1", "post_block:1"]
     assert steering.program(Phase.PREFILL) is steering.prefill
     assert steering.identity(Phase.DECODE) == steering.decode.identity
+
+
+def test_merged_scales_are_summed_exactly_in_any_order() -> None:
+    scales = [0.1, 0.2, 0.3, 1e15, -1e15]
+    for turn in range(len(scales)):
+        turned = scales[turn:] + scales[:turn]
+        program = PhaseProgram.of([*(Term(vector(1), scale) for scale in turned), Term(vector(2), 1.0)])
+        assert [term.scale for term in program.terms if term.vector == vector(1)] == [math.fsum(scales)]
+
+
+def test_a_row_is_rounded_once() -> None:
+    a, b = [0.1, 0.2, 1e-3, 7.3, -5.5], [0.3, -0.2, 1e3, 1e-5, 5.5]
+    program = PhaseProgram.of([Term(vector(1, *a), 0.1), Term(vector(1, *b), 0.7)])
+    exact = [
+        Fraction(float(np.float32(x))) * Fraction(0.1) + Fraction(float(np.float32(y))) * Fraction(0.7)
+        for x, y in zip(a, b, strict=True)
+    ]
+    expected = np.array([float(value) for value in exact], np.float64).astype(np.float32)
+    np.testing.assert_array_equal(program.row([Site(1, HookPoint.POST_BLOCK)])[0], expected)

@@ -20,6 +20,7 @@ from trimtab.sites import ModelSites, Phase
 from trimtab.spec_errors import translate
 from trimtab.spec_fields import Layers, Number, ProbeSource, Source
 from trimtab.vectors.inline import MAX_INLINE_BYTES
+from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import summary, with_suggestions
 
@@ -150,12 +151,13 @@ class Steering(_Model):
         self,
         vectors: Mapping[str, SteeringVector],
         model: ModelSites,
-        probes: Mapping[str, SteeringVector] | None = None,
+        probes: Mapping[str, Probe] | None = None,
     ) -> ResolvedSteering:
         """The programs that an engine serving `model` runs, names being looked up in `vectors`.
 
-        `probes` are the directions that a gate may name; None says that the engine serves no gates. Raises
-        `SteeringError` for unknown names, for sites and widths that the model does not have, and for sums out of range.
+        Raises `SteeringError` for unknown names, for sites and widths that the model does not have, and for sums out of
+        range. `probes` is the catalogue to which a gate's probe belongs; no engine serves gates as yet, so a gate is
+        refused whatever it holds.
         """
         terms = self._terms(vectors, probes)
         for index, term in enumerate(terms):
@@ -167,16 +169,17 @@ class Steering(_Model):
         self,
         phase: Phase | str,
         vectors: Mapping[str, SteeringVector] | None = None,
-        probes: Mapping[str, SteeringVector] | None = None,
+        probes: Mapping[str, Probe] | None = None,
     ) -> str:
         """Hex digest of all that changes the KV of that phase's tokens; "" where the spec leaves them unsteered."""
         return self._programs(self._terms(vectors or {}, probes)).identity(Phase(phase))
 
-    def _terms(self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, SteeringVector] | None) -> list[Term]:
+    def _terms(self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, Probe] | None) -> list[Term]:
         terms: list[Term] = []
         for index, step in enumerate(self.interventions):
             path = f"interventions[{index}]"
             if step.gate is not None:
+                # The place to bind a gate: its probe found in `probes`, the pair kept apart from the ungated terms.
                 raise SteeringError(f"{path}.gate", "this engine serves no gates: leave the gate out")
             term = step.term(vectors, path)
             if terms and term.vector.hidden_size != terms[0].vector.hidden_size:
