@@ -5,14 +5,18 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+import trimtab.spec
+from trimtab.errors import SteeringError
+from trimtab.program import Term
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
-from trimtab.spec import Add, Gate, Steering
+from trimtab.spec import Add, Gate, Intervention, Steering
 from trimtab.vectors import SteeringVector
 
 H = 8
@@ -152,3 +156,24 @@ def test_a_spec_can_be_copied_and_its_vectors_are_shared() -> None:
 def test_the_request_format_does_not_load_torch() -> None:
     code = "import sys, trimtab.spec, trimtab.wire, trimtab.vectors.files; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_new_kind_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(Intervention):
+        kind: Literal["twice"] = "twice"
+
+        def term(self, vectors: Mapping[str, SteeringVector], path: str) -> Term:
+            vector, reference = self.narrowed_vector(vectors, path)
+            return Term(vector, 2.0, reference)
+
+    monkeypatch.setattr(trimtab.spec, "KINDS", (Add, Twice))
+
+    class Wider(Steering):  # reads the kinds anew, as the module does when it is imported
+        pass
+
+    both = Wider.parse({"interventions": [{"kind": "twice", "vector": "calm"}, {"kind": "add", "vector": "calm"}]})
+    assert both.resolve(NAMES, MODEL).decode.coefficient == 3.0
+    with pytest.raises(SteeringError, match=r"interventions\[0\]\.kind: unknown kind 'tice', did you mean 'twice'"):
+        Wider.parse({"interventions": [{"kind": "tice", "vector": "calm"}]})
+    with pytest.raises(SteeringError, match=r"interventions\[0\]\.scale: unknown key"):
+        Wider.parse({"interventions": [{"kind": "twice", "vector": "calm", "scale": 1.0}]})

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from trimtab.errors import SteeringError
-from trimtab.vectors.inline import pack, parse_inline
+from trimtab.vectors.inline import MAX_LAYERS, pack, parse_inline
 from trimtab.vectors.values import LARGEST_FLOAT32
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown, summary
@@ -47,12 +47,16 @@ def _layers(value: Any) -> tuple[int, ...]:
         raise SteeringError("", f"got {type(value).__name__}, want a list of layers")
     if not value:
         raise SteeringError("", "is empty, so nothing would be steered: name a layer or leave it out")
+    if len(value) > MAX_LAYERS:
+        raise SteeringError("", f"has {len(value)} layers, at most {MAX_LAYERS} are allowed")
+    seen: set[int] = set()
     for index, layer in enumerate(value):
         if isinstance(layer, (bool, np.bool_)) or not isinstance(layer, (int, np.integer)) or layer < 0:
             raise SteeringError(f"[{index}]", f"got {shown(layer)}, want a layer, a whole number from 0")
-        if layer in value[:index]:
+        if layer in seen:
             raise SteeringError(f"[{index}]", f"layer {layer} is given twice")
-    return tuple(sorted(map(int, value)))
+        seen.add(int(layer))
+    return tuple(sorted(seen))
 
 
 def _dump_source(value: str | SteeringVector) -> Any:

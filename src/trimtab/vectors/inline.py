@@ -30,6 +30,8 @@ except ImportError:
 
 MAX_INLINE_BYTES = 16 << 20  # float32 bytes in one vector: five hooks in 80 layers of width 8192 take 13 MiB
 
+MAX_LAYERS = 1024  # more than any model has: it bounds the work that a request can ask for
+
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _PACKED_KEYS = ("dtype", "shape", "layer_indices", "data")
 
@@ -134,15 +136,17 @@ def _float16_values() -> FloatArray:
 
 
 def _listed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatArray]:
+    _check_size(len(body), 1, hook)
     if not body:
         raise SteeringError(hook, "has no layers: want {layer: [numbers]} or a packed array")
     layers: list[int] = []
     rows: list[FloatArray] = []
     for key, numbers in body.items():
         path = f"{hook}.{key!s:.80}"
-        layers.append(_layer_key(key, path))
-        if layers[-1] in layers[:-1]:
-            raise SteeringError(path, f"layer {layers[-1]} is given twice")
+        layer = _layer_key(key, path)
+        if layer in layers:
+            raise SteeringError(path, f"layer {layer} is given twice")
+        layers.append(layer)
         if hasattr(numbers, "__len__"):
             _check_size(len(body), len(numbers), path)
         rows.append(as_direction(numbers, path))
@@ -175,6 +179,8 @@ def _layers(value: Any, path: str) -> list[int]:
 
 
 def _check_size(count: int, width: int, path: str) -> None:
+    if count > MAX_LAYERS * len(HookPoint):
+        raise SteeringError(path, f"{count} sites are too many: no model has {MAX_LAYERS} layers")
     if count * width * 4 > MAX_INLINE_BYTES:
         limit = f"at most {MAX_INLINE_BYTES // 4} numbers may be sent with a request; register the vector instead"
         raise SteeringError(path, f"{count} x {width} numbers are too many: {limit}")

@@ -209,7 +209,7 @@ class SteeringVector:
         if (known := self._narrowed.get(wanted)) is not None:
             return known
         mine = self.layers
-        missing = [layer for layer in wanted if layer not in mine]
+        missing = sorted(set(wanted).difference(mine))
         if missing or not wanted:
             given = f"layer {missing[0]} is not among its layers" if missing else "no layer is given; its layers are"
             raise SteeringError("layers", f"{given} {summary(mine)}")
