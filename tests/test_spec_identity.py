@@ -96,7 +96,7 @@ def test_an_identity_is_the_same_for_names_json_and_two_halves(steps: list[dict[
 
 
 @given(specs, specs)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_specs_of_different_effect_have_different_identities(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
     for phase in ("prefill", "decode"):
         first, second = (Steering.parse(spec(steps)).identity(phase) for steps in (a, b))
