@@ -1,0 +1,295 @@
+"""Microseconds per steering call on a GPU, against a device copy and a straightforward kernel; and the traced form.
+
+    PYTHONPATH=src python3 benchmarks/ops.py --json benchmarks/results/ops.json
+    PYTHONPATH=src python3 benchmarks/ops.py --tune --json tune.json     # times choices of launch sizes instead
+
+Every number is taken inside a CUDA graph of 32 distinct sites (distinct hidden states, tables, probes and outputs, so
+nothing but the shared vectors stays in a cache), divided by 32.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from baseline_kernel import baseline_apply_steering
+from gpu_timing import captured, machine, microseconds
+from trimtab.ops import (
+    ROWS_ONLY,
+    Emission,
+    MonitorOpArgs,
+    SteeringBuffers,
+    SteeringOpArgs,
+    Terms,
+    emit,
+    monitor_op_args,
+    set_emission,
+    steering_op_args,
+)
+from trimtab.ops.kernels.apply_steering import launch_apply_steering
+from trimtab.ops.kernels.launch import Launch, multiprocessors
+from trimtab.sites import HookPoint, Site
+
+SITES, ROWS = 32, 65
+WIDTHS, TOKENS = (2048, 4096, 8192), (1, 16, 64, 256, 2048, 8192)
+POST = HookPoint.POST_BLOCK
+DTYPE = torch.bfloat16
+apply, apply_in_place = torch.ops.trimtab.apply_steering, torch.ops.trimtab.apply_steering_
+SCENARIOS = ("idle", "rows", "sparse", "monitor", "row monitor")
+
+
+class Bench:
+    """32 sites of one width, and the contents of each scenario."""
+
+    def __init__(self, width: int, tokens: int, *, row_monitor: bool) -> None:
+        sites = [Site(layer, POST) for layer in range(SITES)]
+        self.buffers = SteeringBuffers(
+            sites, hidden_size=width, max_rows=ROWS, max_tokens=tokens, dtype=DTYPE, device="cuda",
+            row_monitor=row_monitor,
+        )  # fmt: skip
+        self.hidden = torch.randn(SITES, tokens, width, device="cuda", dtype=DTYPE)
+        self.out = torch.empty_like(self.hidden)
+        self.args: list[SteeringOpArgs] = []
+        self.monitor_args: list[MonitorOpArgs] = []
+        for number, site in enumerate(sites):
+            module = nn.Module()
+            self.buffers.attach(module, site)
+            self.args.append(steering_op_args(module, POST, self.hidden[number]))
+            self.monitor_args.append(monitor_op_args(module, POST, self.hidden[number]))
+        self.tokens = tokens
+
+    def set(self, scenario: str) -> None:
+        """Fill the buffers: small rows, so that repeated in-place calls do not run away."""
+        b = self.buffers
+        b.any_active.fill_(scenario != "idle")
+        b.table[:, 1:].normal_(std=1e-3)
+        b.index.copy_(torch.randint(1, ROWS, (self.tokens,)))
+        if scenario == "sparse":  # one token in eight is steered
+            b.index[torch.arange(self.tokens, device="cuda") % 8 != 0] = 0
+        b.row_gate.fill_(1.0)
+        b.decode_mask.fill_(1.0)
+        b.token_scales.fill_(0.5 if scenario == "monitor" else 0.0)
+        b.dynamic_vec.normal_(std=1e-3)
+        b.monitor_active.fill_(scenario == "monitor")
+        b.monitor_probe.normal_(std=1e-2)
+        b.monitor_params[:] = torch.tensor([0.0, 1.0, 1.0], device="cuda")
+        b.row_monitor_active.fill_(scenario == "row monitor")
+        if scenario == "row monitor":
+            b.row_probes[:, 1:].normal_(std=1e-2)
+            b.row_params[..., 0] = 0.0
+
+    def verify(self) -> None:
+        """The baseline must compute what we compute, or it is no baseline."""
+        baseline_apply_steering(self.args[0], self.out[0])
+        torch.testing.assert_close(apply(*self.args[0]), self.out[0], rtol=2**-6, atol=1e-5)
+
+    def each(self, call: Callable[[int], object]) -> torch.cuda.CUDAGraph:
+        return captured(lambda: [call(site) for site in range(SITES)])
+
+
+def operator_rows(widths: tuple[int, ...], sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One record per width, number of tokens and scenario."""
+    records = []
+    for width, tokens, row_monitor in itertools.product(widths, sizes, (False, True)):
+        bench = Bench(width, tokens, row_monitor=row_monitor)
+        for scenario in ("idle", "sparse", "monitor", "row monitor" if row_monitor else "rows"):
+            bench.set(scenario)
+            bench.verify()
+        graphs = {
+            "copy": bench.each(lambda s, b=bench: b.out[s].copy_(b.hidden[s])),
+            "baseline": bench.each(lambda s, b=bench: baseline_apply_steering(b.args[s], b.out[s])),
+            "out of place": bench.each(lambda s, b=bench: apply(*b.args[s])),
+            "in place": bench.each(lambda s, b=bench: apply_in_place(*b.args[s])),
+        }
+        for scenario in SCENARIOS if row_monitor else SCENARIOS[:-1]:
+            if row_monitor and scenario not in ("rows", "row monitor"):
+                continue
+            bench.set(scenario)
+            name = "rows, row monitor off" if row_monitor and scenario == "rows" else scenario
+            records.append({"H": width, "N": tokens, "scenario": name} | microseconds(graphs, SITES))
+        if not row_monitor:
+            monitor = bench.each(lambda s, b=bench: torch.ops.trimtab.steering_monitor(*b.monitor_args[s]))
+            bench.set("rows")
+            idle = microseconds({"steering_monitor": monitor}, SITES)
+            records.append({"H": width, "N": tokens, "scenario": "steering_monitor idle"} | idle)
+            bench.set("monitor")
+            bench.buffers.monitor_params[:, 0] = -1e30  # a gate of exactly 1: replays leave the factors as they are
+            active = microseconds({"steering_monitor": monitor}, SITES, rounds=3)
+            records.append({"H": width, "N": tokens, "scenario": "steering_monitor"} | active)
+        del graphs, bench
+        torch.cuda.empty_cache()
+    return records
+
+
+def tuning_rows() -> list[dict[str, Any]]:
+    """Every choice of warps, register bound and programs per multiprocessor, for the widths and sizes that matter."""
+    records = []
+    many = multiprocessors(torch.device("cuda", 0))
+    for width, tokens in itertools.product(WIDTHS, (1, 64, 256, 2048, 8192)):
+        for row_monitor in (False, True):
+            bench = Bench(width, tokens, row_monitor=row_monitor)
+            graphs = {}
+            for per_thread, registers, resident, in_place in itertools.product(
+                (8, 16, 32), (None, 64), (32, 64, None), (True, False)
+            ):
+                warps = width // per_thread // 32
+                if warps < 2 or (registers and per_thread != 16) or (warps == 32 and per_thread == 32):
+                    continue
+                programs = tokens if resident is None else min(tokens, many * max(1, resident // warps))
+                if resident is not None and programs == tokens and resident != 64:
+                    continue  # the same launch as another choice
+                if resident is None and tokens <= many * max(1, 64 // warps):
+                    continue
+                sizes = Launch(width, warps, registers, programs)
+                name = f"{'in' if in_place else 'out'} w{warps} r{registers or '-'} p{resident or 'all'}"
+                graphs[name] = bench.each(
+                    lambda s, b=bench, z=sizes, i=in_place: launch_apply_steering(
+                        b.args[s], b.args[s].hidden_states if i else b.out[s], z
+                    )
+                )
+            graphs["copy"] = bench.each(lambda s, b=bench: b.out[s].copy_(b.hidden[s]))
+            for scenario in ("rows", "row monitor") if row_monitor else ("idle", "rows"):
+                bench.set(scenario)
+                timed = microseconds(graphs, SITES, rounds=3, budget_ms=0.7)
+                name = "rows, row monitor off" if row_monitor and scenario == "rows" else scenario
+                records.append({"H": width, "N": tokens, "scenario": name, "choices": timed})
+            del graphs, bench
+            torch.cuda.empty_cache()
+    return records
+
+
+LAYERS = 8
+
+
+class Stack(nn.Module):
+    """What a decoder does around a site: matmul, residual add, RMSNorm; the residual is steered."""
+
+    def __init__(self, width: int, mode: Emission | None, buffers: SteeringBuffers, in_place: bool = False) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.empty(width, width, device="cuda", dtype=DTYPE) for _ in range(LAYERS))
+        self.norm = nn.Parameter(torch.ones(width, device="cuda", dtype=DTYPE))
+        self.sites = nn.ModuleList(nn.Module() for _ in range(LAYERS))
+        self.in_place = in_place
+        if mode is not None:
+            for site, module in zip(buffers.sites, self.sites, strict=True):
+                buffers.attach(module, site)
+                set_emission(module, mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        for weight, site in zip(self.weights, self.sites, strict=True):
+            residual = emit(site, POST, residual + x @ weight, in_place=self.in_place)
+            wide = residual.float()
+            x = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(DTYPE) * self.norm
+        return x + residual
+
+
+@torch.no_grad()
+def traced_rows(width: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Microseconds per layer that steering adds to a compiled stack, for the traced form and for the operator."""
+    sites = [Site(layer, POST) for layer in range(LAYERS)]
+
+    def owner(row_monitor: bool) -> SteeringBuffers:
+        buffers = SteeringBuffers(
+            sites, hidden_size=width, max_rows=ROWS, max_tokens=max(sizes), dtype=DTYPE, device="cuda",
+            row_monitor=row_monitor,
+        )  # fmt: skip
+        buffers.any_active.fill_(True)
+        buffers.table[:, 1:].normal_(std=1e-3)
+        buffers.index.copy_(torch.randint(1, ROWS, (max(sizes),)))
+        if row_monitor:
+            buffers.row_monitor_active.fill_(True)
+            buffers.row_probes[:, 1:].normal_(std=1e-2)
+        return buffers
+
+    plain, gated = owner(False), owner(True)
+    rows_and_row_monitor = Terms(tier=False, monitor=False, row_monitor=True)
+    stacks = {
+        "unsteered": Stack(width, None, plain),
+        "traced rows": Stack(width, Emission(traced=True, terms=ROWS_ONLY), plain),
+        "traced row monitor": Stack(width, Emission(traced=True, terms=rows_and_row_monitor), gated),
+        "operator rows": Stack(width, Emission(), plain),
+        "operator in place, rows": Stack(width, Emission(), plain, in_place=True),
+        "operator row monitor": Stack(width, Emission(), gated),
+    }
+    for weights in zip(*(stack.weights for stack in stacks.values()), strict=True):
+        weights[0].normal_(std=width**-0.5)
+        for weight in weights[1:]:
+            weight.data = weights[0].data
+    compiled = {}
+    for name, stack in stacks.items():
+        torch._dynamo.reset()
+        compiled[name] = torch.compile(stack, fullgraph=True, dynamic=True)
+        compiled[name](torch.randn(max(sizes), width, device="cuda", dtype=DTYPE))
+    records = []
+    for tokens in sizes:
+        x = torch.randn(tokens, width, device="cuda", dtype=DTYPE)
+        graphs = {name: captured(lambda f=f, x=x: f(x)) for name, f in compiled.items()}
+        records.append({"H": width, "N": tokens} | microseconds(graphs, LAYERS, rounds=25, budget_ms=2.0))
+    return records
+
+
+def print_operators(records: list[dict[str, Any]]) -> None:
+    print(f"{'H':>5} {'N':>5} {'scenario':<24}{'copy':>8}{'baseline':>10}{'out of pl.':>11}{'in place':>10}  in/copy")
+    for r in records:
+        if "copy" in r:
+            ratio = r["in place"] / r["copy"]
+            print(f"{r['H']:>5} {r['N']:>5} {r['scenario']:<24}{r['copy']:>8.2f}{r['baseline']:>10.2f}"
+                  f"{r['out of place']:>11.2f}{r['in place']:>10.2f}{ratio:>9.2f}")  # fmt: skip
+        else:
+            print(f"{r['H']:>5} {r['N']:>5} {r['scenario']:<24}{'':>29}{r['steering_monitor']:>10.2f}")
+
+
+def print_traced(records: list[dict[str, Any]]) -> None:
+    for r in records:
+        base = r["unsteered"]
+        added = ", ".join(f"{k} {v - base:+.2f}" for k, v in r.items() if k not in ("H", "N", "unsteered"))
+        print(f"per layer at H={r['H']} N={r['N']}: unsteered {base:.2f} us; added: {added}")
+
+
+def print_tuning(records: list[dict[str, Any]]) -> None:
+    for r in records:
+        choices = dict(r["choices"])
+        copy = choices.pop("copy")
+        for form in ("in", "out"):
+            best = sorted((t, name) for name, t in choices.items() if name.startswith(form + " "))
+            line = "  ".join(f"{name.split(' ', 1)[1]}={t:.2f}" for t, name in best[:4])
+            print(f"H={r['H']} N={r['N']} {r['scenario']} [{form}] copy={copy:.2f}: {line} .. {best[-1][0]:.2f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--tune", action="store_true", help="time choices of launch sizes instead")
+    parser.add_argument("--quick", action="store_true", help="H = 4096 alone")
+    parser.add_argument("--no-traced", action="store_true", help="leave the compiled stacks out")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    result: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv)}
+    print(result["machine"])
+    if options.tune:
+        result["tuning"] = tuning_rows()
+        print_tuning(result["tuning"])
+    else:
+        result["operators"] = operator_rows(WIDTHS[1:2] if options.quick else WIDTHS, TOKENS)
+        print_operators(result["operators"])
+    if not options.no_traced:
+        result["traced"] = traced_rows(4096, (64, 256))
+        print_traced(result["traced"])
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
