@@ -36,12 +36,16 @@ class Engine(RuleBasedStateMachine):
         candidates = [request for request in self.requests if request.running == running]
         return data.draw(st.sampled_from(candidates)) if candidates else None
 
-    @rule(prefill=asked, decode=asked, prompt=st.integers(1, 12), same=st.booleans())
-    def arrive(self, prefill, decode, prompt, same):
+    @rule(prefill=asked, decode=asked, prompt=st.integers(1, 9), same=st.integers(0, 3), data=st.data())
+    def arrive(self, prefill, decode, prompt, same, data):
         self.born += 1
-        self.requests.append(Request(f"r{self.born}", prefill, prefill if same else decode, prompt))
+        self.requests.append(Request(f"r{self.born}", prefill, decode if same else prefill, prompt))
+        self.run(data)
 
     @rule(data=st.data())
+    def resume(self, data):
+        self.run(data)
+
     def run(self, data):
         """Admit a waiting request; part of what it must compute may be found in the prefix cache."""
         request = self.pick(data, running=False)
@@ -51,26 +55,28 @@ class Engine(RuleBasedStateMachine):
         request.running = True
         self.call("admit", request.name, request.steering)
 
-    @rule(data=st.data())
-    def preempt(self, data):
+    @rule(data=st.data(), finished=st.booleans())
+    def leave(self, data, finished):
+        """A request finishes, or is preempted and will compute its tokens again."""
         if request := self.pick(data, running=True):
             request.running = False
             self.call("release", request.name)
+            if finished:
+                self.requests.remove(request)
 
-    @rule(data=st.data())
-    def finish(self, data):
-        if request := self.pick(data, running=True):
-            self.requests.remove(request)
-            self.call("release", request.name)
+    @rule(data=st.data(), steps=st.integers(1, 4))
+    def work(self, data, steps):
+        for _ in range(steps):
+            self.step(data, data.draw(st.integers(0, 6)), data.draw(st.integers(0, 2)))
 
-    @rule(data=st.data(), padding=st.integers(0, 6), strangers=st.integers(0, 2))
     def step(self, data, padding, strangers):
         batch: list[tuple[Request | None, int, int]] = []
         for request in data.draw(st.permutations([r for r in self.requests if r.running])):
+            if data.draw(st.integers(0, 5)) == 5:
+                continue  # some running requests sit a step out
             speculated = data.draw(st.integers(0, 2))
-            count = data.draw(st.integers(0, min(request.length - request.computed + speculated, 13)))
-            if count:  # some running requests sit a step out
-                batch.append((request, request.computed, count))
+            count = min(request.length - request.computed + speculated, 13)
+            batch.append((request, request.computed, max(1, count - data.draw(st.integers(0, 6)))))
         for _ in range(strangers):  # requests without steering, and the segments that pad a graph
             batch.insert(data.draw(st.integers(0, len(batch))), (None, data.draw(st.integers(0, 9)), 2))
         tokens = sum(count for _, _, count in batch)
