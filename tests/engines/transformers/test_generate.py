@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import FAMILIES
 from oracle import Addition, Recorder, greedy
+from transformers import GenerationConfig
 
 from trimtab.engines.transformers import SteeredModel
 from trimtab.sites import Phase, Site
@@ -213,3 +214,15 @@ def test_a_row_that_a_criterion_stops_holds_no_padding(llama):
         )
     assert out[0].token_ids == free[0].token_ids[:2]
     assert out[1].token_ids == free[1].token_ids
+
+
+def test_a_generation_config_is_honoured_with_its_length_and_end_token(llama):
+    with SteeredModel(llama) as model:
+        free = model.generate(PROMPTS, [spec(PUSH), None, None], max_new_tokens=6)
+        end = free[1].token_ids[2]
+        config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=[end, 95], pad_token_id=0)
+        out = model.generate(PROMPTS, [spec(PUSH), None, None], generation_config=config)
+    assert len(out[1].token_ids) <= 3
+    for generation, full in zip(out, free, strict=True):
+        ids = full.token_ids[:5]
+        assert generation.token_ids == (ids[: ids.index(end) + 1] if end in ids else ids)
