@@ -129,7 +129,7 @@ MALFORMED: dict[str, tuple[list[Any], Any, str]] = {
     "no layers": (["vectors", NAMED, "layers"], [], f"wire.vectors[{NAMED}].layers"),
     "phase is no list": (["decode"], 0, "wire.decode"),
     "entry is no pair": (["decode", 0], 0, "wire.decode[0]"),
-    "entry of three": (["decode", 0], [0, 1.0, 2.0], "wire.decode[0]"),
+    "gate without gates": (["decode", 0], [0, 1.0, 0], "wire.decode[0][2]"),
     "index out of range": (["decode", 0], [9, 1.0], "wire.decode[0][0]"),
     "negative index": (["decode", 0], [-1, 1.0], "wire.decode[0][0]"),
     "index true": (["decode", 0], [True, 1.0], "wire.decode[0][0]"),

@@ -17,7 +17,7 @@ from trimtab.errors import SteeringError
 from trimtab.program import Term
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 from trimtab.spec import Add, Gate, Intervention, Steering
-from trimtab.vectors import SteeringVector
+from trimtab.vectors import Probe, SteeringVector
 
 H = 8
 MODEL = ModelSites(H, 4, frozenset(Site(layer, hook) for layer in range(4) for hook in HookPoint))
@@ -133,7 +133,7 @@ def test_a_gate_is_read_with_its_defaults() -> None:
     assert gate == Gate(probe="jailbreak", threshold=3.0, sharpness=1.0, invert=False, hard=False)
     inline = Steering.parse(spec("calm", gate={"probe": {"post_block": {"1": [1.0] * H}}, "threshold": 3}))
     assert inline.interventions[0].gate is not None
-    assert inline.interventions[0].gate.probe == SteeringVector({Site(1, HookPoint.POST_BLOCK): [1.0] * H})
+    assert inline.interventions[0].gate.probe == Probe.at(Site(1, HookPoint.POST_BLOCK), [1.0] * H)
 
 
 @pytest.mark.parametrize("form", ["name", "float16"])

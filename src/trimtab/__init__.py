@@ -1,6 +1,6 @@
 """Per-request, per-token activation steering inside stock vLLM and Transformers.
 
-    from trimtab import SteeredModel, Steering, SteeringVector
+    from trimtab import Probe, SteeredModel, Steering, SteeringVector
 
 The names are imported when they are first used: a server process that only validates requests never loads a model
 library.
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from trimtab.engines.transformers import SteeredModel
     from trimtab.errors import SteeringError
     from trimtab.spec import Steering
-    from trimtab.vectors import SteeringVector
+    from trimtab.vectors import Probe, SteeringVector
 
 __version__ = "0.1.0"
 
-__all__ = ["SteeredModel", "Steering", "SteeringError", "SteeringVector", "__version__"]
+__all__ = ["Probe", "SteeredModel", "Steering", "SteeringError", "SteeringVector", "__version__"]
 
 _HOMES = {
+    "Probe": "trimtab.vectors",
     "SteeredModel": "trimtab.engines.transformers",
     "Steering": "trimtab.spec",
     "SteeringError": "trimtab.errors",

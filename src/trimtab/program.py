@@ -7,60 +7,77 @@ however they were written. The engines receive nothing else of a request.
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from trimtab.errors import SteeringError
-from trimtab.sites import Phase, Site, site_order
+from trimtab.gates import ResolvedGate, VectorReference
+from trimtab.sites import GateLimits, Phase, Site, site_order
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
 
 MAX_VALUE = 65504.0  # the largest float16: whatever the model's dtype, a table row can hold what we let through
 
 
-@dataclass(frozen=True)
-class VectorReference:
-    """How a vector can be named instead of sent: a registered vector, narrowed to `layers` if any are given."""
-
-    name: str
-    digest: bytes
-    layers: tuple[int, ...] | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One vector and its scale. `reference` says how a process that holds the same vectors can be told of it."""
+    """One vector, its scale, and the gate that it stands behind, if any.
+
+    `reference` says how a process that holds the same vectors can be told of it.
+    """
 
     vector: SteeringVector
     scale: float
     reference: VectorReference | None = field(default=None, compare=False)
+    gate: ResolvedGate | None = None
 
 
 @dataclass(frozen=True)
 class PhaseProgram:
-    """What is added to every token of one phase; build it with `PhaseProgram.of`.
+    """What is added to the tokens of one phase; build it with `PhaseProgram.of`.
 
-    `row_key` names the content of its table row (b"" = nothing to add: row 0), `coefficient` is the factor that each
-    token applies to that row, `identity` is the hex digest of both ("" = unsteered) and hence of all that changes the
-    token's KV cache.
+    `terms` are added to every token, `gated` as far as a gate says. `row_key` names the content of the table row of
+    `terms` (b"" = none: row 0), `coefficient` is the factor that each token applies to that row, `identity` is the hex
+    digest of all of it ("" = unsteered) and hence of all that changes the token's KV cache.
     """
 
     terms: tuple[Term, ...]
     row_key: bytes
     coefficient: float
     identity: str
+    gated: tuple["GatedProgram", ...] = ()
 
     @classmethod
     def of(cls, terms: Iterable[Term]) -> "PhaseProgram":
         """The canonical program: sorted by vector digest, equal vectors merged, what adds nothing dropped.
 
         One vector is its own row and its scale the coefficient, so that every scale of it shares one row; a sum has its
-        scales inside the row. Raises `ValueError` for vectors of different widths.
+        scales inside the row. Terms behind equal gates are one gated sum, and gates of empty sums are dropped. Raises
+        `ValueError` for vectors of different widths.
         """
+        terms = list(terms)
+        plain = cls._ungated(term for term in terms if term.gate is None)
+        gates = _distinct(term.gate for term in terms if term.gate is not None)
+        gated = tuple(
+            GatedProgram(gate, total)
+            for gate in gates
+            if (total := cls._ungated(replace(term, gate=None) for term in terms if term.gate == gate)).terms
+        )
+        if not gated:
+            return plain
+        widths = {term.vector.hidden_size for total in (plain, *(item.total for item in gated)) for term in total.terms}
+        if len(widths) > 1:
+            raise ValueError(f"vectors of different widths cannot be added: {sorted(widths)}")
+        whole = b"trimtab gated program 1\0" + bytes.fromhex(plain.identity) + b"\0"
+        whole += b"".join(item.gate.digest + bytes.fromhex(item.total.identity) for item in gated)
+        return cls(plain.terms, plain.row_key, plain.coefficient, hashlib.sha256(whole).hexdigest(), gated)
+
+    @classmethod
+    def _ungated(cls, terms: Iterable[Term]) -> "PhaseProgram":
         groups: dict[bytes, list[Term]] = {}
         for term in terms:
             groups.setdefault(term.vector.digest, []).append(term)
@@ -80,15 +97,40 @@ class PhaseProgram:
         return cls(tuple(kept), row_key, coefficient, hashlib.sha256(whole).hexdigest())
 
     @property
+    def all_terms(self) -> Iterator[Term]:
+        """The terms of every token and those behind gates, in canonical order."""
+        yield from self.terms
+        for item in self.gated:
+            yield from (replace(term, gate=item.gate) for term in item.total.terms)
+
+    @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites at which something is added, in the order of the forward pass."""
-        return tuple(sorted({site for term in self.terms for site in term.vector.sites}, key=site_order))
+        """The sites at which something is or may be added, in the order of the forward pass."""
+        return tuple(sorted({site for term in self.all_terms for site in term.vector.sites}, key=site_order))
 
     @property
     def bound(self) -> float:
-        """No value that this program stores in its row, or adds to the stream, is larger than this."""
-        stored = max((term.vector.max_abs for term in self.terms), default=0.0)
-        return max(stored, sum(abs(term.scale) * term.vector.max_abs for term in self.terms))
+        """No value that this program stores in its rows, or adds to the stream, is larger than this."""
+        terms = list(self.all_terms)
+        stored = max((term.vector.max_abs for term in terms), default=0.0)
+        return max(stored, sum(abs(term.scale) * term.vector.max_abs for term in terms))
+
+    def with_content_inline(self, known: Callable[[bytes], bool]) -> "PhaseProgram":
+        """The same program, without references to content whose digest the receiver does not know."""
+
+        def inline(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+            lacking = [term for term in terms if term.reference is not None and not known(term.reference.digest)]
+            if not lacking:
+                return terms
+            return tuple(replace(term, reference=None) if term in lacking else term for term in terms)
+
+        gated = []
+        for item in self.gated:
+            reference = item.gate.reference
+            lacks = reference is not None and not known(reference.digest)
+            gate = replace(item.gate, reference=None) if lacks else item.gate
+            gated.append(GatedProgram(gate, replace(item.total, terms=inline(item.total.terms))))
+        return replace(self, terms=inline(self.terms), gated=tuple(gated))
 
     def row(self, sites: Sequence[Site], out: FloatArray | None = None) -> FloatArray:
         """The content of this program's table row at `sites`: float32 [len(sites), H], zero where it has no direction.
@@ -119,6 +161,14 @@ class PhaseProgram:
         return result
 
 
+@dataclass(frozen=True)
+class GatedProgram:
+    """The sum that one gate lets through, per token: `total` has terms and no gates of its own."""
+
+    gate: ResolvedGate
+    total: PhaseProgram
+
+
 EMPTY = PhaseProgram((), b"", 0.0, "")
 
 
@@ -139,6 +189,16 @@ def _merged(group: list[Term]) -> Term:
     return Term(group[0].vector, scale, next((term.reference for term in group if term.reference), None))
 
 
+def _distinct(gates: Iterable[ResolvedGate]) -> list[ResolvedGate]:
+    """Each gate once, in the order of their digests; one that can be named before an equal one that cannot."""
+    by_digest: dict[bytes, ResolvedGate] = {}
+    for gate in gates:
+        known = by_digest.get(gate.digest)
+        if known is None or (known.reference is None and gate.reference is not None):
+            by_digest[gate.digest] = gate
+    return [by_digest[digest] for digest in sorted(by_digest)]
+
+
 @dataclass(frozen=True)
 class ResolvedSteering:
     """A request's steering with every name resolved: one program for prefill tokens, one for decode tokens."""
@@ -156,8 +216,23 @@ class ResolvedSteering:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The sites used in either phase, in the order of the forward pass."""
+        """The sites at which either phase adds something, in the order of the forward pass."""
         return tuple(sorted({*self.prefill.sites, *self.decode.sites}, key=site_order))
+
+    @cached_property
+    def gates(self) -> tuple[ResolvedGate, ...]:
+        """The different gates of both phases, in canonical order."""
+        return tuple(_distinct(item.gate for program in (self.prefill, self.decode) for item in program.gated))
+
+    def check_gate_count(self, limits: GateLimits, field: str) -> None:
+        """Raise `SteeringError` at `field` where a phase has more gates than an engine with these limits serves."""
+        most = max(len(self.prefill.gated), len(self.decode.gated))
+        if most > limits.count:
+            raise SteeringError(
+                field,
+                f"has {most} different gates in one phase; this engine serves {limits.count} per request (its setting "
+                "`gates`). Interventions with equal gates share one",
+            )
 
     def to_wire(self) -> dict[str, Any]:
         """A plain dict for msgpack; see `trimtab.wire`."""

@@ -41,12 +41,26 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True)
+class GateLimits:
+    """Which gates an engine serves; by default none."""
+
+    count: int = 0  # different gates that one phase of a request may have
+    probe_sites: frozenset[Site] = frozenset()  # where a probe can be read
+    stages: tuple[int, ...] = ()  # the first layer of each pipeline stage but the first
+
+    def stage(self, layer: int) -> int:
+        """The pipeline stage that holds `layer`."""
+        return sum(first <= layer for first in self.stages)
+
+
+@dataclass(frozen=True)
 class ModelSites:
-    """What an engine can steer: the model's width and depth, and the sites that its graph really reads."""
+    """What an engine can steer: the model's width and depth, the sites that its graph really reads, and its gates."""
 
     hidden_size: int
     num_layers: int
     sites: frozenset[Site]
+    gates: GateLimits = GateLimits()
 
     @property
     def hook_points(self) -> tuple[HookPoint, ...]:

@@ -8,16 +8,19 @@ A new kind of intervention is a subclass of `Intervention` here, listed in `KIND
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
-from trimtab.program import MAX_VALUE, PhaseProgram, ResolvedSteering, Term, VectorReference, checked, out_of_range
+from trimtab.gates import ResolvedGate, VectorReference, check_gate, check_served
+from trimtab.program import MAX_VALUE, PhaseProgram, ResolvedSteering, Term, checked, out_of_range
 from trimtab.sites import ModelSites, Phase
-from trimtab.spec_errors import translate
+from trimtab.spec_errors import join, translate
 from trimtab.spec_fields import Layers, Number, ProbeSource, Source
 from trimtab.vectors.inline import MAX_INLINE_BYTES
 from trimtab.vectors.probe import Probe
@@ -39,10 +42,12 @@ class _Model(BaseModel):
 
 
 class Gate(_Model):
-    """The factor of one intervention per token: `sigmoid(sharpness * (x . probe - threshold))`, x the residual stream.
+    """The factor of one intervention per token: `sigmoid(sharpness * (score - threshold))`.
 
-    `probe` is a registered name or an inline direction at one site. `hard` makes the factor 0 or 1 at the threshold,
-    `invert` turns it into one minus itself.
+    The score is `x . direction + bias` of `probe`, x being the residual stream before any steering at the probe's site;
+    `probe` is a registered name, a `Probe`, or an inline direction at one site, beside which a `"bias"` may stand.
+    `hard` makes the factor 1 where the score is above the threshold and 0 elsewhere, `invert` turns it into one minus
+    itself.
     """
 
     probe: ProbeSource
@@ -58,6 +63,20 @@ class Gate(_Model):
         if self.hard and "sharpness" in self.model_fields_set:
             raise SteeringError("sharpness", "has no effect on a hard gate: leave it out")
         return self
+
+    def resolve(self, probes: Mapping[str, Probe]) -> ResolvedGate:
+        """The gate with its probe looked up in `probes`. Raises `SteeringError` below the gate."""
+        reference: VectorReference | None = None
+        if isinstance(self.probe, Probe):
+            probe = self.probe
+        elif (found := probes.get(self.probe)) is None:
+            known = f"registered are {summary(sorted(probes))}" if probes else "no probe is registered"
+            hint = with_suggestions(self.probe, probes)
+            raise SteeringError("probe", f"there is no probe {self.probe!r}{hint}; {known}")
+        else:
+            probe, reference = found, VectorReference(self.probe, found.vector.digest)
+        sharpness = None if self.hard else self.sharpness
+        return ResolvedGate.of(probe.vector, self.threshold - probe.bias, sharpness, self.invert, reference)
 
 
 class Intervention(_Model):
@@ -131,6 +150,8 @@ class Steering(_Model):
     @model_validator(mode="after")
     def _inline_content_is_not_too_large(self) -> Self:
         total = sum(step.vector.block.nbytes for step in self.interventions if isinstance(step.vector, SteeringVector))
+        gates = [step.gate for step in self.interventions if step.gate is not None]
+        total += sum(gate.probe.vector.block.nbytes for gate in gates if isinstance(gate.probe, Probe))
         if total > MAX_INLINE_BYTES:
             limit = f"at most {MAX_INLINE_BYTES} may come with a request; register the vectors instead"
             raise SteeringError("interventions", f"the inline vectors take {total} bytes in float32: {limit}")
@@ -153,17 +174,24 @@ class Steering(_Model):
         model: ModelSites,
         probes: Mapping[str, Probe] | None = None,
     ) -> ResolvedSteering:
-        """The programs that an engine serving `model` runs, names being looked up in `vectors`.
+        """The programs that an engine serving `model` runs, names being looked up in `vectors` and `probes`.
 
-        Raises `SteeringError` for unknown names, for sites and widths that the model does not have, and for sums out of
-        range. `probes` is the catalogue to which a gate's probe belongs; no engine serves gates as yet, so a gate is
-        refused whatever it holds.
+        Raises `SteeringError` for unknown names, for sites and widths that the model does not have, for sums out of
+        range, and for gates that the engine does not serve.
         """
+        for index, step in enumerate(self.interventions):
+            if step.gate is not None and not model.gates.count:  # before a look at names that no one can have given
+                raise SteeringError(f"interventions[{index}].gate", "this engine serves no gates: leave the gate out")
         terms = self._terms(vectors, probes)
         for index, term in enumerate(terms):
             if term.vector.hidden_size != model.hidden_size or not model.sites.issuperset(term.vector.sites):
                 raise _misfit(term, model, f"interventions[{index}].vector", inline=term.reference is None)
-        return self._programs(terms)
+            if term.gate is not None:
+                with _below(f"interventions[{index}].gate"):
+                    check_served(term.gate, term.vector.sites, model.gates)
+        resolved = self._programs(terms)
+        resolved.check_gate_count(model.gates, "interventions")
+        return resolved
 
     def identity(
         self,
@@ -178,10 +206,12 @@ class Steering(_Model):
         terms: list[Term] = []
         for index, step in enumerate(self.interventions):
             path = f"interventions[{index}]"
-            if step.gate is not None:
-                # The place to bind a gate: its probe found in `probes`, the pair kept apart from the ungated terms.
-                raise SteeringError(f"{path}.gate", "this engine serves no gates: leave the gate out")
             term = step.term(vectors, path)
+            if step.gate is not None:
+                with _below(f"{path}.gate"):
+                    gate = step.gate.resolve(probes or {})
+                    check_gate(gate, term.vector)
+                term = replace(term, gate=gate)
             if terms and term.vector.hidden_size != terms[0].vector.hidden_size:
                 widths = f"has width {term.vector.hidden_size}, but interventions[0] has {terms[0].vector.hidden_size}"
                 raise SteeringError(f"{path}.vector", widths)
@@ -196,6 +226,14 @@ class Steering(_Model):
         prefill = program("decode")
         same = all(step.phase == "all" for step in self.interventions)
         return ResolvedSteering(prefill, prefill if same else program("prefill"))
+
+
+@contextmanager
+def _below(path: str) -> Iterator[None]:
+    try:
+        yield
+    except SteeringError as error:
+        raise SteeringError(join(path, error.field), error.message) from None
 
 
 def _misfit(term: Term, model: ModelSites, path: str, *, inline: bool) -> SteeringError:

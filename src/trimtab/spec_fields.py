@@ -8,6 +8,7 @@ from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from trimtab.errors import SteeringError
 from trimtab.vectors.inline import MAX_LAYERS, pack, parse_inline
+from trimtab.vectors.probe import Probe
 from trimtab.vectors.values import LARGEST_FLOAT32
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown, summary
@@ -35,11 +36,18 @@ def _source(value: Any) -> str | SteeringVector:
     raise SteeringError("", f"got {type(value).__name__}, want a registered name, a packed object or a SteeringVector")
 
 
-def _probe(value: Any) -> str | SteeringVector:
+def _probe(value: Any) -> str | Probe:
+    if isinstance(value, Probe):
+        return value
+    bias: Any = 0.0
+    if isinstance(value, Mapping) and "bias" in value:
+        bias, value = value["bias"], {key: item for key, item in value.items() if key != "bias"}
     probe = _source(value)
-    if isinstance(probe, SteeringVector) and len(probe.sites) != 1:
+    if isinstance(probe, str):
+        return probe
+    if len(probe.sites) != 1:
         raise SteeringError("", f"a probe is read at one site, this one has {summary(list(map(str, probe.sites)))}")
-    return probe
+    return Probe(probe, bias)
 
 
 def _layers(value: Any) -> tuple[int, ...]:
@@ -63,6 +71,12 @@ def _dump_source(value: str | SteeringVector) -> Any:
     return value if isinstance(value, str) else pack(value)
 
 
+def _dump_probe(value: str | Probe) -> Any:
+    if isinstance(value, str):
+        return value
+    return pack(value.vector) | ({"bias": value.bias} if value.bias else {})
+
+
 Number = Annotated[float, PlainValidator(_number), WithJsonSchema({"type": "number"})]
 Layers = Annotated[
     tuple[int, ...],
@@ -72,4 +86,4 @@ Layers = Annotated[
 ]
 _SOURCE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
 Source = Annotated[str | SteeringVector, PlainValidator(_source), PlainSerializer(_dump_source), _SOURCE_SCHEMA]
-ProbeSource = Annotated[str | SteeringVector, PlainValidator(_probe), PlainSerializer(_dump_source), _SOURCE_SCHEMA]
+ProbeSource = Annotated[str | Probe, PlainValidator(_probe), PlainSerializer(_dump_probe), _SOURCE_SCHEMA]

@@ -1,25 +1,29 @@
 """The form in which resolved steering travels between processes: plain dicts, lists, bytes and numbers, for msgpack.
 
-    {"version": 1, "vectors": [VECTOR, ...], "prefill": [[vector index, scale], ...], "decode": [...]}
+    {"version": 1, "vectors": [VECTOR, ...], "gates": [GATE, ...], "prefill": [TERM, ...], "decode": [TERM, ...]}
+    TERM = [vector index, scale], or [vector index, scale, gate index]
+    GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert]
     VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector
            | {"sites": [[layer, hook], ...], "width": int, "data": bytes}                  little-endian float32 [n, H]
 
 The reader trusts nothing: digests of inline content are computed anew, registered ones are looked up by digest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
 
 from trimtab.errors import SteeringError
-from trimtab.program import PhaseProgram, ResolvedSteering, Term, VectorReference, checked
+from trimtab.gates import ResolvedGate, VectorReference, check_gate
+from trimtab.program import PhaseProgram, ResolvedSteering, Term, checked
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.values import LARGEST_FLOAT32
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown
 
 VERSION = 1
+KEYS = frozenset({"version", "vectors", "gates", "prefill", "decode"})
 
 
 def encode(steering: ResolvedSteering) -> dict[str, Any]:
@@ -27,39 +31,51 @@ def encode(steering: ResolvedSteering) -> dict[str, Any]:
     vectors: list[dict[str, Any]] = []
     places: dict[bytes, int] = {}
 
+    def place(vector: SteeringVector, reference: VectorReference | None) -> int:
+        if vector.digest not in places:
+            places[vector.digest] = len(vectors)
+            vectors.append(_encode_vector(vector, reference))
+        return places[vector.digest]
+
+    gates = {gate.digest: index for index, gate in enumerate(steering.gates)}
+    encoded = [[place(g.probe, g.reference), g.threshold, g.sharpness, g.invert] for g in steering.gates]
+
     def phase(program: PhaseProgram) -> list[list[Any]]:
         entries: list[list[Any]] = []
-        for term in program.terms:
-            if term.vector.digest not in places:
-                places[term.vector.digest] = len(vectors)
-                vectors.append(_encode_vector(term))
-            entries.append([places[term.vector.digest], term.scale])
+        for term in program.all_terms:
+            gate = [] if term.gate is None else [gates[term.gate.digest]]
+            entries.append([place(term.vector, term.reference), term.scale, *gate])
         return entries
 
     prefill, decode = phase(steering.prefill), phase(steering.decode)
-    return {"version": VERSION, "vectors": vectors, "prefill": prefill, "decode": decode}
+    return {"version": VERSION, "vectors": vectors, "gates": encoded, "prefill": prefill, "decode": decode}
 
 
 def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> ResolvedSteering:
-    """The steering of a wire form. Raises `SteeringError` where it is malformed or names an unknown vector."""
-    _keys(wire, "wire", {"version", "vectors", "prefill", "decode"})
+    """The steering of a wire form. Raises `SteeringError` where it is malformed or names an unknown vector.
+
+    `vectors_by_digest` holds the directions of registered probes too.
+    """
+    _keys(wire, "wire", KEYS)
     if type(wire["version"]) is not int or wire["version"] != VERSION:
         raise SteeringError("wire.version", f"got {shown(wire['version'])}, this release reads version {VERSION}")
     entries = _list(wire["vectors"], "wire.vectors")
     vectors = [_decode_vector(entry, f"wire.vectors[{i}]", vectors_by_digest) for i, entry in enumerate(entries)]
     if len({vector.hidden_size for vector, _ in vectors}) > 1:
         raise SteeringError("wire.vectors", "the vectors have different widths")
-    prefill = _decode_phase(wire["prefill"], "wire.prefill", vectors)
+    gates = [
+        _decode_gate(entry, f"wire.gates[{i}]", vectors) for i, entry in enumerate(_list(wire["gates"], "wire.gates"))
+    ]
+    prefill = _decode_phase(wire["prefill"], "wire.prefill", vectors, gates)
     if wire["decode"] == wire["prefill"]:
         return ResolvedSteering(prefill, prefill)
-    return ResolvedSteering(prefill, _decode_phase(wire["decode"], "wire.decode", vectors))
+    return ResolvedSteering(prefill, _decode_phase(wire["decode"], "wire.decode", vectors, gates))
 
 
-def _encode_vector(term: Term) -> dict[str, Any]:
-    if (reference := term.reference) is not None:
+def _encode_vector(vector: SteeringVector, reference: VectorReference | None) -> dict[str, Any]:
+    if reference is not None:
         layers = None if reference.layers is None else list(reference.layers)
         return {"name": reference.name, "digest": reference.digest, "layers": layers}
-    vector = term.vector
     return {
         "sites": [[site.layer, site.hook.value] for site in vector.sites],
         "width": vector.hidden_size,
@@ -105,27 +121,60 @@ def _decode_reference(
         raise SteeringError(f"{path}.layers", error.message) from None
 
 
+def _decode_gate(entry: Any, path: str, vectors: list[tuple[SteeringVector, VectorReference | None]]) -> ResolvedGate:
+    parts = _list(entry, path)
+    if len(parts) != 4:
+        raise SteeringError(path, f"has {len(parts)} items, want [vector index, threshold, sharpness, invert]")
+    index, threshold, sharpness, invert = parts
+    probe, reference = vectors[_index(index, len(vectors), "vectors", f"{path}[0]")]
+    threshold, sharpness = _number(threshold, f"{path}[1]"), _number(sharpness, f"{path}[2]")
+    if type(invert) is not bool:
+        raise SteeringError(f"{path}[3]", f"got {shown(invert)}, want true or false")
+    try:
+        return ResolvedGate.of(probe, threshold, sharpness or None, invert, reference)
+    except SteeringError as error:
+        raise SteeringError(path, f"{error.field}: {error.message}") from None
+
+
 def _decode_phase(
-    entries: Any, path: str, vectors: list[tuple[SteeringVector, VectorReference | None]]
+    entries: Any,
+    path: str,
+    vectors: list[tuple[SteeringVector, VectorReference | None]],
+    gates: list[ResolvedGate],
 ) -> PhaseProgram:
     terms = []
     for i, entry in enumerate(_list(entries, path)):
-        pair = _list(entry, f"{path}[{i}]")
-        if len(pair) != 2:
-            raise SteeringError(f"{path}[{i}]", f"has {len(pair)} items, want [vector index, scale]")
-        index, scale = pair
-        if type(index) is not int or not 0 <= index < len(vectors):
+        parts = _list(entry, f"{path}[{i}]")
+        if len(parts) not in (2, 3):
             raise SteeringError(
-                f"{path}[{i}][0]", f"got {shown(index)}, want the index of one of {len(vectors)} vectors"
+                f"{path}[{i}]", f"has {len(parts)} items, want [vector index, scale] and perhaps a gate"
             )
-        if type(scale) not in (float, int) or not abs(scale) <= LARGEST_FLOAT32:
-            raise SteeringError(f"{path}[{i}][1]", f"got {shown(scale)}, want a finite number")
-        vector, reference = vectors[index]
-        terms.append(Term(vector, float(scale), reference))
+        vector, reference = vectors[_index(parts[0], len(vectors), "vectors", f"{path}[{i}][0]")]
+        scale = _number(parts[1], f"{path}[{i}][1]")
+        gate = None
+        if len(parts) == 3:
+            gate = gates[_index(parts[2], len(gates), "gates", f"{path}[{i}][2]")]
+            try:
+                check_gate(gate, vector)
+            except SteeringError as error:
+                raise SteeringError(f"{path}[{i}][2]", error.message) from None
+        terms.append(Term(vector, scale, reference, gate))
     return checked(PhaseProgram.of(terms), path)
 
 
-def _keys(entry: Any, path: str, wanted: set[str]) -> None:
+def _index(value: Any, count: int, what: str, path: str) -> int:
+    if type(value) is not int or not 0 <= value < count:
+        raise SteeringError(path, f"got {shown(value)}, want the index of one of {count} {what}")
+    return value
+
+
+def _number(value: Any, path: str) -> float:
+    if type(value) not in (float, int) or not abs(value) <= LARGEST_FLOAT32:
+        raise SteeringError(path, f"got {shown(value)}, want a finite number")
+    return float(value)
+
+
+def _keys(entry: Any, path: str, wanted: Set[str]) -> None:
     if not isinstance(entry, Mapping):
         raise SteeringError(path, f"got {type(entry).__name__}, want an object with {', '.join(sorted(wanted))}")
     if set(entry) != wanted:

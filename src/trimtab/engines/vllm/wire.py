@@ -14,8 +14,7 @@ from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.sites import ModelSites
 from trimtab.spec import Steering
-
-_WIRE_KEYS = {"version", "vectors", "prefill", "decode"}
+from trimtab.wire import KEYS
 
 
 class DecodedWire(dict[str, Any]):
@@ -48,7 +47,7 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites) -> Decode
     """
     if isinstance(given, DecodedWire):
         return given
-    if isinstance(given, Mapping) and set(given) == _WIRE_KEYS:
+    if isinstance(given, Mapping) and set(given) == KEYS:
         steering = ResolvedSteering.from_wire(given, settings.start_vectors_by_digest)
         _check_served(steering, model)
         return DecodedWire(given, steering)

@@ -1,0 +1,129 @@
+"""A gate with its probe resolved: what decides, per token, how much of an intervention is applied.
+
+    score = x . probe,   y = sigmoid(sharpness * (score - threshold)),   or (score > threshold) where the gate is hard
+    factor = 1 - y where inverted, else y
+
+x is the residual stream at the probe's site before any steering there, so the factor is a function of the token and
+what precedes it, and of the request alone. A probe's bias is part of the threshold.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from trimtab.errors import SteeringError
+from trimtab.sites import GateLimits, Site, site_order
+from trimtab.vectors.vector import SteeringVector
+from trimtab.wording import summary
+
+MAX_PROBE_VALUE = 65504.0  # scores of any stream that fits a model dtype then stay finite in float32
+
+
+@dataclass(frozen=True)
+class VectorReference:
+    """How a vector can be named instead of sent: a registered vector, narrowed to `layers` if any are given."""
+
+    name: str
+    digest: bytes
+    layers: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedGate:
+    """`probe` is a direction at exactly one site; `threshold` and `sharpness` are float32, sharpness 0 means hard.
+
+    Build it with `ResolvedGate.of`. `reference` says how a process that holds the same probes can be told of it.
+    """
+
+    probe: SteeringVector
+    threshold: float
+    sharpness: float
+    invert: bool = False
+    reference: VectorReference | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        probe: SteeringVector,
+        threshold: float,
+        sharpness: float | None,
+        invert: bool = False,
+        reference: VectorReference | None = None,
+    ) -> "ResolvedGate":
+        """The gate in its canonical numbers; `sharpness=None` makes it hard.
+
+        Raises `SteeringError` at `probe`, `threshold` or `sharpness` where float32 cannot hold what is needed.
+        """
+        if len(probe.sites) != 1:
+            raise SteeringError("probe", f"a probe is read at one site, this one has {len(probe.sites)}")
+        if probe.max_abs > MAX_PROBE_VALUE:
+            raise SteeringError("probe", f"values reach {probe.max_abs:g}, more than {MAX_PROBE_VALUE:g}")
+        with np.errstate(over="ignore"):
+            rounded = float(np.float32(threshold)) + 0.0  # of -0.0, 0.0
+            slope = 0.0 if sharpness is None else float(np.float32(sharpness))
+        if not math.isfinite(rounded):
+            raise SteeringError("threshold", f"is {threshold} with the probe's bias, not finite in float32")
+        if sharpness is not None and not (slope > 0.0 and math.isfinite(slope)):
+            raise SteeringError("sharpness", f"got {sharpness}, want a number above 0 that is finite in float32")
+        return cls(probe, rounded, slope, bool(invert), reference)
+
+    @property
+    def site(self) -> Site:
+        """Where the probe is read."""
+        return self.probe.sites[0]
+
+    @property
+    def name(self) -> str:
+        """What to call the probe: its registered name, or the first digits of its digest."""
+        return self.reference.name if self.reference is not None else self.probe.digest.hex()[:12]
+
+    @property
+    def hard(self) -> bool:
+        """Whether the factor is 0 or 1, changing at the threshold."""
+        return self.sharpness == 0.0
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 (32 bytes) of all that decides: the probe's site and numbers, threshold, sharpness and options."""
+        numbers = struct.pack("<ff?", self.threshold, self.sharpness, self.invert)
+        return hashlib.sha256(b"trimtab gate 1\0" + self.probe.digest + numbers).digest()
+
+
+def check_gate(gate: ResolvedGate, vector: SteeringVector) -> None:
+    """Raise `SteeringError` at `probe` where the gate cannot act on `vector`.
+
+    The factor exists from the probe's site on, in the order of the forward pass, so the vector may act there and later.
+    """
+    early = [site for site in vector.sites if site_order(site) < site_order(gate.site)]
+    if early:
+        raise SteeringError(
+            "probe",
+            f"is read at {gate.site}, after the vector has acted at {summary(early)}: a gate works from its probe's "
+            "site on; narrow the vector with `layers`, or train a probe at an earlier layer",
+        )
+    if gate.probe.hidden_size != vector.hidden_size:
+        raise SteeringError("probe", f"has width {gate.probe.hidden_size}, but its vector has {vector.hidden_size}")
+
+
+def check_served(gate: ResolvedGate, sites: Iterable[Site], limits: GateLimits) -> None:
+    """Raise `SteeringError` where an engine with these limits cannot serve `gate` on a vector acting at `sites`."""
+    if not limits.count:
+        raise SteeringError("", "this engine serves no gates: leave the gate out")
+    if gate.site not in limits.probe_sites:
+        readable = sorted(limits.probe_sites, key=site_order)
+        raise SteeringError("probe", f"no probe can be read at {gate.site} here, only at {summary(readable)}")
+    stage = limits.stage(gate.site.layer)
+    for site in sites:
+        if limits.stage(site.layer) != stage:
+            boundary = next(first for first in limits.stages if gate.site.layer < first <= site.layer)
+            raise SteeringError(
+                "probe",
+                f"is read at {gate.site}, and the vector acts at {site}, beyond the pipeline stage that ends before "
+                f"layer {boundary}: a gate works within one stage; narrow the vector with `layers`, or use a probe "
+                f"at layer {boundary} or later",
+            )
