@@ -199,6 +199,17 @@ def test_cloning_sampling_parameters_does_not_copy_vectors():
     assert type(wire) is AdmittedWire
 
 
+def test_a_spec_seen_before_costs_less_and_still_follows_its_names():
+    front = front_end()
+    first = front.admit(add("calm"))
+    assert front.admit(add("calm")) is first
+    assert front.admit(add("calm", scale=2)) is not first
+    front.registry.add("calm", JOY)
+    np.testing.assert_array_equal(program_rows(front.admit(add("calm")).wire)[0], JOY.block)
+    front.registry.add("calm", CALM)
+    assert len(msgspec.msgpack.encode(front.admit(add("calm")).wire)) < 200  # the content that workers hold, again
+
+
 def best_of(call, repeats: int) -> float:
     times = []
     for _ in range(repeats):

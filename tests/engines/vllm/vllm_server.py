@@ -115,15 +115,17 @@ class Server:
         with log.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=settings)
 
-    def wait(self, timeout: float = 240) -> None:
-        """Return once the server answers; raises with the end of its log if it does not."""
+    def wait(self, timeout: float = 400, processes: int = 1) -> None:
+        """Return once all API server `processes` answer; raises with the end of the log if they do not."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                started = self.log.read_text(errors="replace").count("Application startup complete")
+                if started >= processes and httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     return
             except httpx.TransportError:
-                time.sleep(0.3)
+                pass
+            time.sleep(0.3)
         tail = self.log.read_text(errors="replace")[-6000:]
         self.stop()
         raise RuntimeError(f"the server did not start:\n{tail}")

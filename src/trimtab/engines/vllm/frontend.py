@@ -6,15 +6,16 @@ what the engine serves, and returns the wire form that travels with the request.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trimtab.engines.vllm.config import SteeringSettings, model_sites
 from trimtab.engines.vllm.registry import VectorRegistry, shared_directory
 from trimtab.errors import SteeringError
-from trimtab.program import PhaseProgram, ResolvedSteering
+from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, ModelSites, Phase
 from trimtab.spec import Steering
+from trimtab.vectors.vector import SteeringVector
 
 FIELD = "steering"  # the request's field, at every door
 
@@ -22,6 +23,9 @@ FIELD = "steering"  # the request's field, at every door
 REASONS = frozenset({"interventions", "kind", "vector", "scale", "phase", "layers", "gate", "probe", "threshold"})
 REASONS |= {"sharpness", "dtype", "shape", "layer_indices", "data", *HookPoint}
 REASONS |= {"disabled", "beam_search", "resumable", "twice"}
+
+
+RECENT = 1024  # admissions kept: a front end sees the same few specs of names again and again
 
 
 class AdmittedWire(dict[str, Any]):
@@ -60,6 +64,8 @@ class FrontEnd:
         self.default = None if default is None else Steering.parse(default)
         self._observer = observer
         self._default_admission: tuple[Mapping[str, Any], Admission] | None = None
+        # Admissions of specs that consist of names, and the mapping under which the names had their meaning.
+        self._recent: tuple[Mapping[str, SteeringVector], dict[Steering, Admission]] = ({}, {})
         if default is not None:
             self.admit(None, count=False)
 
@@ -110,25 +116,34 @@ class FrontEnd:
             steering.resolve(vectors, self.model)  # if the caller's part is at fault, name it by the caller's own path
             raise SteeringError("", f"together with the server's default spec: {error}") from error
 
-    def _finish(self, steering: Steering, vectors: Mapping[str, Any]) -> Admission:
-        resolved = steering.resolve(vectors, self.model)
-        wire = AdmittedWire(self._inline_what_workers_lack(resolved).to_wire())
-        return Admission(wire, receipt(resolved, default=self.default is not None))
+    def _finish(self, steering: Steering, vectors: Mapping[str, SteeringVector]) -> Admission:
+        under, known = self._recent  # read once: admissions run in several threads
+        if under is not vectors:
+            known = {}
+            self._recent = (vectors, known)
+        if (admission := known.get(steering)) is not None:
+            return admission
+        carried = self._carrying_what_workers_lack(steering, vectors)
+        resolved = carried.resolve(vectors, self.model)
+        wire = AdmittedWire(resolved.to_wire())
+        admission = Admission(wire, receipt(steering, vectors, resolved, default=self.default is not None))
+        if all(isinstance(step.vector, str) for step in carried.interventions):  # else it holds content: not worth it
+            if len(known) >= RECENT:
+                known.pop(next(iter(known)), None)
+            known[steering] = admission
+        return admission
 
-    def _inline_what_workers_lack(self, resolved: ResolvedSteering) -> ResolvedSteering:
-        return ResolvedSteering(*(self._inline(program) for program in (resolved.prefill, resolved.decode)))
+    def _carrying_what_workers_lack(self, steering: Steering, vectors: Mapping[str, SteeringVector]) -> Steering:
+        """The same spec with each name replaced by its content where workers do not hold it from start."""
 
-    def _inline(self, program: PhaseProgram) -> PhaseProgram:
-        held = self.registry.held_by_workers
-        if all(term.reference is None or held(term.reference.digest) for term in program.terms):
-            return program
-        return replace(
-            program,
-            terms=tuple(
-                term if term.reference is None or held(term.reference.digest) else replace(term, reference=None)
-                for term in program.terms
-            ),
-        )
+        def content(name: Any) -> Any:
+            vector = vectors.get(name) if isinstance(name, str) else None
+            return name if vector is None or self.registry.held_by_workers(vector.digest) else vector
+
+        if all(content(step.vector) is step.vector for step in steering.interventions):
+            return steering
+        steps = tuple(step.model_copy(update={"vector": content(step.vector)}) for step in steering.interventions)
+        return steering.model_copy(update={"interventions": steps})
 
 
 def build_front_end(vllm_config: Any) -> FrontEnd | None:
@@ -152,17 +167,18 @@ def merge(default: Steering, steering: Steering) -> Steering:
     return steering.model_copy(update={"interventions": (*default.interventions, *steering.interventions)})
 
 
-def receipt(resolved: ResolvedSteering, *, default: bool = False) -> dict[str, Any]:
+def receipt(
+    steering: Steering, vectors: Mapping[str, SteeringVector], resolved: ResolvedSteering, *, default: bool = False
+) -> dict[str, Any]:
     """What a caller is told: the identity of each phase ("" = unsteered) and the content behind each vector used."""
-    vectors: dict[str, str | None] = {}
-    for program in (resolved.prefill, resolved.decode):
-        for term in program.terms:
-            digest = term.vector.digest if term.reference is None else term.reference.digest
-            vectors.setdefault(digest.hex(), None if term.reference is None else term.reference.name)
+    used: dict[tuple[str | None, str], None] = {}
+    for step in steering.interventions:
+        name, vector = (step.vector, vectors[step.vector]) if isinstance(step.vector, str) else (None, step.vector)
+        used[name, vector.digest.hex()] = None
     return {
         "prefill": resolved.identity(Phase.PREFILL),
         "decode": resolved.identity(Phase.DECODE),
-        "vectors": [{"name": name, "digest": digest} for digest, name in vectors.items()],
+        "vectors": [{"name": name, "digest": digest} for name, digest in used],
         "server_default": default,
     }
 
