@@ -9,6 +9,7 @@ from ops_oracle import assert_steered
 from torch import Tensor, nn
 
 from trimtab.ops import (
+    ROWS_ONLY,
     Emission,
     MonitorOpArgs,
     SteeringBuffers,
@@ -362,3 +363,28 @@ def test_dp_14_compiled_graph_sees_every_buffer_change_without_compiling_again(t
             check()
             buffers.monitor_active.fill_(False)
             check()
+
+
+def test_traced_rows_are_fused_into_kernels_that_the_model_has_anyway() -> None:
+    """A stack with rows compiles to as many kernels as the unsteered one, counted by the compiler itself."""
+    from torch._inductor import metrics
+
+    class NormedStack(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            residual = x
+            for layer in self.layers:
+                residual = emit(layer, HookPoint.POST_BLOCK, residual + layer(x))
+                x = residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + 1e-6)
+            return x + residual
+
+    kernels = {}
+    for name, mode in {"unsteered": None, "rows": Emission(traced=True, terms=ROWS_ONLY)}.items():
+        torch._dynamo.reset()
+        metrics.reset()
+        stack = NormedStack(mode or Emission())
+        if mode is None:
+            stack.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            torch.compile(stack, fullgraph=True, dynamic=True)(torch.randn(7, 16))
+        kernels[name] = metrics.generated_kernel_count
+    assert kernels["rows"] == kernels["unsteered"] > 0
