@@ -184,13 +184,14 @@ def test_counter_labels_are_never_what_a_caller_wrote():
 def test_receipts_name_content_and_identity_per_phase():
     front = front_end()
     receipt = front.admit(add("calm", phase="decode", layers=[1])).receipt
-    assert receipt["prefill"] == ""
-    assert len(receipt["decode"]) == 64
+    assert receipt["identity"]["prefill"] == ""
+    assert len(receipt["identity"]["decode"]) == 64
+    assert receipt["sites"] == ["post_block:1"]
     assert receipt["vectors"] == [{"name": "calm", "digest": CALM.digest.hex()}]
     assert receipt["server_default"] is False
     assert json.loads(json.dumps(receipt)) == receipt
     other = front.admit(add("calm", phase="decode", layers=[2])).receipt
-    assert other["decode"] != receipt["decode"]
+    assert other["identity"]["decode"] != receipt["identity"]["decode"]
 
 
 def test_cloning_sampling_parameters_does_not_copy_vectors():

@@ -299,12 +299,13 @@ def test_receipts_say_what_was_added_in_the_body_and_in_a_header(client):
     for path, body in BODIES.items():
         answer = client.post(path, json={**body, "steering": add("calm", phase="decode")})
         receipt = answer.json()["steering"]
-        assert receipt["prefill"] == ""
-        assert len(receipt["decode"]) == 64
+        assert receipt["identity"]["prefill"] == ""
+        assert len(receipt["identity"]["decode"]) == 64
+        assert receipt["sites"] == [f"post_block:{layer}" for layer in SERVED_LAYERS]
         assert receipt["vectors"] == [{"name": "calm", "digest": digest}]
-        assert answer.headers["x-trimtab-steering"] == f"prefill=, decode={receipt['decode']}"
+        assert answer.headers["x-trimtab-steering"] == f"prefill=, decode={receipt['identity']['decode']}"
         with client.stream("POST", path, json={**body, "steering": add("calm"), "stream": True}) as stream:
-            assert receipt["decode"] in stream.headers["x-trimtab-steering"]
+            assert receipt["identity"]["decode"] in stream.headers["x-trimtab-steering"]
             stream.read()
         plain = client.post(path, json=body)
         assert "x-trimtab-steering" not in plain.headers

@@ -197,8 +197,8 @@ def _patch_handler(handler_class: Any, method: str) -> None:
         answer = await original(self, *args, **kwargs)
         current = doors.exchange.get()
         # A stream is a generator: its receipt is the header alone. An error answer has no steering to report.
-        if current is not None and current.receipt is not None and hasattr(answer, "model") and hasattr(answer, "id"):
-            setattr(answer, FIELD, current.receipt)
+        if current is not None and current.admission is not None and hasattr(answer, "model") and hasattr(answer, "id"):
+            setattr(answer, FIELD, current.admission.receipt)
         return answer
 
     _put(handler_class, method, handle)
@@ -300,9 +300,10 @@ def _find(module: str, name: str, *, required: bool = True) -> Any:
     """A class of vLLM; None if this version has none, which is noted if every version known to us has it."""
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:
-        found = None
-    if found is None and required and (problem := f"{module}.{name} is gone") not in _problems:
+        problem = f"{module}.{name} is gone"
+    except ModuleNotFoundError as error:
+        found, problem = None, f"{module} cannot be imported: {error}"
+    if found is None and required and problem not in _problems:
         _problems.append(problem)
     return found
 

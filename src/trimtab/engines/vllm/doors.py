@@ -15,13 +15,13 @@ from trimtab.errors import SteeringError
 
 
 class Exchange:
-    """One HTTP request while it is being answered: where it came in, and the receipt it is to get."""
+    """One HTTP request while it is being answered: where it came in, and what admission made of it."""
 
-    __slots__ = ("path", "receipt")
+    __slots__ = ("admission", "path")
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.receipt: dict[str, Any] | None = None
+        self.admission: Admission | None = None
 
 
 exchange: ContextVar[Exchange | None] = ContextVar("trimtab_exchange", default=None)
@@ -70,7 +70,7 @@ def admit_http(params: Any, given: Any) -> Any:
     if admission is not None:
         _replace_extra(params, admission.wire)
         if current is not None:
-            current.receipt = admission.receipt
+            current.admission = admission
     return params
 
 

@@ -7,6 +7,7 @@ what the engine serves, and returns the wire form that travels with the request.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from trimtab.engines.vllm.config import SteeringSettings, model_sites
@@ -37,10 +38,31 @@ class AdmittedWire(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Admission:
-    """What admission made of a request: the form that travels on, and what the caller is told."""
+    """What admission made of a request: the form that travels on, and from what it was made."""
 
     wire: AdmittedWire
-    receipt: dict[str, Any]
+    resolved: ResolvedSteering
+    spec: Steering
+    vectors: Mapping[str, SteeringVector]
+    server_default: bool
+
+    @cached_property
+    def receipt(self) -> dict[str, Any]:
+        """What the caller is told, in JSON's types: the identity of each phase ("" = unsteered), the sites, the content
+        behind each vector used, and whether the server's default is in it. Made when asked for.
+        """
+        used: dict[tuple[str | None, str], None] = {}
+        for step in self.spec.interventions:
+            name, vector = (
+                (step.vector, self.vectors[step.vector]) if isinstance(step.vector, str) else (None, step.vector)
+            )
+            used[name, vector.digest.hex()] = None
+        return {
+            "identity": {phase.value: self.resolved.identity(phase) for phase in Phase},
+            "sites": [str(site) for site in self.resolved.sites],
+            "vectors": [{"name": name, "digest": digest} for name, digest in used],
+            "server_default": self.server_default,
+        }
 
 
 class Observer(Protocol):
@@ -126,7 +148,7 @@ class FrontEnd:
         carried = self._carrying_what_workers_lack(steering, vectors)
         resolved = carried.resolve(vectors, self.model)
         wire = AdmittedWire(resolved.to_wire())
-        admission = Admission(wire, receipt(steering, vectors, resolved, default=self.default is not None))
+        admission = Admission(wire, resolved, steering, vectors, self.default is not None)
         if all(isinstance(step.vector, str) for step in carried.interventions):  # else it holds content: not worth it
             if len(known) >= RECENT:
                 known.pop(next(iter(known)), None)
@@ -165,22 +187,6 @@ def build_front_end(vllm_config: Any) -> FrontEnd | None:
 def merge(default: Steering, steering: Steering) -> Steering:
     """A request's spec on top of the server's: the default's interventions first, then the request's own."""
     return steering.model_copy(update={"interventions": (*default.interventions, *steering.interventions)})
-
-
-def receipt(
-    steering: Steering, vectors: Mapping[str, SteeringVector], resolved: ResolvedSteering, *, default: bool = False
-) -> dict[str, Any]:
-    """What a caller is told: the identity of each phase ("" = unsteered) and the content behind each vector used."""
-    used: dict[tuple[str | None, str], None] = {}
-    for step in steering.interventions:
-        name, vector = (step.vector, vectors[step.vector]) if isinstance(step.vector, str) else (None, step.vector)
-        used[name, vector.digest.hex()] = None
-    return {
-        "prefill": resolved.identity(Phase.PREFILL),
-        "decode": resolved.identity(Phase.DECODE),
-        "vectors": [{"name": name, "digest": digest} for name, digest in used],
-        "server_default": default,
-    }
 
 
 def refusal_reason(field: str) -> str:

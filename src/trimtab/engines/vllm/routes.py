@@ -25,7 +25,7 @@ from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.metrics import metrics
 from trimtab.engines.vllm.registry import Entry, check_name
 from trimtab.errors import SteeringError
-from trimtab.sites import site_order
+from trimtab.sites import Phase, site_order
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
 
@@ -164,8 +164,9 @@ class ExchangeMiddleware:
         current = Exchange(scope["path"])
 
         async def send_with_receipt(message: Any) -> None:
-            if message["type"] == "http.response.start" and current.receipt is not None:
-                value = f"prefill={current.receipt['prefill']}, decode={current.receipt['decode']}"
+            if message["type"] == "http.response.start" and current.admission is not None:
+                resolved = current.admission.resolved
+                value = ", ".join(f"{phase.value}={resolved.identity(phase)}" for phase in Phase)
                 message = {**message, "headers": [*message.get("headers", []), (RECEIPT_HEADER, value.encode())]}
             await send(message)
 
