@@ -1,10 +1,10 @@
 """The data plane: what steering means for a token, in three backends with one meaning. Knows no engine.
 
-Importing this package registers `torch.ops.trimtab.{apply_steering, apply_steering_, steering_monitor}`.
+Importing this package registers `torch.ops.trimtab.{apply_steering, apply_steering_, steering_monitor, apply_gates_}`.
 """
 
 from trimtab.ops import library as _library  # registers the operators
-from trimtab.ops.args import MonitorOpArgs, SteeringOpArgs
+from trimtab.ops.args import GateOpArgs, MonitorOpArgs, SteeringOpArgs
 from trimtab.ops.buffers import (
     Emission,
     SteeringBuffers,
@@ -16,12 +16,15 @@ from trimtab.ops.buffers import (
     steering_op_args,
 )
 from trimtab.ops.emit import emit
+from trimtab.ops.gates import GateBuffers
 from trimtab.ops.reference import ALL_TERMS, ROWS_ONLY, Terms
 
 __all__ = [
     "ALL_TERMS",
     "ROWS_ONLY",
     "Emission",
+    "GateBuffers",
+    "GateOpArgs",
     "MonitorOpArgs",
     "SteeringBuffers",
     "SteeringOpArgs",

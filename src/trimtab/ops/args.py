@@ -50,6 +50,42 @@ class MonitorOpArgs(NamedTuple):
     steering_row_gate: Tensor  # [T] float32, multiplied in place where gate_rows
 
 
+class GateReads(NamedTuple):
+    """What gates are made of at one site: the part of `GateOpArgs` that is only read.
+
+    G gates per token. `gate_sites` and `gate_site` count an engine's sites from 1 in forward order; 0 is no gate.
+    """
+
+    steering_table: Tensor  # [R, H] model dtype: the site's rows, shared with ungated steering
+    gate_rows: Tensor  # [T, G] int64: the row that a gate lets through
+    gate_probes: Tensor  # [T, G] int32: the row of its probe
+    gate_sites: Tensor  # [T, G] int32: the site of its probe
+    gate_params: Tensor  # [T, G, 4] float32: coefficient, threshold, sharpness (0 = hard), invert (0 or 1)
+    gate_probe_table: Tensor  # [P, H] float32; row 0 is zero forever
+    gate_site: Tensor  # [1] int32: the site that this is
+
+
+class GateOpArgs(NamedTuple):
+    """Arguments of `trimtab::apply_gates_`."""
+
+    steered: Tensor  # [N, H] model dtype, added to in place
+    hidden_states: Tensor  # [N, H] model dtype: the tensor at the hook point before any steering
+    hidden_rest: Tensor  # [N, H], what must be added to it to make the full stream, or [0, H] where it is the stream
+    steering_table: Tensor
+    gate_rows: Tensor
+    gate_probes: Tensor
+    gate_sites: Tensor
+    gate_params: Tensor
+    gate_probe_table: Tensor
+    gate_site: Tensor
+    gate_values: Tensor  # [G, T] float32: each gate's factor; written at its probe's site, read at later ones
+
+    @property
+    def reads(self) -> GateReads:
+        """The part that is only read."""
+        return GateReads(*self[3:10])
+
+
 def check_steering_args(args: SteeringOpArgs) -> None:
     """Raise ValueError for shapes that a kernel would read out of bounds. Looks at no size that varies per call."""
     if args.hidden_states.dim() != 2:
@@ -75,6 +111,28 @@ def check_monitor_args(args: MonitorOpArgs) -> None:
     if args.probe.shape != (args.hidden_states.shape[1],):
         raise ValueError(f"probe must be [{args.hidden_states.shape[1]}], got {tuple(args.probe.shape)}")
     _check_params("params", args.params)
+
+
+def check_gate_args(args: GateOpArgs) -> None:
+    """Raise ValueError for shapes that a kernel would read out of bounds. Looks at no size that varies per call."""
+    if args.hidden_states.dim() != 2 or args.steered.dim() != 2:
+        raise ValueError(
+            f"hidden_states and steered must be [N, H], got {tuple(args.hidden_states.shape)} and "
+            f"{tuple(args.steered.shape)}"
+        )
+    width = args.hidden_states.shape[1]
+    for name in ("steered", "hidden_rest", "steering_table", "gate_probe_table"):
+        tensor = getattr(args, name)
+        if tensor.shape[-1] != width:
+            raise ValueError(f"hidden_states is {width} wide, {name} {tensor.shape[-1]}")
+    gates = args.gate_rows.shape[1]
+    for name, shape in (("gate_probes", (gates,)), ("gate_sites", (gates,)), ("gate_params", (gates, 4))):
+        if getattr(args, name).shape[1:] != shape:
+            raise ValueError(
+                f"{name} must be [T, {', '.join(map(str, shape))}], got {tuple(getattr(args, name).shape)}"
+            )
+    if args.gate_values.shape[0] != gates:
+        raise ValueError(f"gate_values must be [{gates}, T], got {tuple(args.gate_values.shape)}")
 
 
 def check_capacity(hidden_states: Tensor, *per_token: Tensor) -> None:

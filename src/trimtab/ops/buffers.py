@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.ops.args import NO_THRESHOLD, MonitorOpArgs, SteeringOpArgs
+from trimtab.ops.gates import GateBuffers
 from trimtab.ops.reference import ALL_TERMS, Terms
 from trimtab.sites import HookPoint, Site, site_order
 
@@ -33,6 +34,7 @@ class Emission(NamedTuple):
     traced: bool = False  # the reference's math inside a compiled graph, instead of the opaque operator
     terms: Terms = ALL_TERMS  # what the traced form computes
     cross_layer: bool = False  # a site's probe gates that site and everything after it, instead of that site alone
+    probing: bool = True  # whether the traced form reads gates' probes here, or only what earlier sites read
 
 
 def set_emission(module: nn.Module, mode: Emission) -> None:
@@ -180,6 +182,7 @@ class SteeringBuffers:
     row_gate: Tensor  # [T] float32
     token_scales: Tensor  # [T] float32
     decode_mask: Tensor  # [T] float32
+    gates: "GateBuffers | None"  # None where the engine serves none
 
     def __init__(
         self,
@@ -191,7 +194,10 @@ class SteeringBuffers:
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         row_monitor: bool = False,
+        gates: int = 0,
+        max_probes: int = 1,
     ) -> None:
+        """`gates` per token, reading at most `max_probes` - 1 probes; their rows are among the `max_rows`."""
         self.sites = tuple(sorted(set(sites), key=site_order))
         self._position = {site: position for position, site in enumerate(self.sites)}
         count = len(self.sites)
@@ -214,6 +220,16 @@ class SteeringBuffers:
         self.token_slab = torch.zeros(max_tokens, TOKEN_BYTES, dtype=torch.uint8, device=device)
         self.index, self.row_gate, self.token_scales, self.decode_mask = token_views(self.token_slab)
         self.row_gate.fill_(1.0)
+        self.gates: GateBuffers | None = None
+        if gates:
+            self.gates = GateBuffers(
+                self.sites,
+                count=gates,
+                hidden_size=hidden_size,
+                max_probes=max_probes,
+                max_tokens=max_tokens,
+                device=device,
+            )
 
     def attach(self, module: nn.Module, site: Site) -> None:
         """Register this site's tensors on `module` as non-persistent buffers. Raises KeyError for an unknown site."""
@@ -237,13 +253,16 @@ class SteeringBuffers:
         for field, tensor in by_field.items():
             module.register_buffer(buffer_name(field, site.hook), tensor, persistent=False)
         module.register_buffer(MONITOR_OFF, self._monitor_off, persistent=False)
+        if self.gates is not None:
+            self.gates.attach(module, site)
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held, row-monitor tensors of resized modules not included."""
         in_slab = {id(self.index), id(self.row_gate), id(self.token_scales), id(self.decode_mask)}
         tensors = [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor) and id(tensor) not in in_slab]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        gates = 0 if self.gates is None else self.gates.nbytes
+        return gates + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def token_views(slab: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

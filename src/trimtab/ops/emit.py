@@ -6,29 +6,40 @@ from torch import Tensor, nn
 from trimtab.ops import reference
 from trimtab.ops.args import SteeringOpArgs
 from trimtab.ops.buffers import emission, has_steering, monitor_op_args, steering_op_args
+from trimtab.ops.gates import gate_count, gate_op_args, traced_gates
 from trimtab.sites import HookPoint
 
 
-def emit(module: nn.Module, hook: HookPoint, hidden: Tensor, *, in_place: bool = False) -> Tensor:
+def emit(
+    module: nn.Module, hook: HookPoint, hidden: Tensor, *, rest: Tensor | None = None, in_place: bool = False
+) -> Tensor:
     """Steer `hidden` [..., H] with the buffers that `module` holds for `hook`, and return the result.
 
     A module without buffers for the hook returns `hidden` itself, and a compiled graph then holds nothing of ours.
-    How the module steers is set by its `Emission` (see `trimtab.ops.buffers`). `in_place` lets the operator write into
-    `hidden`, so an idle site costs a launch and no copy; callers must use the returned tensor in either case.
+    How the module steers is set by its `Emission` (see `trimtab.ops.buffers`). `rest`, of the same shape, is what must
+    be added to `hidden` to make the stream that a gate's probe reads, where the model keeps it in two parts. `in_place`
+    lets the operator write into `hidden`, so an idle site costs a launch and no copy; callers must use the returned
+    tensor in either case.
     """
     if not has_steering(module, hook):
         return hidden
     tokens = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
+    rest = None if rest is None else rest.reshape(tokens.shape)
     mode = emission(module)
     args = steering_op_args(module, hook, tokens)
     if mode.traced and torch.compiler.is_compiling():
         if mode.cross_layer:
             reference.steering_monitor(monitor_op_args(module, hook, tokens))
-        out = reference.apply_steering(args, mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer))
+        gates = traced_gates(module, hook, rest, probing=mode.probing) if gate_count(module) else None
+        terms = mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer)
+        out = reference.apply_steering(args, terms, gates)
     else:
         if mode.cross_layer:
             torch.ops.trimtab.steering_monitor(*monitor_op_args(module, hook, tokens))
-        out = _operator(args, in_place)
+        gated = gate_count(module) > 0
+        out = _operator(args, in_place and not gated)  # probes read what the tensor was before
+        if gated:
+            torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, out, tokens, rest))
     return out if hidden.dim() == 2 else out.reshape(hidden.shape)
 
 

@@ -3,6 +3,7 @@
     torch.ops.trimtab.apply_steering(*SteeringOpArgs) -> Tensor     a new tensor, never an alias of its input
     torch.ops.trimtab.apply_steering_(*SteeringOpArgs) -> ()        the same, written into hidden_states
     torch.ops.trimtab.steering_monitor(*MonitorOpArgs) -> ()        multiplies gates into the per-token buffers
+    torch.ops.trimtab.apply_gates_(*GateOpArgs) -> ()               adds to `steered` what gates let through
 
 Importing this module registers them. Triton is looked for at the first call on a CUDA tensor, not at import.
 """
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor
 
 from trimtab.ops import reference
-from trimtab.ops.args import MonitorOpArgs, SteeringOpArgs, check_capacity, check_monitor_args, check_steering_args
+from trimtab.ops.args import (
+    GateOpArgs,
+    MonitorOpArgs,
+    SteeringOpArgs,
+    check_capacity,
+    check_gate_args,
+    check_monitor_args,
+    check_steering_args,
+)
 
 NAMESPACE = "trimtab"
 
@@ -35,6 +44,7 @@ SCHEMAS = {
     "steering_monitor": schema(
         "steering_monitor", MonitorOpArgs._fields, mutates=("steering_token_scales", "steering_row_gate")
     ),
+    "apply_gates_": schema("apply_gates_", GateOpArgs._fields, mutates=("steered", "gate_values")),
 }
 
 
@@ -50,6 +60,10 @@ def _apply_in_place_fake(*tensors: Tensor) -> None:
 
 def _monitor_fake(*tensors: Tensor) -> None:
     check_monitor_args(MonitorOpArgs(*tensors))
+
+
+def _gates_fake(*tensors: Tensor) -> None:
+    check_gate_args(GateOpArgs(*tensors))
 
 
 def _apply_cpu(*tensors: Tensor) -> Tensor:
@@ -71,6 +85,12 @@ def _monitor_cpu(*tensors: Tensor) -> None:
         reference.steering_monitor(args)
 
 
+def _gates_cpu(*tensors: Tensor) -> None:
+    args = GateOpArgs(*tensors)
+    if args.gate_sites[: args.hidden_states.shape[0]].any().item():
+        _gates_any_device(*tensors)
+
+
 def _apply_any_device(*tensors: Tensor) -> Tensor:
     """For devices without a kernel of ours: the reference, without waiting for the flag."""
     args = _checked_steering(tensors)
@@ -83,6 +103,14 @@ def _apply_in_place_any_device(*tensors: Tensor) -> None:
 
 def _monitor_any_device(*tensors: Tensor) -> None:
     reference.steering_monitor(_checked_monitor(tensors))
+
+
+def _gates_any_device(*tensors: Tensor) -> None:
+    args = _checked_gates(tensors)
+    stream = args.hidden_states.float()
+    if args.hidden_rest.shape[0]:
+        stream = stream + args.hidden_rest.float()
+    args.steered.copy_(reference.add_gated(args.steered.float(), stream, args.reads, args.gate_values.unbind(0)))
 
 
 def _apply_cuda(*tensors: Tensor) -> Tensor:
@@ -113,6 +141,14 @@ def _monitor_cuda(*tensors: Tensor) -> None:
     launch_steering_monitor(_checked_monitor(tensors))
 
 
+def _gates_cuda(*tensors: Tensor) -> None:
+    if not kernels_serve(tensors[0]):
+        return _gates_any_device(*tensors)
+    from trimtab.ops.kernels.apply_gates import launch_apply_gates
+
+    launch_apply_gates(_checked_gates(tensors))
+
+
 def _checked_steering(tensors: tuple[Tensor, ...]) -> SteeringOpArgs:
     args = SteeringOpArgs(*tensors)
     check_steering_args(args)
@@ -130,6 +166,17 @@ def _checked_monitor(tensors: tuple[Tensor, ...]) -> MonitorOpArgs:
     args = MonitorOpArgs(*tensors)
     check_monitor_args(args)
     check_capacity(args.hidden_states, args.steering_token_scales, args.steering_row_gate, args.steering_decode_mask)
+    return args
+
+
+def _checked_gates(tensors: tuple[Tensor, ...]) -> GateOpArgs:
+    args = GateOpArgs(*tensors)
+    check_gate_args(args)
+    tokens = args.hidden_states.shape[0]
+    if args.steered.shape[0] != tokens or args.hidden_rest.shape[0] not in (0, tokens):
+        raise ValueError(f"{tokens} tokens, but steered has {args.steered.shape[0]}, the rest {args.hidden_rest.shape}")
+    per_token = (args.gate_rows, args.gate_probes, args.gate_sites, args.gate_params, args.gate_values.t())
+    check_capacity(args.hidden_states, *per_token)
     return args
 
 
@@ -154,6 +201,7 @@ def _register() -> torch.library.Library:
             _apply_in_place_any_device,
         ),
         "steering_monitor": (_monitor_fake, _monitor_cpu, _monitor_cuda, _monitor_any_device),
+        "apply_gates_": (_gates_fake, _gates_cpu, _gates_cuda, _gates_any_device),
     }
     for name, (fake, cpu, cuda, any_device) in implementations.items():
         library.define(SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]

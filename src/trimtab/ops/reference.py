@@ -5,12 +5,13 @@ model's compiled graph they are the fastest backend, because the compiler fuses 
 and norm; called eagerly they are the CPU's implementation. All arithmetic is float32 with one rounding at the end.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from trimtab.ops.args import MonitorOpArgs, SteeringOpArgs, check_monitor_args, check_steering_args
+from trimtab.ops.args import GateReads, MonitorOpArgs, SteeringOpArgs, check_monitor_args, check_steering_args
 
 
 class Terms(NamedTuple):
@@ -28,14 +29,23 @@ ALL_TERMS = Terms()
 ROWS_ONLY = Terms(tier=False, monitor=False, row_monitor=False)
 
 
-def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS) -> Tensor:
+class Gates(NamedTuple):
+    """What `apply_steering` needs to steer behind gates as well."""
+
+    reads: GateReads
+    values: Sequence[Tensor]  # G tensors [T] float32, written where a probe is at this site
+    rest: Tensor | None = None  # [N, H], what must be added to the hidden states to make the full stream
+    probing: bool = True  # whether a probe can be at this site; a constant of the trace
+
+
+def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates | None = None) -> Tensor:
     """Steer `hidden_states`: a new contiguous [N, H] tensor of its dtype.
 
         out[i] = round(hidden[i] + table[r] * scales[r] * g + dynamic_vec * ts),    r = index[i]
 
     with `g` the row gate and `ts` the token scale, each multiplied by the monitors' gates (`steering_monitor` below has
     the formula; a row's own probe gates the row alone). Scores read the un-steered input. `any_active` is not read:
-    routing a token to row 0 with a zero token scale is what leaves it as it is.
+    routing a token to row 0 with a zero token scale is what leaves it as it is. `gates` adds `add_gated`.
 
     Raises ValueError on shapes that no backend could read.
     """
@@ -65,7 +75,41 @@ def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS) -> Tensor:
     out = x + args.steering_table[rows].float() * row_gain[:, None]
     if terms.tier:
         out = out + args.steering_dynamic_vec.float() * token_gain[:, None]
+    if gates is not None:
+        stream = x if gates.rest is None else x + gates.rest.float()
+        out = add_gated(out, stream, gates.reads, gates.values, probing=gates.probing)
     return out.to(hidden.dtype).contiguous()
+
+
+def add_gated(
+    out: Tensor, stream: Tensor, reads: GateReads, values: Sequence[Tensor], *, probing: bool = True
+) -> Tensor:
+    """`out` [N, H] float32 plus what the gates let through; writes the factors of gates whose probe is at this site.
+
+        y = sigmoid(sharpness * (stream[i] . probe - threshold)), or stream[i] . probe > threshold where sharpness is 0
+        factor = 1 - y where inverted, else y
+        out[i] += table[row] * coefficient * factor,    for each gate of token i
+
+    `stream` [N, H] float32 is the full stream before any steering here. At later sites the factor is the one written;
+    at earlier ones it is 0, whatever `values` hold.
+    """
+    tokens = out.shape[0]
+    here = reads.gate_site
+    for slot, value in enumerate(values):
+        site = reads.gate_sites[:tokens, slot]
+        coefficient, threshold, sharpness, invert = reads.gate_params[:tokens, slot].unbind(-1)
+        factor = torch.where((site > 0) & (site < here), value[:tokens], 0.0)
+        if probing:
+            at_probe = site == here
+            # A token whose probe is elsewhere reads row 0, which is zero and in a near cache.
+            probe = reads.gate_probe_table[torch.where(at_probe, reads.gate_probes[:tokens, slot], 0)]
+            score = (stream * probe).sum(-1)
+            y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
+            y = torch.where(invert > 0, 1.0 - y, y)
+            factor = torch.where(at_probe, y, factor)
+            value[:tokens].copy_(torch.where(at_probe, y, value[:tokens]))
+        out = out + reads.steering_table[reads.gate_rows[:tokens, slot]].float() * (coefficient * factor)[:, None]
+    return out
 
 
 def steering_monitor(args: MonitorOpArgs) -> None:

@@ -1,0 +1,105 @@
+"""The tensors of gates: which gates each token has, the probes that they read, and the factors that come of it.
+
+`GateBuffers` owns them for one engine and registers them on each steered module. The rows that gates let through are
+rows of the site's own table. Where an engine has no gates, none of this exists.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.ops.args import GateOpArgs, GateReads
+from trimtab.ops.reference import Gates
+from trimtab.sites import HookPoint, Site
+
+GATE_BYTES = 32
+"""Bytes of one gate of one token: int64 row, int32 probe and site, four float32 as in `GateReads.gate_params`."""
+
+_SHARED = ("gate_rows", "gate_probes", "gate_sites", "gate_params", "gate_probe_table")
+
+
+class GateBuffers:
+    """Device state of an engine's gates: G gates per token, T tokens, P probe rows, hidden size H."""
+
+    slab: Tensor  # [T, G * 32] uint8, contiguous: copying the first N rows sets the gates of a step
+    rows: Tensor  # [T, G] int64, a view of the slab like the three below
+    probes: Tensor  # [T, G] int32
+    sites: Tensor  # [T, G] int32, counted from 1 in forward order
+    params: Tensor  # [T, G, 4] float32
+    values: Tensor  # [G, T] float32: the factors of the last forward pass
+    probe_table: Tensor  # [P, H] float32
+    numbers: Tensor  # [S, 4] int32, aligned: the first of each line is the site's number
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        *,
+        count: int,
+        hidden_size: int,
+        max_probes: int,
+        max_tokens: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`sites` in forward order, `count` gates per token, `max_probes` rows of probes with row 0."""
+        self.count = count
+        self._numbers = {site: position + 1 for position, site in enumerate(sites)}
+        self.slab = torch.zeros(max_tokens, count * GATE_BYTES, dtype=torch.uint8, device=device)
+        words = self.slab.view(torch.int64).view(max_tokens, count, 4)
+        halves = self.slab.view(torch.int32).view(max_tokens, count, 8)
+        floats = self.slab.view(torch.float32).view(max_tokens, count, 8)
+        self.rows, self.probes, self.sites, self.params = words[..., 0], halves[..., 2], halves[..., 3], floats[..., 4:]
+        self.values = torch.zeros(count, -(-max_tokens // 4) * 4, dtype=torch.float32, device=device)
+        # A storage object of its own per gate: compilers track what is written by storage, see `token_views`.
+        self._values_of = [torch.from_dlpack(value) for value in self.values]  # type: ignore[attr-defined]
+        self.probe_table = torch.zeros(max_probes, hidden_size, dtype=torch.float32, device=device)
+        self.numbers = torch.zeros(len(sites), 4, dtype=torch.int32, device=device)
+        self.numbers[:, 0] = torch.arange(1, len(sites) + 1, dtype=torch.int32)
+
+    def number(self, site: Site) -> int:
+        """How the token records call `site`: from 1 on; 0 where this rank does not have it."""
+        return self._numbers.get(site, 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory held."""
+        return sum(tensor.nbytes for tensor in (self.slab, self.values, self.probe_table, self.numbers))
+
+    def attach(self, module: nn.Module, site: Site) -> None:
+        """Register the tensors that `site` reads and writes on `module`, as non-persistent buffers."""
+        tensors = dict(zip(_SHARED, (self.rows, self.probes, self.sites, self.params, self.probe_table), strict=True))
+        tensors["gate_values"] = self.values
+        tensors |= {f"gate_values_{slot}": value for slot, value in enumerate(self._values_of)}
+        for name, tensor in tensors.items():
+            module.register_buffer(f"steering_{name}", tensor, persistent=False)
+        module.register_buffer(_number_name(site.hook), self.numbers[self.number(site) - 1, :1], persistent=False)
+        module._steering_gate_count = self.count  # type: ignore[assignment]
+
+
+def gate_count(module: nn.Module) -> int:
+    """How many gates per token `module` serves; a constant while it is traced."""
+    count: int = getattr(module, "_steering_gate_count", 0)
+    return count
+
+
+def traced_gates(module: nn.Module, hook: HookPoint, rest: Tensor | None, *, probing: bool) -> Gates:
+    """What `reference.apply_steering` needs for the gates of `module` at `hook`."""
+    values = [getattr(module, f"steering_gate_values_{slot}") for slot in range(gate_count(module))]
+    return Gates(_reads(module, hook), values, rest, probing)
+
+
+def gate_op_args(
+    module: nn.Module, hook: HookPoint, steered: Tensor, hidden: Tensor, rest: Tensor | None
+) -> GateOpArgs:
+    """The arguments of `apply_gates_` for `hidden` [N, H] at `hook`, `steered` being what is to be added to."""
+    rest = hidden[:0] if rest is None else rest
+    return GateOpArgs(steered, hidden, rest, *_reads(module, hook), module.steering_gate_values)  # type: ignore[arg-type]
+
+
+def _reads(module: nn.Module, hook: HookPoint) -> GateReads:
+    names = [f"steering_table_{hook.value}", *(f"steering_{name}" for name in _SHARED), _number_name(hook)]
+    return GateReads(*[getattr(module, name) for name in names])
+
+
+def _number_name(hook: HookPoint) -> str:
+    return f"steering_table_{hook.value}_gate_site"

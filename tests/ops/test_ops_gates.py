@@ -1,0 +1,180 @@
+"""Gates against a float64 oracle: the operator, the traced form, and what must hold to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from gates_cases import SITES, Oracle, gated_stack
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from trimtab.ops import ROWS_ONLY, Emission, GateOpArgs, SteeringBuffers, emit, set_emission
+from trimtab.ops.gates import gate_count
+from trimtab.sites import HookPoint
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # one rounding of values of about 4
+
+
+@given(
+    tokens=st.integers(0, 9),
+    width=st.sampled_from([1, 3, 16, 100]),
+    gates=st.integers(1, 4),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    split=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=120, deadline=None)
+def test_three_sites_in_a_row_give_what_the_formula_says(tokens, width, gates, dtype, split, seed):
+    stack = gated_stack(tokens, width, gates=gates, dtype=dtype, seed=seed)
+    stack.buffers.gates.values.fill_(float("nan"))  # whatever an earlier pass left behind
+    oracle, rng = Oracle(stack), torch.Generator().manual_seed(seed)
+    for place in range(len(SITES)):
+        hidden = torch.randn(tokens, width, generator=rng).to(dtype)
+        rest = torch.randn(tokens, width, generator=rng).to(dtype) if split else None
+        steered = torch.randn(tokens, width, generator=rng).to(dtype)
+        before = steered.double().numpy()
+        torch.ops.trimtab.apply_gates_(*stack.args(place, steered, hidden, rest))
+        stream = hidden.double().numpy() + (rest.double().numpy() if split else 0.0)
+        expected = before + oracle.added(place, stream)
+        sure = [token for token in range(tokens) if token not in oracle.near]
+        np.testing.assert_allclose(
+            steered.double().numpy()[sure], expected[sure], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+    for (token, slot), factor in oracle.factors.items():
+        if token not in oracle.near:
+            assert stack.buffers.gates.values[slot, token].item() == pytest.approx(factor, abs=2e-5)
+
+
+def alone(width=16, dtype=torch.float32, tokens=4):
+    """Buffers in which gate 0 of token 0 lets row 1 through, by a probe at the first site."""
+    buffers = SteeringBuffers(SITES, hidden_size=width, max_rows=3, max_tokens=8, dtype=dtype, gates=2, max_probes=3)
+    buffers.table[:, 1:] = torch.randn(len(SITES), 2, width).to(dtype)
+    state = buffers.gates
+    state.probe_table[1:] = torch.randn(2, width)
+    state.rows[0, 0], state.probes[0, 0], state.sites[0, 0] = 1, 1, 1
+    modules = [nn.Module() for _ in SITES]
+    for module, site in zip(modules, SITES, strict=True):
+        buffers.attach(module, site)
+    return buffers, modules, torch.randn(tokens, width).to(dtype)
+
+
+@pytest.mark.parametrize("threshold", [-1e30, 1e30])
+@pytest.mark.parametrize("sharpness", [1.0, 0.0])
+@pytest.mark.parametrize("invert", [0.0, 1.0])
+def test_an_open_gate_is_no_gate_and_a_shut_one_no_steering_to_the_bit(threshold, sharpness, invert):
+    buffers, modules, hidden = alone()
+    coefficient = 1.7
+    buffers.gates.params[0, 0] = torch.tensor([coefficient, threshold, sharpness, invert])
+    ungated = SteeringBuffers(SITES, hidden_size=16, max_rows=3, max_tokens=8, dtype=torch.float32)
+    ungated.table.copy_(buffers.table)
+    ungated.any_active.fill_(True)
+    ungated.row_gate[0] = coefficient
+    is_open = (threshold < 0) != (invert > 0)
+    ungated.index[0] = int(is_open)
+    for module, site in zip(modules, SITES, strict=True):
+        plain = nn.Module()
+        ungated.attach(plain, site)
+        expected = emit(plain, HookPoint.POST_BLOCK, hidden)
+        assert torch.equal(emit(module, HookPoint.POST_BLOCK, hidden), expected)
+        assert torch.equal(expected[0], hidden[0]) != is_open
+
+
+def test_a_gate_reads_the_stream_before_any_steering_at_its_site():
+    buffers, modules, hidden = alone()
+    buffers.any_active.fill_(True)
+    buffers.index[0] = 2
+    buffers.table[0, 2] = 100 * buffers.gates.probe_table[1]  # would carry every token over the threshold
+    threshold = float(hidden[0] @ buffers.gates.probe_table[1]) + 0.5
+    buffers.gates.params[0, 0] = torch.tensor([1.0, threshold, 0.0, 0.0])
+    for in_place in (False, True):
+        buffers.gates.values.fill_(0.5)
+        emit(modules[0], HookPoint.POST_BLOCK, hidden.clone(), in_place=in_place)
+        assert buffers.gates.values[0, 0] == 0.0
+
+
+def test_tokens_without_gates_are_left_alone_to_the_bit_and_write_no_factor():
+    buffers, modules, hidden = alone()
+    buffers.gates.params[0, 0] = torch.tensor([1.0, -1e30, 1.0, 0.0])
+    buffers.gates.values.fill_(float("nan"))
+    out = emit(modules[0], HookPoint.POST_BLOCK, hidden)
+    assert torch.equal(out[1:], hidden[1:])
+    assert buffers.gates.values.isnan().sum() == buffers.gates.values.numel() - 1
+
+
+class Sites(nn.Module):
+    """Three steered sites with a norm between them, as a compiled model has them; the stream is kept in two parts."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        super().__init__()
+        self.sites = nn.ModuleList(modules)
+
+    def forward(self, hidden, residual):
+        for module in self.sites:
+            residual = emit(module, HookPoint.POST_BLOCK, residual, rest=hidden)
+            stream = hidden.float() + residual.float()
+            hidden = (stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + 1e-6)).to(hidden.dtype).tanh()
+            residual = stream.to(residual.dtype)
+        return hidden, residual
+
+
+@pytest.mark.parametrize("probing", [True, False])
+def test_the_traced_form_is_the_operator(probing):
+    stack = gated_stack(6, 64, gates=2, seed=5)
+    stack.buffers.gates.sites[:6].clamp_(max=1)  # all probes at the first site
+    for place, module in enumerate(stack.modules):
+        set_emission(module, Emission(traced=True, terms=ROWS_ONLY, probing=probing or place == 0))
+    model = Sites(stack.modules)
+    hidden, residual = torch.randn(6, 64), torch.randn(6, 64)
+    with torch.no_grad():
+        expected = model(hidden, residual)
+        factors = stack.buffers.gates.values.clone()
+        stack.buffers.gates.values.zero_()
+        torch._dynamo.reset()
+        traced = torch.compile(model, fullgraph=True, dynamic=True, backend="inductor")(hidden, residual)
+    for got, want in zip(traced, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stack.buffers.gates.values, factors)
+    assert factors.any()
+
+
+def test_an_engine_without_gates_holds_and_traces_nothing_of_them():
+    buffers = SteeringBuffers(SITES, hidden_size=8, max_rows=3, max_tokens=8, dtype=torch.float32)
+    module = nn.Module()
+    buffers.attach(module, SITES[0])
+    assert buffers.gates is None
+    assert gate_count(module) == 0
+    assert not any("gate_" in name and "row_gate" not in name for name, _ in module.named_buffers())
+    set_emission(module, Emission(traced=True, terms=ROWS_ONLY))
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: emit(module, HookPoint.POST_BLOCK, x), backend=backend, fullgraph=True)(torch.randn(4, 8))
+    assert graphs
+    assert not any("gate_rows" in text or "sigmoid" in text for text in graphs)
+
+
+def test_shapes_that_no_backend_could_read_are_refused():
+    stack = gated_stack(4, 8)
+    args = stack.args(0, torch.randn(4, 8), torch.randn(4, 8))
+    for bad in (
+        {"steered": torch.randn(4, 7)},
+        {"steered": torch.randn(3, 8)},
+        {"hidden_rest": torch.randn(2, 8)},
+        {"gate_sites": args.gate_sites[:2]},
+        {"gate_params": args.gate_params[..., :3]},
+        {"gate_values": args.gate_values[:1]},
+        {"gate_probe_table": torch.zeros(2, 7)},
+    ):
+        with pytest.raises(ValueError, match=r".+"):
+            torch.ops.trimtab.apply_gates_(*args._replace(**bad))
+
+
+def test_the_registered_schema_is_the_tuple():
+    schema = torch.ops.trimtab.apply_gates_.default._schema
+    assert tuple(argument.name for argument in schema.arguments) == GateOpArgs._fields
+    written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
+    assert written == ["steered", "gate_values"]
