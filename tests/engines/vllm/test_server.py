@@ -191,6 +191,15 @@ def test_the_token_endpoint_takes_it_in_extra_args_or_on_top_and_refuses_before_
     assert top["choices"] == answer["choices"]
 
 
+def test_a_rendered_request_carries_its_spec_to_the_server_that_answers_it(client, oracle):
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "steering": add(packed(JOY))}
+    (rendered,) = client.post("/v1/completions/render", json=body).json()
+    answer = client.post("/inference/v1/generate", json=rendered).json()
+    words = " ".join(f"w{token}" for token in answer["choices"][0]["token_ids"])
+    assert words == oracle.words(PROMPT, COUNT, JOY, JOY)
+    assert client.post("/v1/completions/render", json={**body, "steering": add("nobody")}).status_code == 400
+
+
 def test_concurrent_users_with_and_without_steering_each_get_their_own_answer(sdk, oracle):
     prompts = [PROMPT, *(" ".join(f"w{17 * number + 5 * word + 3}" for word in range(6)) for number in range(7))]
     cases = [(None, {}, {}), *SPECS.values()]

@@ -35,6 +35,9 @@ class AdmittedWire(dict[str, Any]):
     def __deepcopy__(self, memo: dict[int, Any]) -> "AdmittedWire":
         return self  # sampling parameters are cloned on their way, vectors need not be
 
+    def __repr__(self) -> str:
+        return f"<steering with {len(self['vectors'])} vectors>"  # logs of requests print sampling parameters
+
 
 @dataclass(frozen=True)
 class Admission:

@@ -1,0 +1,156 @@
+"""The doors in vLLM's own classes, without an engine: what they admit, what they refuse, and that patches come once."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trimtab.engines.vllm import compat_frontend, doors
+from trimtab.engines.vllm.frontend import AdmittedWire, FrontEnd
+from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.errors import SteeringError
+from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.spec import Steering
+from trimtab.vectors.vector import SteeringVector
+
+vllm = pytest.importorskip("vllm")
+
+from vllm import SamplingParams  # noqa: E402
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
+from vllm.entrypoints.openai.chat_completion.protocol import (  # noqa: E402
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+)
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest  # noqa: E402
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
+from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+
+pytestmark = pytest.mark.vllm
+
+SPEC = {"interventions": [{"kind": "add", "vector": "calm", "scale": 2.0}]}
+
+REQUESTS = [
+    (ChatCompletionRequest, {"messages": [{"role": "user", "content": "x"}]}),
+    (CompletionRequest, {"prompt": "x"}),
+    (ResponsesRequest, {"input": "x"}),
+]
+
+
+@pytest.fixture(autouse=True)
+def front_end():
+    compat_frontend.install(lambda config: None)
+    compat_frontend.install_doors(lambda config: None)
+    calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): np.arange(1.0, 9.0)})
+    model = ModelSites(8, 2, frozenset({Site(0, HookPoint.POST_BLOCK)}))
+    front_end = FrontEnd(model, VectorRegistry({"calm": calm}))
+    doors.set_current_front_end(front_end)
+    yield front_end
+    doors.set_current_front_end(None)
+
+
+def request(kind: Any, body: dict[str, Any], **more: Any) -> Any:
+    return kind.model_validate({"model": "m", **body, **more})
+
+
+def test_every_patch_fits_this_vllm_and_is_applied_once():
+    patched = [EngineArgs.add_cli_args, EngineArgs.create_engine_config, CompletionRequest.to_sampling_params]
+    compat_frontend.install(lambda config: None)
+    compat_frontend.install_doors(lambda config: None)
+    assert patched == [EngineArgs.add_cli_args, EngineArgs.create_engine_config, CompletionRequest.to_sampling_params]
+    assert compat_frontend._problems == []
+
+
+def test_a_vllm_that_has_changed_is_noted_and_left_alone(monkeypatch):
+    class Changed:
+        def to_sampling_params(self, renamed: int) -> None: ...
+
+    before = Changed.to_sampling_params
+    monkeypatch.setattr(compat_frontend, "_problems", [])
+    assert compat_frontend._take(Changed, "to_sampling_params", ["self", "max_tokens"]) is None
+    assert compat_frontend._take(Changed, "gone", ["self"]) is None
+    assert Changed.to_sampling_params is before
+    assert ["renamed" in compat_frontend._problems[0], "gone" in compat_frontend._problems[1]] == [True, True]
+
+
+@pytest.mark.parametrize(("kind", "body"), REQUESTS)
+def test_both_places_of_a_body_are_admitted_and_the_request_keeps_what_it_said(kind, body):
+    for more in ({"steering": SPEC}, {"vllm_xargs": {"steering": json.dumps(SPEC), "other": 1}}):
+        made = request(kind, body, **more)
+        params = made.to_sampling_params(5, {})
+        assert isinstance(params.extra_args["steering"], AdmittedWire)
+        assert params.extra_args.get("other") == more.get("vllm_xargs", {}).get("other")
+        assert (made.vllm_xargs or {}) == more.get("vllm_xargs", {})
+
+
+@pytest.mark.parametrize(("kind", "body"), REQUESTS)
+def test_a_refusal_is_vllms_validation_error_and_a_value_error_and_names_the_field(kind, body):
+    made = request(kind, body, steering={"interventions": [{"kind": "add", "vector": "nobody"}]})
+    with pytest.raises(VLLMValidationError) as caught:
+        made.to_sampling_params(5, {})
+    assert isinstance(caught.value, SteeringError)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.parameter == "steering.interventions[0].vector"
+    assert str(caught.value).startswith("steering.interventions[0].vector: there is no vector 'nobody'")
+
+
+@pytest.mark.parametrize(("kind", "body"), REQUESTS)
+def test_a_server_without_steering_refuses_to_answer_a_steered_request_unsteered(kind, body):
+    doors.set_current_front_end(None)
+    with pytest.raises(VLLMValidationError, match="--enable-steering"):
+        request(kind, body, steering=SPEC).to_sampling_params(5, {})
+    assert not request(kind, body).to_sampling_params(5, {}).extra_args
+
+
+def test_each_conversation_of_a_batch_request_is_steered():
+    made = BatchChatCompletionRequest(model="m", messages=[[{"role": "user", "content": "x"}]], steering=SPEC)
+    single = made.to_chat_completion_request(made.messages[0])
+    assert isinstance(single.to_sampling_params(5, {}).extra_args["steering"], AdmittedWire)
+
+
+@pytest.mark.parametrize("form", [SPEC, json.dumps(SPEC), Steering.parse(SPEC)], ids=["mapping", "json", "Steering"])
+def test_sampling_parameters_are_admitted_in_a_copy(front_end, form):
+    params = SamplingParams(extra_args={"steering": form, "other": 1})
+    admitted = doors.admit_params(front_end, params)
+    assert params.extra_args == {"steering": form, "other": 1}
+    assert isinstance(admitted.extra_args["steering"], AdmittedWire)
+    assert admitted.extra_args["other"] == 1
+    assert doors.admit_params(front_end, admitted) is admitted
+    assert isinstance(admitted.clone().extra_args["steering"], AdmittedWire)
+    plain = SamplingParams()
+    assert doors.admit_params(front_end, plain) is plain
+
+
+def test_a_wire_form_from_a_caller_is_not_taken_for_an_admitted_one(front_end):
+    forged = dict(front_end.admit(SPEC).wire)
+    with pytest.raises(ValueError, match="unknown key"):
+        doors.admit_params(front_end, SamplingParams(extra_args={"steering": forged}))
+
+
+def test_a_request_whose_prompt_grows_is_refused_if_it_is_steered(front_end):
+    with pytest.raises(ValueError, match="grows"):
+        doors.admit_params(front_end, SamplingParams(extra_args={"steering": SPEC}), resumable=True)
+    doors.admit_params(front_end, SamplingParams(), resumable=True)
+
+
+def test_vllms_own_parser_knows_the_flags_and_ends_with_a_message_for_bad_ones(capsys):
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--enable-steering", "--steering-layers", "1-2", "--additional-config", '{"other": 1}'])
+    assert args.additional_config == {"other": 1, "steering": {"layers": "1-2"}}
+    assert AsyncEngineArgs.from_cli_args(args).additional_config == args.additional_config
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--steering-layers", "1-2"])
+    assert "without --enable-steering" in capsys.readouterr().err
+
+
+def test_a_process_that_makes_no_engine_configuration_imports_nothing_of_the_server():
+    code = (
+        "import sys; from trimtab.engines.vllm import compat_frontend\n"
+        "compat_frontend.install(lambda config: None)\n"
+        "print([name for name in sys.modules if name == 'vllm' or name.startswith(('vllm.', 'torch', 'fastapi'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
