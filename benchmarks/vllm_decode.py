@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -141,10 +142,10 @@ def machine() -> dict[str, Any]:
     import triton
     import vllm
 
-    device = torch.cuda.get_device_properties(0)
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
-        "gpu": device.name, "gpu_memory_gib": round(device.total_memory / 2**30), "python": platform.python_version(),
-        "torch": torch.__version__, "triton": triton.__version__, "vllm": vllm.__version__,
+        "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
+        "vllm": vllm.__version__, "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default"),
     }  # fmt: skip
 
 
@@ -159,7 +160,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trace", action="store_true", help="also measure GPU time per step")
     parser.add_argument("--layers", default=None, help="steer only these layers, e.g. 8-24")
-    parser.add_argument("--gpu-memory", type=float, default=0.42, help="share of the GPU for each of the two engines")
+    parser.add_argument("--cache-gib", type=int, default=12, help="KV cache of each of the two engines")
+    parser.add_argument("--attention", default="FLASH_ATTN", help="attention backend; empty for vLLM's choice")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
 
@@ -169,18 +171,19 @@ def main() -> None:
         common = {
             "max_num_seqs": max([*arguments.batches, 256 if arguments.throughput else 1]),
             "max_num_batched_tokens": max(8192, arguments.prefill), "max_model_len": max(4096, arguments.prefill + 64),
-            "gpu_memory_utilization": arguments.gpu_memory, "enable_prefix_caching": False,
-            "attention_config": {"backend": "FLASH_ATTN"},
+            # a fixed cache: two engines that start together must not size theirs from the memory they see free
+            "kv_cache_memory_bytes": arguments.cache_gib << 30, "enable_prefix_caching": False,
         }  # fmt: skip
+        if arguments.attention:
+            common["attention_config"] = {"backend": arguments.attention}
         steering: dict[str, Any] = {"vectors": vectors, "hook_points": ["post_block"]}
         if arguments.layers:
             steering["layers"] = arguments.layers
         stock = EngineProcess("stock", arguments.shape, Path(folder), common)
-        stock_start = stock.wait_ready()  # one after the other: each profiles the free memory
         steered = EngineProcess(
             "steered", arguments.shape, Path(folder), common | {"additional_config": {"steering": steering}}
         )
-        starts = {"stock_s": stock_start, "steered_s": steered.wait_ready()}
+        starts = {"stock_s": stock.wait_ready(), "steered_s": steered.wait_ready()}
         print("started:", starts, flush=True)
         comparison = Comparison(stock, steered, arguments.repeats)
         try:
