@@ -1,29 +1,18 @@
-"""Kernels compiled ahead of the first request, and a count of those that were not.
+"""Compile the operator's kernels for the sizes that a worker will capture and serve, before it captures any graph.
 
-The operator's kernels are compiled per kind of argument, so warming up drives each real site with its own buffers.
-Where the model is traced there are none, and on a CPU this does nothing.
+Where the model is compiled by vLLM the addition is part of its graphs and the operator is not launched, but not every
+model is compiled, and the kernels take a second. On a CPU there are none and this does nothing.
 """
 
 from typing import Any
 
 from trimtab.engines.vllm.attach import Attachment
+from trimtab.ops.warmup import warmup_apply_steering_kernel
 
 
-class KernelVariants:
-    """How many variants of our kernels this process has compiled, and how many of them after warm-up."""
-
-    def __init__(self) -> None:
-        self._settled: int | None = None
-
-    def warm_up(self, worker: Any, attachment: Attachment) -> None:
-        """Compile what the sizes that will be captured and served need."""
-        if worker.device.type != "cuda" or not attachment.modules:
-            return
-
-    def settle(self) -> None:
-        """From here on every further variant is late."""
-        self._settled = 0
-
-    def late(self) -> int:
-        """Variants compiled since `settle`."""
-        return 0
+def warm_up_kernels(vllm_config: Any, attachment: Attachment) -> None:
+    """Launch the operator at every site; every variant that appears later is counted as late."""
+    captured = vllm_config.compilation_config.cudagraph_capture_sizes or ()
+    longest = int(vllm_config.scheduler_config.max_num_batched_tokens)
+    sizes = {1, 2, 16, 17, longest, *captured}  # a variant is keyed by whether N is 1, a multiple of 16, or neither
+    warmup_apply_steering_kernel(dict.fromkeys(attachment.modules.values()), sizes, in_place=(False,))

@@ -11,6 +11,7 @@ from typing import Any
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
+from trimtab.gates import check_served
 from trimtab.program import ResolvedSteering
 from trimtab.sites import ModelSites
 from trimtab.spec import Steering
@@ -69,9 +70,11 @@ def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
     for site in steering.sites:
         if site not in model.sites:
             raise SteeringError(SETTINGS_KEY, f"{site} is not served by this engine")
-    for program in (steering.prefill, steering.decode):
-        for term in program.terms:
-            if term.vector.hidden_size != model.hidden_size:
-                raise SteeringError(
-                    SETTINGS_KEY, f"a vector of width {term.vector.hidden_size}; the model's is {model.hidden_size}"
-                )
+    steering.check_gate_count(model.gates, SETTINGS_KEY)
+    for term in (*steering.prefill.all_terms, *steering.decode.all_terms):
+        if term.vector.hidden_size != model.hidden_size:
+            raise SteeringError(
+                SETTINGS_KEY, f"a vector of width {term.vector.hidden_size}; the model's is {model.hidden_size}"
+            )
+        if term.gate is not None:
+            check_served(term.gate, term.vector.sites, model.gates)

@@ -11,8 +11,9 @@ from trimtab.engines.vllm.refusals import require_steerable
 from trimtab.engines.vllm.runner_v1 import drive_v1
 from trimtab.engines.vllm.runner_v2 import drive_v2
 from trimtab.engines.vllm.start import stamped_settings
-from trimtab.engines.vllm.warmup import KernelVariants
+from trimtab.engines.vllm.warmup import warm_up_kernels
 from trimtab.errors import SteeringError
+from trimtab.ops.warmup import late_variants
 from trimtab.runtime import SteeringRuntime
 
 logger = logging.getLogger("vllm.trimtab")
@@ -24,7 +25,6 @@ class WorkerSteering:
 
     attachment: Attachment
     runtime: SteeringRuntime | None
-    variants: KernelVariants
 
 
 def attach_worker(worker: Any) -> None:
@@ -45,7 +45,7 @@ def attach_worker(worker: Any) -> None:
         runtime = SteeringRuntime(attachment.buffers, max_requests=limit)
         _account_for_memory(runner, attachment.buffers.nbytes)
         (drive_v2 if _is_v2(runner) else drive_v1)(runner, runtime, settings, limit)
-    worker._trimtab = WorkerSteering(attachment, runtime, KernelVariants())
+    worker._trimtab = WorkerSteering(attachment, runtime)
     _check_after_warm_up(worker)
     logger.info(
         "Steering %d sites: %.1f MiB for %d rows",
@@ -73,7 +73,7 @@ def trimtab_status(self: Any) -> dict[str, Any]:
         "row_uploads": runtime.row_uploads if runtime else 0,
         "digest": runtime.digest() if runtime else "",
         "nbytes": steering.attachment.buffers.nbytes,
-        "late_variants": steering.variants.late(),
+        "late_variants": late_variants(),
     }
 
 
@@ -88,10 +88,9 @@ def _check_after_warm_up(worker: Any) -> None:
 
     def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
         steering: WorkerSteering = worker._trimtab
-        steering.variants.warm_up(worker, steering.attachment)
+        warm_up_kernels(worker.vllm_config, steering.attachment)
         result = original(*args, **kwargs)
         require_live_sites(worker, steering.attachment, _is_v2(worker.model_runner))
-        steering.variants.settle()
         return result
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model
@@ -116,5 +115,6 @@ def _account_for_memory(runner: Any, nbytes: int) -> None:
     """
     from vllm.utils import mem_utils
 
-    if "total_consumed" not in getattr(mem_utils.MemoryProfilingResult, "__dataclass_fields__", {}):
+    measured = "total_consumed" in getattr(mem_utils.MemoryProfilingResult, "__dataclass_fields__", {})
+    if not measured and hasattr(runner, "model_memory_usage"):  # the CPU runner does not size anything
         runner.model_memory_usage += nbytes
