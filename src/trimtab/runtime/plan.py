@@ -54,13 +54,24 @@ class StepPlanner:
         """The slot of each steered request; for reading."""
         return self._slot_of
 
-    def add(self, request_id: str, rows: tuple[int, int], coefficients: tuple[float, float]) -> None:
+    @property
+    def batch(self) -> IntArray:
+        """The slots of the batch last given to `steers`, [B]."""
+        return self._last_slots
+
+    @property
+    def counts(self) -> IntArray:
+        """Tokens per request of that batch and phase, [B, 2], as `plan` last counted them."""
+        return self._counts[: len(self._last_slots)]
+
+    def add(self, request_id: str, rows: tuple[int, int], coefficients: tuple[float, float]) -> int:
         """Give `request_id`, not yet known, a slot with one (row, coefficient) per phase: (prefill, decode)."""
         slot = self._free.pop()
         self._slot_of[request_id] = slot
         self._rows[slot] = rows
         self._coefficients[slot] = coefficients
         self._last_ids = None
+        return slot
 
     def remove(self, request_id: str) -> tuple[int, int] | None:
         """Free the slot of `request_id` and return its rows (prefill, decode); None if it has none."""

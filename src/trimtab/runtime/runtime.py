@@ -13,9 +13,12 @@ import numpy.typing as npt
 from trimtab.errors import SteeringError
 from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering
+from trimtab.runtime.gates import GateLanes, probes_needed, rows_needed
+from trimtab.runtime.meters import GateUse
 from trimtab.runtime.plan import TOKEN, StepPlanner, as_ints
 from trimtab.runtime.rows import RowAllocator
 from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
+from trimtab.vectors.values import FloatArray
 
 
 class SteeringRuntime:
@@ -28,23 +31,33 @@ class SteeringRuntime:
     def __init__(self, buffers: SteeringBuffers, *, max_requests: int) -> None:
         """`max_requests`: how many steered requests can be admitted at one time.
 
-        Raises SteeringError if the table has fewer rows than these requests can need: one per phase each, and row 0.
+        Raises SteeringError if the tables have fewer rows than these requests can need: a row for each phase, one for
+        each gate of each phase, and row 0.
         """
         max_rows = buffers.table.shape[1]
+        gates = 0 if buffers.gates is None else buffers.gates.count
         if max_requests < 1:
             raise SteeringError("max_requests", f"{max_requests} given; at least 1 is needed")
-        if max_rows < 1 + 2 * max_requests:
+        if max_rows < rows_needed(max_requests, gates):
+            each = (
+                "a prefill and a decode row each" if not gates else f"a prefill and a decode row and {gates} gates each"
+            )
             raise SteeringError(
                 "max_rows",
-                f"{max_rows} rows given; {max_requests} requests with a prefill and a decode row each, and row 0, "
-                f"need {1 + 2 * max_requests}",
+                f"{max_rows} rows given; {max_requests} requests with {each}, and row 0, need "
+                f"{rows_needed(max_requests, gates)}",
+            )
+        if buffers.gates is not None and len(buffers.gates.probe_table) < probes_needed(max_requests, gates):
+            given = len(buffers.gates.probe_table)
+            raise SteeringError(
+                "max_probes", f"{given} given; at least {probes_needed(max_requests, gates)} are needed"
             )
         self._buffers = buffers
         self._max_requests = max_requests
         self._capacity = max_rows - 1
         self._allocator = RowAllocator(max_rows)
         self._planner = StepPlanner(max_requests)
-        self._rows = RowUploader(buffers.table)
+        self._rows = RowUploader(buffers.table, self._compose)
         self._flags = FlagUploader(buffers.any_active)
         self._tokens = TokenUploader(buffers.token_slab)
         self._site_position = {site: position for position, site in enumerate(buffers.sites)}
@@ -52,6 +65,7 @@ class SteeringRuntime:
         self._site_rows = np.zeros(len(buffers.sites), np.int64)  # held rows with content at each site
         self._unwritten: dict[int, PhaseProgram] = {}  # held rows whose content the device has not seen
         self._row_uploads = 0
+        self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests)
 
     @property
     def capacity(self) -> int:
@@ -74,7 +88,7 @@ class SteeringRuntime:
         Raises SteeringError if a vector's width is not the model's, or if `max_requests` others are admitted already.
         The request then keeps what it held before.
         """
-        if steering is None or not (steering.prefill.row_key or steering.decode.row_key):
+        if steering is None or not (steering.prefill.identity or steering.decode.identity):
             self.release(request_id)
             return
         self._check(request_id, steering)
@@ -84,11 +98,17 @@ class SteeringRuntime:
         prefill_coefficient, decode_coefficient = (
             program.coefficient if program.row_key else 1.0 for program in phases
         )
-        self._planner.add(request_id, (prefill_row, decode_row), (prefill_coefficient, decode_coefficient))
+        slot = self._planner.add(request_id, (prefill_row, decode_row), (prefill_coefficient, decode_coefficient))
+        if self._gates is not None:
+            self._gates.add(slot, request_id, phases, self._acquire)
 
     def release(self, request_id: str) -> None:
         """Let go of what `request_id` holds (finished or preempted). An id that holds nothing is no error."""
-        for row in self._planner.remove(request_id) or ():
+        slot = self._planner.slots.get(request_id)
+        if slot is None:
+            return
+        gated = [] if self._gates is None else self._gates.remove(slot)
+        for row in (*(self._planner.remove(request_id) or ()), *gated):
             if row:
                 self._release(row)
 
@@ -110,14 +130,18 @@ class SteeringRuntime:
 
         Raises ValueError if the tokens exceed `padded_tokens` or the buffers. Never raises for what a request holds.
         """
-        if not self._planner.slots and not self._tokens.tokens and self._flags.clear:
+        gates = self._gates
+        if gates is not None:
+            gates.meters.collect()
+        if not self._planner.slots and not self._tokens.tokens and self._flags.clear and (gates is None or gates.idle):
             return
         if self._unwritten:
-            self._rows.write(self._buffers.sites, self._unwritten)
+            self._rows.write(self._unwritten)
             self._row_uploads += len(self._unwritten)
             self._unwritten.clear()
         self._flags.write(self._site_rows > 0)
         words = NO_TOKENS
+        gated = None
         if self._planner.steers(request_ids):
             planned = self._planner.plan(as_ints(first_positions), as_ints(token_counts), as_ints(prompt_lengths))
             limit = len(self._buffers.token_slab) if padded_tokens is None else padded_tokens
@@ -128,23 +152,41 @@ class SteeringRuntime:
                 )
             if planned.reshape(-1).view(TOKEN)["index"].any():
                 words = planned
+            if gates is not None and gates.in_batch(self._planner.batch):
+                gated = self._planner.counts
         self._tokens.write(words)
+        if gates is not None:
+            gates.write(self._planner.batch, gated)
+
+    def gate_report(self, request_id: str) -> tuple[GateUse, ...]:
+        """What each gate of a request, running or recently gone, has done; waits for the forward pass under way."""
+        return () if self._gates is None else self._gates.meters.report(request_id)
+
+    def gate_totals(self) -> tuple[GateUse, ...]:
+        """What the gates of each probe have done since start, as far as it is known without waiting."""
+        return () if self._gates is None else self._gates.meters.totals()
 
     def digest(self) -> str:
         """Hex SHA-256 of the state: rows, requests and the last plan. Equal on ranks that saw the same calls."""
         state = hashlib.sha256()
-        for part in (*self._allocator.state(), self._planner.state(), self._tokens.held.tobytes()):
+        gates = () if self._gates is None else self._gates.state()
+        for part in (*self._allocator.state(), self._planner.state(), self._tokens.held.tobytes(), *gates):
             state.update(len(part).to_bytes(8, "little"))
             state.update(part)
         return state.hexdigest()
 
     def _check(self, request_id: str, steering: ResolvedSteering) -> None:
         width = self._buffers.table.shape[2]
-        for vector in (term.vector for program in (steering.prefill, steering.decode) for term in program.terms):
+        programs = (steering.prefill, steering.decode)
+        vectors = [term.vector for program in programs for term in program.all_terms]
+        for vector in (*vectors, *(gate.probe for gate in steering.gates)):
             if vector.hidden_size != width:
                 raise SteeringError(
                     "vector", f"request {request_id!r} brings width {vector.hidden_size}; the model's is {width}"
                 )
+        served = 0 if self._gates is None else self._gates.count
+        if (most := max(len(program.gated) for program in programs)) > served:
+            raise SteeringError("gates", f"request {request_id!r} brings {most} in a phase; the buffers hold {served}")
         admitted = self._planner.slots
         if len(admitted) >= self._max_requests and request_id not in admitted:
             raise SteeringError(
@@ -152,6 +194,9 @@ class SteeringRuntime:
                 f"request {request_id!r} would be steered request {len(admitted) + 1}; the limit is "
                 f"{self._max_requests}",
             )
+
+    def _compose(self, program: PhaseProgram) -> FloatArray:
+        return program.row(self._buffers.sites)
 
     def _acquire(self, program: PhaseProgram) -> int:
         if not program.row_key:

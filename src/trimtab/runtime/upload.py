@@ -5,17 +5,18 @@ buffer is rewritten only after the event that follows its last copy; everything 
 after the forward passes already queued and before the next one.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trimtab.program import PhaseProgram
 from trimtab.runtime.plan import TOKEN, TOKEN_WORDS, Words
-from trimtab.sites import Site
+from trimtab.vectors.values import FloatArray
+
+Content = TypeVar("Content")
 
 ROW_STAGING_BYTES = 16 << 20  # a larger burst of new rows goes up in several pieces
 
@@ -58,12 +59,12 @@ class StagingRing:
             event.record(torch.cuda.current_stream(self._device))
 
 
-class RowUploader:
+class RowUploader(Generic[Content]):
     """Writes table rows: one staged copy and one scatter over all sites for as many rows as fit the staging buffer."""
 
-    def __init__(self, table: Tensor) -> None:
-        """`table` is [S, R, H] on the device."""
-        self._table = table
+    def __init__(self, table: Tensor, compose: Callable[[Content], FloatArray]) -> None:
+        """`table` is [S, R, H] on the device, `compose` makes the float32 [S, H] of a row."""
+        self._table, self._compose = table, compose
         sites, max_rows, width = table.shape
         row_bytes = 8 + sites * width * table.element_size()  # its number, then its content at every site
         self._rows_per_send = max(1, min(max_rows, ROW_STAGING_BYTES // row_bytes))
@@ -75,19 +76,19 @@ class RowUploader:
         """Device memory held for uploads, in bytes."""
         return self._arrived.nbytes
 
-    def write(self, sites: Sequence[Site], programs: dict[int, PhaseProgram]) -> None:
-        """Compose each program at `sites` (the table's) and write it to its row; no other row is touched."""
-        numbered = list(programs.items())
+    def write(self, contents: Mapping[int, Content]) -> None:
+        """Compose each content and write it to its row; no other row is touched."""
+        numbered = list(contents.items())
         for start in range(0, len(numbered), self._rows_per_send):
-            self._send(sites, numbered[start : start + self._rows_per_send])
+            self._send(numbered[start : start + self._rows_per_send])
 
-    def _send(self, sites: Sequence[Site], numbered: list[tuple[int, PhaseProgram]]) -> None:
+    def _send(self, numbered: list[tuple[int, Content]]) -> None:
         staged = self._staging.next().tensor
         rows, content = self._split(staged, len(numbered))
         nbytes = rows.nbytes + content.nbytes
         rows.numpy()[:] = [row for row, _ in numbered]
-        for position, (_, program) in enumerate(numbered):
-            content[:, position].copy_(torch.from_numpy(program.row(sites)))  # the one rounding to the table's dtype
+        for position, (_, one) in enumerate(numbered):
+            content[:, position].copy_(torch.from_numpy(self._compose(one)))  # the one rounding to the table's dtype
         self._staging.send(staged[:nbytes], self._arrived[:nbytes])
         rows, content = self._split(self._arrived, len(numbered))
         self._table.index_copy_(1, rows, content)
@@ -125,17 +126,19 @@ class FlagUploader:
 
 
 class TokenUploader:
-    """Keeps the token slab equal to the last plan. Whatever lies behind a plan's tokens is idle: row 0, gate 1."""
+    """Keeps a slab of token records equal to the last plan. Whatever lies behind a plan's tokens is idle."""
 
-    def __init__(self, token_slab: Tensor) -> None:
-        """`token_slab` is uint8 [T, TOKEN.itemsize] on the device, holding its defaults."""
+    def __init__(self, token_slab: Tensor, idle: Words | None = None) -> None:
+        """`token_slab` is uint8 [T, B] on the device, every token holding `idle` [B / 8]: by default row 0, gate 1."""
         self._slab_words = token_slab.view(torch.int64)  # words, not bytes: torch splits long copies among threads
-        idle = np.zeros(1, TOKEN)
-        idle["row_gate"] = 1.0
-        self._idle = np.tile(idle.view(np.int64), (len(token_slab), 1))
+        if idle is None:
+            record = np.zeros(1, TOKEN)
+            record["row_gate"] = 1.0
+            idle = record.view(np.int64)
+        self._idle = np.tile(idle, (len(token_slab), 1))
         self._held = self._idle.copy()  # what the device holds once the copies under way are done
         self._tokens = 0  # of the last plan; all behind them are idle
-        self._staging = StagingRing((len(token_slab), TOKEN_WORDS), torch.int64, token_slab.device)
+        self._staging = StagingRing(self._held.shape, torch.int64, token_slab.device)
 
     @property
     def tokens(self) -> int:
@@ -144,11 +147,11 @@ class TokenUploader:
 
     @property
     def held(self) -> Words:
-        """The records [tokens, TOKEN_WORDS] of that plan."""
+        """The records [tokens, B / 8] of that plan."""
         return self._held[: self._tokens]
 
     def write(self, words: Words) -> None:
-        """Make `words` [N, TOKEN_WORDS] the device's plan, in one copy, or in none if it holds it already."""
+        """Make `words` [N, B / 8] the device's plan, in one copy, or in none if it holds it already."""
         count = len(words)
         if count == self._tokens and np.array_equal(words, self._held[:count]):
             return

@@ -1,0 +1,142 @@
+"""The gates of admitted requests: which probes the device holds, and the gate records of a step's tokens.
+
+A request's gates are two rows of G records, one per phase, next to its two token records. Probes are rows of a table of
+their own, found by content like all rows; threshold, sharpness and options ride in the record, so a thousand requests
+with one probe at a thousand thresholds share one row.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.gates import ResolvedGate
+from trimtab.ops.gates import GATE_BYTES, GateBuffers
+from trimtab.program import PhaseProgram
+from trimtab.runtime.meters import GateMeters
+from trimtab.runtime.plan import DECODE, PREFILL
+from trimtab.runtime.rows import RowAllocator
+from trimtab.runtime.upload import RowUploader, TokenUploader
+from trimtab.vectors.values import FloatArray
+
+# One gate of one token in `GateBuffers.slab`. A token without gates has zeros.
+GATE = np.dtype(
+    [
+        ("row", np.int64),
+        ("probe", np.int32),
+        ("site", np.int32),
+        ("coefficient", np.float32),
+        ("threshold", np.float32),
+        ("sharpness", np.float32),
+        ("invert", np.float32),
+    ]
+)
+assert GATE.itemsize == GATE_BYTES
+
+
+class GateLanes:
+    """The gates of each slot of a `StepPlanner`, and their way to the device. Rows are acquired by the runtime."""
+
+    def __init__(self, buffers: GateBuffers, max_requests: int) -> None:
+        """`buffers` hold at least `probes_needed` probes."""
+        self._buffers = buffers
+        self._records = np.zeros((max_requests + 1, 2, buffers.count), GATE)
+        self._words = self._records.view(np.int64).reshape(max_requests + 1, -1)
+        self._gated = np.zeros(max_requests + 1, np.bool_)
+        self._probes = RowAllocator(len(buffers.probe_table))
+        self._unwritten: dict[int, ResolvedGate] = {}
+        self._table = RowUploader(buffers.probe_table[None], _direction)
+        self._slab = TokenUploader(buffers.slab, np.zeros(buffers.count * GATE_BYTES // 8, np.int64))
+        self.meters = GateMeters(buffers.values, max_requests)
+
+    @property
+    def count(self) -> int:
+        """How many gates a phase may have."""
+        return self._buffers.count
+
+    @property
+    def idle(self) -> bool:
+        """Whether no token on the device has a gate."""
+        return not self._slab.tokens
+
+    @property
+    def probes_in_use(self) -> int:
+        """Probes that admitted requests hold."""
+        return self._probes.in_use
+
+    def add(
+        self, slot: int, request_id: str, phases: tuple[PhaseProgram, PhaseProgram], row: Callable[[PhaseProgram], int]
+    ) -> None:
+        """Give `slot`, which has none, the gates of both phases; `row` acquires the row of a gated sum."""
+        if not any(program.gated for program in phases):
+            return
+        records = self._records[slot]
+        records[:] = np.zeros((), GATE)
+        for phase, program in zip((PREFILL, DECODE), phases, strict=True):
+            for place, item in enumerate(program.gated):
+                gate = item.gate
+                number = self._buffers.number(gate.site)
+                records[phase, place] = (
+                    row(item.total), self._probe(gate), number, item.total.coefficient,
+                    gate.threshold, gate.sharpness, gate.invert,
+                )  # fmt: skip
+        self._gated[slot] = True
+        here = self._buffers.number
+        gates = tuple(tuple(g.gate if here(g.gate.site) else None for g in program.gated) for program in phases)
+        self.meters.open(slot, request_id, gates)
+
+    def remove(self, slot: int) -> list[int]:
+        """Take the gates of `slot` away; returns the rows that its gated sums held."""
+        if not self._gated[slot]:
+            return []
+        self._gated[slot] = False
+        self.meters.close(slot)
+        records = self._records[slot]
+        for probe in records["probe"][records["probe"] > 0].tolist():
+            if self._probes.release(probe) and self._unwritten.pop(probe, None) is not None:
+                self._probes.forget(probe)
+        rows: list[int] = records["row"][records["row"] > 0].tolist()
+        records[:] = np.zeros((), GATE)
+        return rows
+
+    def in_batch(self, slots: npt.NDArray[np.int64]) -> bool:
+        """Whether any of `slots` has gates."""
+        return bool(self._gated[slots].any())
+
+    def write(self, slots: npt.NDArray[np.int64], counts: npt.NDArray[np.int64] | None) -> None:
+        """Make the device's gates those of a batch: its slots [B] and their tokens per phase [B, 2]; None for none."""
+        if self._unwritten:
+            self._table.write(self._unwritten)
+            self._unwritten.clear()
+        if counts is None:
+            self._slab.write(np.zeros((0, self._words.shape[1] // 2), np.int64))
+            return
+        segments = self._words[slots].reshape(2 * len(slots), -1)
+        self._slab.write(np.repeat(segments, counts.reshape(-1), axis=0))
+        self.meters.expect(slots, counts)
+
+    def state(self) -> Iterator[bytes]:
+        """All that later choices depend on, the same on every pipeline stage, for digests."""
+        yield from self._probes.state()
+        for field in ("row", "probe", "coefficient", "threshold", "sharpness", "invert"):
+            yield self._records[field].tobytes()
+
+    def _probe(self, gate: ResolvedGate) -> int:
+        probe, fresh = self._probes.acquire(gate.probe.digest)
+        if fresh:
+            self._unwritten[probe] = gate
+        return probe
+
+
+def rows_needed(max_requests: int, gates: int) -> int:
+    """Rows of each table for any `max_requests` requests: a row per phase and one per gate and phase, and row 0."""
+    return 1 + 2 * max_requests * (1 + gates)
+
+
+def probes_needed(max_requests: int, gates: int) -> int:
+    """Rows of the probe table for any `max_requests` requests, row 0 included."""
+    return 1 + 2 * max_requests * gates
+
+
+def _direction(gate: ResolvedGate) -> FloatArray:
+    return gate.probe.block.copy()  # torch warns of arrays that are read-only
