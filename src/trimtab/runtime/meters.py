@@ -35,6 +35,11 @@ class GateUse:
     mean: float  # of the factor; 0 without tokens
     above_half: int  # tokens whose factor exceeded one half
 
+    def __add__(self, other: "GateUse") -> "GateUse":
+        tokens = self.tokens + other.tokens
+        mean = (self.mean * self.tokens + other.mean * other.tokens) / tokens if tokens else 0.0
+        return GateUse(self.probe, self.gate, tokens, mean, self.above_half + other.above_half)
+
 
 @dataclass(frozen=True)
 class _Pass:

@@ -1,12 +1,15 @@
 """What a caller hands to `generate`, brought into one form: one resolved steering per prompt, checked options."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
+from trimtab.sites import GateLimits
 from trimtab.spec import Steering
+from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
 REFUSED_OPTIONS = {
@@ -22,9 +25,16 @@ REFUSED_OPTIONS = {
 }
 
 
-def resolve_all(
-    steering: Any, count: int, vectors: Mapping[str, SteeringVector], hook_map: HookMap
-) -> list[ResolvedSteering | None]:
+@dataclass(frozen=True)
+class Names:
+    """What specs may name, and how many gates a phase of theirs may have."""
+
+    vectors: Mapping[str, SteeringVector]
+    probes: Mapping[str, Probe]
+    gates: int
+
+
+def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> list[ResolvedSteering | None]:
     """One resolved steering or None for each of `count` prompts. One spec, or None, stands for all of them.
 
     Raises SteeringError naming the place in the caller's input: `steering[2].interventions[0].scale`.
@@ -32,13 +42,13 @@ def resolve_all(
     if steering is None:
         return [None] * count
     if isinstance(steering, (str, bytes, Mapping, Steering)):
-        return [_resolve(steering, "", vectors, hook_map)] * count
+        return [_resolve(steering, "", names, hook_map)] * count
     if not isinstance(steering, Sequence):
         raise SteeringError("steering", f"is a {type(steering).__name__}; want a spec, None, or a list of them")
     if len(steering) != count:
         raise SteeringError("steering", f"has {len(steering)} entries for {count} prompts; want one spec or None each")
     return [
-        None if spec is None else _resolve(spec, f"steering[{index}]", vectors, hook_map)
+        None if spec is None else _resolve(spec, f"steering[{index}]", names, hook_map)
         for index, spec in enumerate(steering)
     ]
 
@@ -67,9 +77,10 @@ def end_tokens(options: Mapping[str, Any], default_config: Any) -> frozenset[int
     return frozenset([listed] if isinstance(listed, int) else listed)
 
 
-def _resolve(spec: Any, prefix: str, vectors: Mapping[str, SteeringVector], hook_map: HookMap) -> ResolvedSteering:
+def _resolve(spec: Any, prefix: str, names: Names, hook_map: HookMap) -> ResolvedSteering:
+    limits = GateLimits(names.gates, hook_map.sites.sites)
     try:
-        return Steering.parse(spec).resolve(vectors, hook_map.sites)
+        return Steering.parse(spec).resolve(names.vectors, replace(hook_map.sites, gates=limits), names.probes)
     except SteeringError as error:
         field = f"{prefix}.{error.field}".strip(".")
         raise SteeringError(field, error.message + _reason(error, hook_map)) from None

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from trimtab.engines.transformers.arguments import check_options, end_tokens, option, resolve_all
+from trimtab.engines.transformers.arguments import Names, check_options, end_tokens, option, resolve_all
 from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
 from trimtab.engines.transformers.results import Generation, new_tokens, receipt
 from trimtab.engines.transformers.session import SteeringSession
@@ -19,6 +19,7 @@ from trimtab.instrument.hookmap import map_hook_points
 from trimtab.instrument.probe import evaluating
 from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector, as_site
 
 SHARED_WITH_TOKENIZER = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -32,11 +33,18 @@ class SteeredModel:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any = None, *, vectors: Mapping[str, SteeringVector] | None = None
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        vectors: Mapping[str, SteeringVector] | None = None,
+        probes: Mapping[str, Probe] | None = None,
+        gates: int = 4,
     ) -> None:
         """Find and prove the hook points of `model`, a Transformers causal LM (see docs/hook-points.md).
 
-        `tokenizer` may be None where all prompts are token ids. `vectors` are the names that specs may use.
+        `tokenizer` may be None where all prompts are token ids. `vectors` and `probes` are the names that specs may
+        use, `gates` is how many different gates a phase of one spec may have.
         Raises SteeringError where the decoder layers cannot be found, or lie on several devices.
         """
         self._map = map_hook_points(model)
@@ -47,9 +55,13 @@ class SteeredModel:
         self._decoder: nn.Module = model.get_submodule(self._map.decoder.path.rpartition(".")[0])
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._vectors: dict[str, SteeringVector] = {}
+        self._probes: dict[str, Probe] = {}
+        self._gates = gates
         self._closed = False
         for name, vector in (vectors or {}).items():
             self.register(name, vector)
+        for name, probe in (probes or {}).items():
+            self.register(name, probe)
 
     @classmethod
     def from_pretrained(
@@ -58,6 +70,8 @@ class SteeredModel:
         *,
         tokenizer: Any = None,
         vectors: Mapping[str, SteeringVector] | None = None,
+        probes: Mapping[str, Probe] | None = None,
+        gates: int = 4,
         **kwargs: Any,
     ) -> Self:
         """Load model and tokenizer with Transformers. `kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
@@ -66,7 +80,8 @@ class SteeredModel:
         if tokenizer is None:
             shared = {name: kwargs[name] for name in SHARED_WITH_TOKENIZER if name in kwargs}
             tokenizer = AutoTokenizer.from_pretrained(path_or_name, **shared)
-        return cls(AutoModelForCausalLM.from_pretrained(path_or_name, **kwargs), tokenizer, vectors=vectors)
+        model = AutoModelForCausalLM.from_pretrained(path_or_name, **kwargs)
+        return cls(model, tokenizer, vectors=vectors, probes=probes, gates=gates)
 
     @property
     def model(self) -> Any:
@@ -93,14 +108,28 @@ class SteeredModel:
         """The named vectors."""
         return MappingProxyType(self._vectors)
 
-    def register(self, name: str, vector: SteeringVector) -> None:
-        """Let specs name `vector`, in place of any earlier one. Raises SteeringError for another width."""
-        field = f"vectors[{name!r}]"
-        if not isinstance(vector, SteeringVector):
-            raise SteeringError(field, f"is a {type(vector).__name__}; want a SteeringVector")
+    @property
+    def probes(self) -> Mapping[str, Probe]:
+        """The named probes."""
+        return MappingProxyType(self._probes)
+
+    def register(self, name: str, named: SteeringVector | Probe) -> None:
+        """Let specs name a vector, or gates a probe, in place of any earlier one of its kind.
+
+        Raises SteeringError for another width, and for a probe at a site that this model does not have.
+        """
+        field = f"{'probes' if isinstance(named, Probe) else 'vectors'}[{name!r}]"
+        if not isinstance(named, (SteeringVector, Probe)):
+            raise SteeringError(field, f"is a {type(named).__name__}; want a SteeringVector or a Probe")
+        vector = named.vector if isinstance(named, Probe) else named
         if vector.hidden_size != self.sites.hidden_size:
             raise SteeringError(field, f"has width {vector.hidden_size}; this model needs {self.sites.hidden_size}")
-        self._vectors[name] = vector
+        if isinstance(named, Probe):
+            if (reason := self._map.refusal(named.site)) is not None:
+                raise SteeringError(field, f"is read at {named.site}: {reason}")
+            self._probes[name] = named
+        else:
+            self._vectors[name] = named
 
     def generate(
         self, prompts: Sequence[Prompt] | str, steering: Any = None, **generation_kwargs: Any
@@ -115,12 +144,12 @@ class SteeredModel:
         self._check_open()
         check_options(generation_kwargs)
         rows = encode(prompts, self._tokenizer, self._vocabulary)
-        resolved = resolve_all(steering, len(rows), self._vectors, self._map)
+        resolved = resolve_all(steering, len(rows), Names(self._vectors, self._probes, self._gates), self._map)
         defaults = self._model.generation_config
         ends = end_tokens(generation_kwargs, defaults)
         filler = self._pad_token(option("pad_token_id", generation_kwargs, defaults), ends)
         batch = pad(rows, "left", filler, self._device)
-        output = self._run(batch, resolved, ends, {**generation_kwargs, "pad_token_id": filler})
+        output, session = self._run(batch, resolved, ends, {**generation_kwargs, "pad_token_id": filler})
 
         copies = len(output) // len(rows)
         stops_early = any(generation_kwargs.get(name) for name in ("stop_strings", "stopping_criteria"))
@@ -129,7 +158,8 @@ class SteeredModel:
             source = index // copies
             tokens = new_tokens(row[batch.width :], ends, filler if stops_early else None)
             text = "" if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=True)
-            results.append(Generation(text, tokens, receipt(resolved[source], len(rows[source]), len(tokens))))
+            gates = () if session is None else session.gate_uses(index, len(output))
+            results.append(Generation(text, tokens, receipt(resolved[source], len(rows[source]), len(tokens), gates)))
         return results
 
     def activations(
@@ -188,14 +218,14 @@ class SteeredModel:
         resolved: list[ResolvedSteering | None],
         ends: frozenset[int],
         options: dict[str, Any],
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], SteeringSession | None]:
         if options.get("stop_strings"):
             options.setdefault("tokenizer", self._tokenizer)
         options["disable_compile"] = True  # a compiled pass would keep this call's hooks after it
         arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **options}
         with evaluating(self._model):
             if all(item is None for item in resolved):
-                return self._model.generate(**arguments).tolist()  # type: ignore[no-any-return]
+                return self._model.generate(**arguments).tolist(), None
             beams = option("num_beams", options, self._model.generation_config) or 1
             session = SteeringSession(
                 self._map,
@@ -209,7 +239,7 @@ class SteeredModel:
                 output = self._model.generate(**arguments)
         if not session.steps:
             raise RuntimeError("the model generated without running its decoder; nothing was steered")
-        return output.tolist()  # type: ignore[no-any-return]
+        return output.tolist(), session
 
     def _read(self, batch: PromptBatch, sites: list[Site]) -> list[dict[Site, npt.NDArray[np.float32]]]:
         seen: dict[Site, npt.NDArray[np.float32]] = {}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from trimtab.program import ResolvedSteering
+from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
 
 
@@ -13,12 +14,14 @@ class Receipt:
     """What was done to one output. An unsteered one has empty identities, no sites and zero tokens.
 
     `steered_tokens` counts by position: every prompt token where the prefill was steered, and every new token but the
-    last where the decode was: the last one is never fed back, so nothing of it was computed.
+    last where the decode was: the last one is never fed back, so nothing of it was computed. `gates` says what each
+    gate did on those tokens; with beam search, on those of all beams of the prompt.
     """
 
     identity: Mapping[Phase, str]
     sites: tuple[Site, ...]
     steered_tokens: Mapping[Phase, int]
+    gates: tuple[GateUse, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,15 @@ class Generation:
     receipt: Receipt
 
 
-def receipt(steering: ResolvedSteering | None, prompt_length: int, new_tokens: int) -> Receipt:
+def receipt(
+    steering: ResolvedSteering | None, prompt_length: int, new_tokens: int, gates: tuple[GateUse, ...] = ()
+) -> Receipt:
     """The receipt of an output of `new_tokens` tokens after a prompt of `prompt_length`."""
     fed = {Phase.PREFILL: prompt_length, Phase.DECODE: max(new_tokens - 1, 0)}
     identity = {phase: "" if steering is None else steering.identity(phase) for phase in Phase}
     counts = {phase: fed[phase] if identity[phase] else 0 for phase in Phase}
     sites = () if steering is None else steering.sites
-    return Receipt(MappingProxyType(identity), sites, MappingProxyType(counts))
+    return Receipt(MappingProxyType(identity), sites, MappingProxyType(counts), gates)
 
 
 def new_tokens(row: Sequence[int], end_tokens: frozenset[int], strip: int | None = None) -> list[int]:

@@ -15,8 +15,8 @@ from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.taps import Transform
 from trimtab.ops import SteeringBuffers, emit
 from trimtab.program import ResolvedSteering
-from trimtab.runtime import SteeringRuntime
-from trimtab.sites import Site
+from trimtab.runtime import GateUse, SteeringRuntime, probes_needed, rows_needed
+from trimtab.sites import Phase, Site
 
 NOT_STEERED = ""  # the request id of padding
 
@@ -40,11 +40,14 @@ class SteeringSession:
     ) -> None:
         self._map, self._batch, self._steering, self._end_tokens = hook_map, batch, steering, end_tokens
         self._dtype, self._device = dtype, device
-        self._sites = sorted({site for item in steering if item is not None for site in item.sites})
+        steered = [item for item in steering if item is not None]
+        self._sites = sorted({site for item in steered for site in (*item.sites, *(gate.site for gate in item.gates))})
+        self._gates = max((len(item.program(phase).gated) for item in steered for phase in Phase), default=0)
         self._holders = {site.layer: nn.Module() for site in self._sites}
         self._runtime: SteeringRuntime | None = None
         self._capacity = (0, 0)  # rows, tokens
         self._planned: tuple[int, int] | None = None
+        self._gate_uses: dict[tuple[int, str], GateUse] = {}  # by row and gate, of runtimes that grew out of use
         self._ended: npt.NDArray[np.int64] = np.empty(0, np.int64)  # column of each row's end token
         self.steps = 0
 
@@ -67,6 +70,28 @@ class SteeringSession:
                 yield
         finally:
             handle.remove()
+
+    def gate_uses(self, output: int, outputs: int) -> tuple[GateUse, ...]:
+        """What each gate did to one of the `outputs`: on its own row, or on all rows of its prompt if they differ."""
+        self._keep_gate_uses()
+        rows, per_prompt = self._capacity[0], outputs // len(self._steering)
+        copies = rows // len(self._steering)
+        prompt = output // per_prompt
+        mine = [output] if rows == outputs else range(prompt * copies, (prompt + 1) * copies)
+        found: dict[str, GateUse] = {}
+        for (row, gate), use in self._gate_uses.items():
+            if row in mine:
+                found[gate] = found[gate] + use if gate in found else use
+        return tuple(found[gate] for gate in sorted(found))
+
+    def _keep_gate_uses(self) -> None:
+        """Take over what the runtime has counted, once: its requests leave it."""
+        for row in range(self._capacity[0] if self._runtime is not None and self._gates else 0):
+            assert self._runtime is not None
+            for use in self._runtime.gate_report(str(row)):
+                known = self._gate_uses.get((row, use.gate))
+                self._gate_uses[row, use.gate] = use if known is None else known + use
+        self._runtime = None
 
     def _plan(self, rows: int, cached: int, columns: int, ids: torch.Tensor | None) -> None:
         """Route the tokens of one pass: each row is padding, then tokens, then what follows its end token."""
@@ -108,14 +133,17 @@ class SteeringSession:
         if rows == self._capacity[0] and tokens <= self._capacity[1]:
             return
         if self._runtime is not None:
+            self._keep_gate_uses()
             tokens = max(tokens, 2 * self._capacity[1])  # without a cache each pass is longer than the last
         buffers = SteeringBuffers(
             self._sites,
             hidden_size=self._map.sites.hidden_size,
-            max_rows=1 + 2 * rows,
+            max_rows=rows_needed(rows, self._gates),
             max_tokens=tokens,
             dtype=self._dtype,
             device=self._device,
+            gates=self._gates,
+            max_probes=probes_needed(rows, self._gates),
         )
         for site in self._sites:
             buffers.attach(self._holders[site.layer], site)
