@@ -151,6 +151,37 @@ def _fused_gumbel_argmax(logits: Tensor, seeds: Tensor) -> Tensor:
     return (logits - noise.log()).argmax(-1)
 
 
+def _prepack_moe_weight(weight: Tensor, output: Tensor, isa: str) -> None:
+    output.copy_(weight)
+
+
+def _cpu_fused_moe(
+    output: Tensor,  # [tokens, H]
+    input: Tensor,
+    w13: Tensor,  # [experts, 2 I, H]: gates, then ups
+    w2: Tensor,  # [experts, H, I]
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    skip_weighted: bool,
+    act: str,
+    isa: str,
+) -> None:
+    activation = {"silu": F.silu, "gelu": F.gelu}[act]
+    total = torch.zeros_like(output)
+    for expert in range(w13.shape[0]):
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        if token.numel() == 0:
+            continue
+        gate, up = F.linear(input[token], w13[expert], None if w13_bias is None else w13_bias[expert]).chunk(2, -1)
+        out = F.linear(activation(gate) * up, w2[expert], None if w2_bias is None else w2_bias[expert])
+        if not skip_weighted:
+            out = out * topk_weights[token, slot].unsqueeze(-1).to(out.dtype)
+        total.index_add_(0, token, out)
+    output.copy_(total)
+
+
 _KERNELS: dict[str, Any] = {
     "init_cpu_memory_env(int[] nodes) -> ()": lambda nodes: None,
     "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
@@ -167,5 +198,8 @@ _KERNELS: dict[str, Any] = {
     "rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!)? key, int head_size, "
     "Tensor cos_sin_cache, bool is_neox) -> ()": _rotary_embedding,
     "fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor": _fused_gumbel_argmax,
+    "prepack_moe_weight(Tensor weight, Tensor(a!) output, str isa) -> ()": _prepack_moe_weight,
+    "cpu_fused_moe(Tensor(a!) output, Tensor input, Tensor w13, Tensor w2, Tensor? w13_bias, Tensor? w2_bias, "
+    "Tensor topk_weights, Tensor topk_ids, bool skip_weighted, str act, str isa) -> ()": _cpu_fused_moe,
     "greedy_argmax(Tensor logits) -> Tensor": lambda logits: logits.argmax(-1),
 }

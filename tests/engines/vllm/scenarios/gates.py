@@ -1,0 +1,141 @@
+"""Gated, ungated and unsteered requests in one batch, against the embedded engine. Arguments: mode, requests."""
+
+import sys
+
+import numpy as np
+from support import (
+    HIDDEN,
+    differences,
+    eight_specs,
+    engine,
+    generate,
+    oracle,
+    random_prompts,
+    random_spec,
+    report,
+    status,
+    tiny_model,
+)
+
+SETTINGS = {"probe_layers": [0, 1], "gates": 3, "hook_points": ["pre_attn", "mlp_out", "post_block"]}
+
+
+def direction(seed):
+    return np.random.default_rng(seed).standard_normal(HIDDEN).round(4).tolist()
+
+
+def gated(seed, layers, *, probe=(0, "post_block"), hook="post_block", phase="all", **options):
+    """One intervention behind a gate of its own: a random probe, scaled so that factors spread over (0, 1)."""
+    layer, at = probe
+    step = random_spec(seed, layers=layers, hooks=(hook,), phase=phase, strength=1.5)["interventions"][0]
+    return {**step, "gate": {"probe": {at: {str(layer): direction(100 + seed)}}, "threshold": 0.0} | options}
+
+
+def gated_specs():
+    """Probes at several sites, soft, hard and inverted, in both phases or one, next to ungated steering."""
+    return [
+        {"interventions": [gated(1, [0, 1, 2, 3], sharpness=0.2)]},
+        {"interventions": [gated(2, [1, 2], probe=(1, "post_block"), hard=True)]},
+        None,
+        {"interventions": [gated(3, [0, 3], probe=(0, "pre_attn"), invert=True, sharpness=0.3)]},
+        eight_specs()[5],
+        {"interventions": [*random_spec(4, layers=[1, 3])["interventions"], gated(5, [1, 2], threshold=1.0)]},
+        {
+            "interventions": [
+                gated(6, [2], phase="prefill", probe=(1, "pre_attn"), sharpness=0.5),
+                gated(7, [0, 2], phase="decode", hard=True, invert=True),
+                gated(8, [3], probe=(1, "mlp_out"), threshold=0.1),
+                *random_spec(9, layers=[0])["interventions"],
+            ]
+        },
+        {"interventions": [gated(1, [1], hook="mlp_out", sharpness=0.2), gated(2, [3], sharpness=0.1)]},
+    ]
+
+
+def main(mode, requests):
+    folder, model = tiny_model()
+    prompts = random_prompts([3 + (7 * i) % 61 for i in range(requests)])
+    specs = [gated_specs()[i % 8] for i in range(requests)]
+    counts = [6 + i % 5 for i in range(requests)]
+    expected = oracle(model, prompts, specs, counts)
+    ungated = oracle(model, prompts, [without_gates(spec) for spec in specs], counts)
+    unsteered = oracle(model, prompts, [None] * requests, counts)
+
+    llm = engine(folder, steering=SETTINGS, mode=mode)
+    outcome = {
+        "differs from ungated": sum(e != u for e, u in zip(expected, ungated, strict=True)),
+        "differs from unsteered": sum(e != u for e, u in zip(expected, unsteered, strict=True)),
+        "mixed": differences(generate(llm, prompts, specs, counts), expected),
+        "totals": totals(status(llm)),
+        "again": differences(generate(llm, prompts, specs, counts), expected),  # prompts now in the prefix cache
+        "alone": differences([generate(llm, [prompts[i]], [specs[i]], counts[i])[0] for i in range(8)], expected[:8]),
+        "unsteered": differences(generate(llm, prompts, [None] * requests, counts), unsteered),
+        "tokens": evaluated(prompts, specs, counts),
+        "status": status(llm),
+        "refusals": refusals(llm),
+    }
+    if mode == "eager":
+        outcome |= chunked(folder, model) | preempted(folder, model)
+    report(outcome)
+
+
+def without_gates(spec):
+    if spec is None:
+        return None
+    return {"interventions": [{k: v for k, v in s.items() if k != "gate"} for s in spec["interventions"]]}
+
+
+def evaluated(prompts, specs, counts):
+    """Tokens on which gates are evaluated: of each gate, those of its phase but the last sampled one."""
+    total = 0
+    for prompt, spec, count in zip(prompts, specs, counts, strict=True):
+        for step in (spec or {"interventions": []})["interventions"]:
+            phase = step["phase"] if "gate" in step else "none"
+            total += len(prompt) * (phase in ("all", "prefill")) + (count - 1) * (phase in ("all", "decode"))
+    return total
+
+
+def totals(statuses):
+    return sum(use["tokens"] for use in statuses[0]["gates"])
+
+
+def refusals(llm):
+    """What a request is told whose gate this engine does not serve."""
+    found = {}
+    for name, steps in {
+        "probe site": [gated(1, [3], probe=(2, "post_block"))],
+        "too many": [gated(seed, [3]) for seed in range(4)],
+        "unknown probe": [{**gated(1, [3]), "gate": {"probe": "joy", "threshold": 0.0}}],
+    }.items():
+        try:
+            generate(llm, [[5, 6]], [{"interventions": steps}], 1)
+            found[name] = ""
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def chunked(folder, model):
+    """A budget smaller than every prompt, so that a prompt takes several steps beside the others' answers."""
+    prompts, specs = random_prompts([150, 190, 97, 130], seed=3), [gated_specs()[i] for i in (0, 6, 5, 2)]
+    llm = engine(folder, steering=SETTINGS, max_num_batched_tokens=48, max_num_seqs=8)
+    return {"chunked": differences(generate(llm, prompts, specs), oracle(model, prompts, specs))}
+
+
+def preempted(folder, model):
+    """A KV cache too small for the batch, prefix caching on: requests are thrown out and computed anew."""
+    prompts = random_prompts([60 + i for i in range(8)], seed=5)
+    block = 2 * 32 * 2 * 16 * 4 * 4  # keys and values, block size, kv heads, head size, bytes, layers
+    llm = engine(
+        folder, steering=SETTINGS, kv_cache_memory_bytes=14 * block, max_num_seqs=8, max_model_len=128,
+        enable_prefix_caching=True, disable_log_stats=False,
+    )  # fmt: skip
+    found = generate(llm, prompts, gated_specs(), 40)
+    return {
+        "preempted": differences(found, oracle(model, prompts, gated_specs(), 40)),
+        "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,68 @@
+"""Mixed batches, chunked prefill and preemption, against the embedded engine. Arguments: mode, requests."""
+
+import sys
+
+from support import (
+    differences,
+    eight_specs,
+    engine,
+    generate,
+    oracle,
+    random_prompts,
+    random_spec,
+    report,
+    status,
+    tiny_model,
+)
+
+
+def main(mode: str, requests: int) -> None:
+    folder, model = tiny_model()
+    prompts = random_prompts([3 + (7 * i) % 61 for i in range(requests)])
+    specs = [eight_specs()[i % 8] for i in range(requests)]
+    counts = [6 + i % 5 for i in range(requests)]
+    expected = oracle(model, prompts, specs, counts)
+    plain = oracle(model, prompts, [None] * requests, counts)
+
+    llm = engine(folder, steering={}, mode=mode)
+    outcome = {
+        "steered differently": sum(e != p for e, p in zip(expected, plain, strict=True)),
+        "mixed": differences(generate(llm, prompts, specs, counts), expected),
+        "unsteered": differences(generate(llm, prompts, [None] * requests, counts), plain),
+        "again": differences(generate(llm, prompts, specs, counts), expected),  # prompts now in the prefix cache
+        "status": status(llm),
+    }
+    long = random_prompts([150, 190, 97, 130], seed=3)
+    long_specs = [random_spec(11, phase="prefill"), random_spec(12, phase="decode"), random_spec(13), None]
+    if mode == "eager":
+        outcome |= _chunked(folder, model, long, long_specs) | _preempted(folder, model)
+    report(outcome)
+
+
+def _chunked(folder, model, prompts, specs):
+    """A budget smaller than every prompt, so that a prompt takes several steps beside the others' answers."""
+    llm = engine(folder, steering={}, max_num_batched_tokens=48, max_num_seqs=8)
+    expected = oracle(model, prompts, specs)
+    return {"chunked": differences(generate(llm, prompts, specs), expected)}
+
+
+def _preempted(folder, model):
+    """A KV cache too small for the batch, prefix caching on: requests are thrown out and computed anew."""
+    prompts = random_prompts([60 + i for i in range(8)], seed=5)
+    specs = [random_spec(20 + i, phase=("all", "prefill", "decode")[i % 3]) if i % 4 else None for i in range(8)]
+    block = 2 * 32 * 2 * 16 * 4 * 4  # keys and values, block size, kv heads, head size, bytes, layers
+    llm = engine(
+        folder, steering={}, kv_cache_memory_bytes=14 * block, max_num_seqs=8, max_model_len=128,
+        enable_prefix_caching=True, disable_log_stats=False,
+    )  # fmt: skip
+    found = generate(llm, prompts, specs, 40)
+    preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    return {
+        "preempted": differences(found, oracle(model, prompts, specs, 40)),
+        "preemptions": preemptions,
+        "after preemption": status(llm),
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,141 @@
+"""What a steered engine refuses at start, and what it refuses of requests that came around the front end."""
+
+import traceback
+
+from support import engine, generate, random_prompts, random_spec, report, tiny_model
+
+
+def main() -> None:
+    folder, _ = tiny_model()
+    cohere, _ = tiny_model("cohere")
+    starts = {
+        "hook point of another family": lambda: engine(cohere, steering={"hook_points": ["post_block", "post_attn"]}),
+        "layer that does not exist": lambda: engine(folder, steering={"layers": "2-9"}),
+        "setting that does not exist": lambda: engine(folder, steering={"layer": "2"}),
+        "too few rows": lambda: engine(folder, steering={"max_rows": 9}, max_num_seqs=64),
+        "missing vector file": lambda: engine(folder, steering={"vectors": {"calm": "/nowhere/calm.safetensors"}}),
+        "unsupported mode": lambda: engine(folder, steering={}, cpu_offload_gb=1),
+        "model that is not steered": lambda: _without_attaching(folder),
+        "site without effect": lambda: _without_adding(folder),
+    }
+    refused = {name: _refusal(start) for name, start in starts.items()}
+    llm = engine(folder, steering={})
+    report({"refused": refused, "doors": _doors(llm), "unconfigured": _unconfigured(folder)})
+
+
+def _refusal(start):
+    try:
+        start()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "started"
+
+
+def _without_attaching(folder):
+    """A worker that loads its model in a way that trimtab does not see."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    patched = Worker.load_model
+    Worker.load_model = patched.__wrapped__
+    try:
+        return engine(folder, steering={})
+    finally:
+        Worker.load_model = patched
+
+
+def _without_adding(folder):
+    """A model that runs, but past the addition in layer 2, as one does that was compiled before it was steered."""
+    from trimtab.engines.vllm import layers
+
+    original = layers.SteeredLayer.forward
+    seen = []
+
+    def forward(self, *args, **kwargs):
+        seen.append(self) if self not in seen else None
+        if seen.index(self) != 2:
+            return original(self, *args, **kwargs)
+        return super(layers.SteeredLayer, self).forward(*args, **kwargs)
+
+    layers.SteeredLayer.forward = forward
+    try:
+        return engine(folder, steering={})
+    finally:
+        layers.SteeredLayer.forward = original
+
+
+def _doors(llm):
+    """Requests handed to the engine core as they are, as a producer would that bypasses the front end."""
+    from vllm import SamplingParams
+
+    core = llm.llm_engine.engine_core.engine_core
+    good, other = random_spec(1), random_spec(1, layers=[0])
+    elsewhere = {"interventions": [{"kind": "add", "vector": {"mlp_in": {"1": [0.0] * 63 + [1.0]}}}]}
+    answers = {}
+    for name, given in (
+        ("a spec as users write it", good),
+        ("an unknown name", {"interventions": [{"kind": "add", "vector": "nobody"}]}),
+        ("a site that is not served", elsewhere),
+        ("nonsense", 7),
+        ("a broken wire form", {"version": 1, "vectors": [], "gates": [], "prefill": [[0, 1.0]], "decode": []}),
+        ("a wire form for a site that is not served", _wire(other, "mlp_in")),
+    ):
+        request = _engine_core_request(SamplingParams(max_tokens=2, extra_args={"steering": given}))
+        answers[name] = _refusal(lambda request=request: core.preprocess_add_request(request))
+    request = _engine_core_request(SamplingParams(max_tokens=2, extra_args={"steering": good}))
+    admitted, _ = core.preprocess_add_request(request)
+    carried = admitted.sampling_params.extra_args["steering"]
+    return {
+        "refused": answers,
+        "carried keys": sorted(carried),
+        "still answers": len(generate(llm, random_prompts([5]), [good])[0]),
+    }
+
+
+def _wire(spec, hook):
+    from trimtab import Steering
+    from trimtab.sites import HookPoint, ModelSites, Site
+
+    model = ModelSites(64, 4, frozenset({Site(0, HookPoint.POST_BLOCK)}))
+    wire = Steering.parse(spec).resolve({}, model).to_wire()
+    wire["vectors"][0]["sites"] = [[0, hook]]
+    return wire
+
+
+def _engine_core_request(params):
+    import inspect
+
+    from vllm.v1.engine import EngineCoreRequest
+
+    known = {
+        "request_id": "direct", "prompt_token_ids": [5, 6, 7], "mm_features": None, "sampling_params": params,
+        "pooling_params": None, "arrival_time": 0.0, "lora_request": None, "cache_salt": None,
+        "data_parallel_rank": None, "eos_token_id": None,
+    }  # fmt: skip
+    names = inspect.signature(EngineCoreRequest).parameters
+    return EngineCoreRequest(**{name: value for name, value in known.items() if name in names})
+
+
+def _unconfigured(folder):
+    """An engine without steering, with trimtab installed."""
+    from vllm import SamplingParams
+
+    llm = engine(folder)
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    layer = worker.model_runner.get_model().model.layers[0]
+    core = llm.llm_engine.engine_core.engine_core
+    request = _engine_core_request(SamplingParams(max_tokens=2, extra_args={"other": 1}))
+    core.preprocess_add_request(request)
+    return {
+        "layer": type(layer).__module__,
+        "buffers": [name for name, _ in layer.named_buffers() if "steering" in name],
+        "wrapped": [name for name in ("_prepare_inputs", "_update_states") if name in worker.model_runner.__dict__],
+        "answers": len(generate(llm, random_prompts([5]), [None])[0]),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        raise

@@ -1,0 +1,186 @@
+"""What scenarios share: tiny random models, specs, an engine, the oracle, and the report."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+
+HIDDEN, LAYERS, VOCABULARY = 64, 4, 256
+
+SCRATCH = Path(os.environ["TRIMTAB_TEST_SCRATCH"])
+
+Spec = dict[str, Any] | None
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_TIED: dict[str, Any] = {"tie_word_embeddings": True}  # vLLM knows these families in no other form
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "output_router_logits": False}
+_OPT: dict[str, Any] = {
+    "ffn_dim": 96,
+    "word_embed_proj_dim": HIDDEN,
+    "init_std": 0.15,
+    "dropout": 0.0,
+    "bos_token_id": 1,
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {**_TIED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}),
+    "cohere": ("Cohere", {**_TIED, "logit_scale": 0.25}),
+    "opt": ("OPT", {**_TIED, **_OPT}),
+    "falcon": ("Falcon", {**_TIED, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "qwen3_moe": ("Qwen3Moe", {**_EXPERTS, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 48}),
+    "mixtral": ("Mixtral", {**_EXPERTS, "num_local_experts": 4, "sliding_window": None}),
+}
+
+
+def tiny_model(family: str = "llama", seed: int = 0, parent: Path = SCRATCH) -> tuple[str, Any]:
+    """(folder, Transformers model) of a random float32 model of a family. Norms are random too: ones hide faults."""
+    name, extra = FAMILIES[family]
+    common = {key: value for key, value in _COMMON.items() if name != "OPT" or key != "intermediate_size"}
+    torch.manual_seed(seed)
+    model = getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**(common | extra))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if "norm" in key and parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    folder = parent / f"{family}-{seed}"
+    model.save_pretrained(folder)
+    return str(folder), model
+
+
+def random_spec(
+    seed: int,
+    *,
+    layers: Sequence[int] = range(LAYERS),
+    hooks: Sequence[str] = ("post_block",),
+    scale: float = 1.0,
+    phase: str = "all",
+    strength: float = 1.0,
+) -> dict[str, Any]:
+    """A spec of one intervention with random directions."""
+    rng = np.random.default_rng(seed)
+    vector = {
+        hook: {str(layer): (strength * rng.standard_normal(HIDDEN)).round(4).tolist() for layer in layers}
+        for hook in hooks
+    }
+    return {"interventions": [{"kind": "add", "vector": vector, "scale": scale, "phase": phase}]}
+
+
+def eight_specs() -> list[Spec]:
+    """None and seven specs that differ in layers, phases, scales and number of interventions."""
+    one, two = random_spec(1, layers=[0, 2]), random_spec(2, layers=[1, 2], phase="decode", scale=0.75)
+    return [
+        None,
+        random_spec(3),
+        random_spec(4, layers=[0], scale=2.0, phase="prefill"),
+        random_spec(5, layers=[3], scale=-3.0, phase="decode"),
+        random_spec(3, scale=-0.5),  # the vector of the second spec at another scale
+        {"interventions": one["interventions"] + two["interventions"]},
+        random_spec(6, layers=[1, 3], scale=1.25),
+        random_spec(7, layers=[2], scale=1.5, phase="prefill"),
+    ]
+
+
+def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, VOCABULARY, length).tolist() for length in lengths]
+
+
+def engine(folder: str, *, steering: Any = None, mode: str = "eager", **options: Any) -> Any:
+    """A vLLM engine on this process's CPU, steered with settings `steering` unless that is None."""
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "block_size": 32,
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_model_len": 384,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 64,
+        "skip_tokenizer_init": True,
+    }
+    if mode == "eager":
+        defaults["enforce_eager"] = True
+    else:
+        defaults["compilation_config"] = {"mode": 3, **({"backend": "eager"} if mode == "traced" else {})}
+    if steering is not None:
+        defaults["additional_config"] = {"steering": steering}
+    return LLM(model=folder, **(defaults | options))
+
+
+def generate(
+    llm: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int] = 8
+) -> list[list[int]]:
+    """Greedy continuations of `prompts`, all submitted at once, each under its own spec."""
+    from vllm import SamplingParams
+
+    counts = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=count, ignore_eos=True, detokenize=False,
+            extra_args=None if spec is None else {"steering": spec},
+        )
+        for count, spec in zip(counts, specs, strict=True)
+    ]  # fmt: skip
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [list(output.outputs[0].token_ids) for output in llm.generate(inputs, params, use_tqdm=False)]
+
+
+def oracle(
+    model: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int] = 8, batch: int = 16
+) -> list[list[int]]:
+    """The embedded engine's greedy continuations of the same requests."""
+    from trimtab import SteeredModel
+
+    counts = [tokens] * len(prompts) if isinstance(tokens, int) else list(tokens)
+    answers: list[list[int]] = []
+    with SteeredModel(model, None) as steered:
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            outputs = steered.generate(
+                list(prompts[part]), steering=list(specs[part]), max_new_tokens=max(counts[part]), do_sample=False,
+                eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+            answers += [list(o.token_ids)[:count] for o, count in zip(outputs, counts[part], strict=True)]
+    return answers
+
+
+def differences(found: Sequence[Any], expected: Sequence[Any]) -> list[dict[str, Any]]:
+    """Where two lists of answers differ; empty if they are the same."""
+    assert len(found) == len(expected)
+    return [
+        {"request": i, "found": f, "expected": e}
+        for i, (f, e) in enumerate(zip(found, expected, strict=True))
+        if f != e
+    ]
+
+
+def status(llm: Any) -> list[dict[str, Any]]:
+    """What each worker reports, once all finished requests have been told to the workers."""
+    generate(llm, [[5, 6, 7]], [None], 1)
+    return list(llm.collective_rpc("trimtab_status"))
+
+
+def report(outcome: dict[str, Any]) -> None:
+    """End the scenario with this outcome."""
+    Path(os.environ["TRIMTAB_TEST_REPORT"]).write_text(json.dumps(outcome))

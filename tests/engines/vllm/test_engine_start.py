@@ -1,0 +1,78 @@
+"""A steered engine starts only if it steers; what it cannot do is said at start, and a bad request ends alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_harness import run_scenario
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def outcome() -> dict[str, Any]:
+    return run_scenario("start")
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("hook point of another family", "CohereDecoderLayer have no post_attn; they have pre_attn, post_block"),
+        ("layer that does not exist", "the model has layers 0 to 3"),
+        ("setting that does not exist", "steering.layer"),
+        ("too few rows", "need 129; leave max_rows out or lower max_num_seqs to 4"),
+        ("missing vector file", "steering.vectors.calm"),
+        ("unsupported mode", "set cpu_offload_gb"),
+        ("model that is not steered", "the models of workers [0] were loaded without being steered"),
+        ("site without effect", "steering has no effect at post_block:2:"),
+    ],
+)
+def test_an_engine_that_would_not_steer_does_not_start(outcome: dict[str, Any], case: str, said: str) -> None:
+    assert outcome["refused"][case].startswith("SteeringError")
+    assert said in outcome["refused"][case]
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("an unknown name", "interventions[0].vector"),
+        ("a site that is not served", "interventions[0].vector.mlp_in"),
+        ("nonsense", "got int"),
+        ("a broken wire form", "prefill[0][0]"),
+        ("a wire form for a site that is not served", "mlp_in:0 is not served"),
+    ],
+)
+def test_the_engine_core_refuses_what_came_around_the_front_end(outcome: dict[str, Any], case: str, said: str) -> None:
+    answer = outcome["doors"]["refused"][case]
+    assert answer.startswith("SteeringError")
+    assert said in answer
+
+
+def test_the_engine_core_takes_a_good_spec_from_any_producer_and_survives_the_bad_ones(
+    outcome: dict[str, Any],
+) -> None:
+    assert outcome["doors"]["refused"]["a spec as users write it"] == "started"
+    assert {"version", "vectors", "prefill", "decode"} <= set(outcome["doors"]["carried keys"])
+    assert outcome["doors"]["still answers"] == 8
+
+
+def test_an_engine_without_steering_is_left_as_it_is(outcome: dict[str, Any]) -> None:
+    assert outcome["unconfigured"] == {
+        "layer": "vllm.model_executor.models.llama",
+        "buffers": [],
+        "wrapped": [],
+        "answers": 8,
+    }
+
+
+def test_engines_of_different_settings_share_a_compile_cache_and_each_is_right(tmp_path: Path) -> None:
+    some_layers = json.dumps({"layers": "0-1"})
+    runs = ("stock", "{}", some_layers, "stock")
+    outcomes = [run_scenario("compile_cache", settings, cache=tmp_path) for settings in runs]
+    assert [outcome["differences"] for outcome in outcomes] == [[]] * 4
+    assert [outcome["attached"] for outcome in outcomes] == [False, True, True, False]
+    assert [outcome["steered differently"] for outcome in outcomes] == [0, 3, 3, 0]
+    # One artifact per configuration: the last run found that of the first.
+    artifacts = list((tmp_path / "torch_compile_cache" / "torch_aot_compile").iterdir())
+    assert len(artifacts) == 3

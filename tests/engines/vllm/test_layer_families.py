@@ -1,0 +1,35 @@
+"""Every convention of vLLM's decoder layers is steered where the embedded engine steers it, at every hook point."""
+
+from typing import Any
+
+import pytest
+from vllm_harness import run_scenario
+
+pytestmark = pytest.mark.vllm
+
+LAYERS = {  # family: the layer class that shows the convention
+    "llama": "LlamaDecoderLayer",  # split
+    "qwen3": "Qwen3DecoderLayer",  # split
+    "gemma2": "Gemma2DecoderLayer",  # split, norms on both sides of a branch
+    "cohere": "CohereDecoderLayer",  # first of a pair, parallel branches
+    "opt": "OPTDecoderLayer",  # whole
+    "falcon": "FalconDecoderLayer",  # whole, parallel branches
+    "qwen3_moe": "Qwen3MoeDecoderLayer",  # split, experts
+    "mixtral": "MixtralDecoderLayer",  # split, experts
+    "transformers": "LlamaDecoderLayer",  # [1, n, H], through vLLM's Transformers backend
+}
+MODES = ("eager", "traced")  # "traced" is compiled by Dynamo and split like Inductor's graphs, without a compiler
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    return {mode: run_scenario("families", mode, ",".join(LAYERS)) for mode in MODES}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", LAYERS)
+def test_a_family_answers_as_the_embedded_engine_does(outcomes: dict[str, Any], family: str, mode: str) -> None:
+    outcome = outcomes[mode][family]
+    assert outcome["layer"] == LAYERS[family]
+    assert outcome["steered differently"] >= outcome["specs"] // 2
+    assert outcome["differences"] == []

@@ -1,0 +1,63 @@
+"""Stock vLLM, steered, gives the embedded engine's greedy tokens: on both runners, eager and compiled."""
+
+from typing import Any
+
+import pytest
+from vllm_harness import run_scenario
+
+pytestmark = pytest.mark.vllm
+
+CASES = {  # runner, mode, requests: V2's interpreted kernels take 0.1 s a step and more with each request
+    "V1 eager": ("v1", "eager", 48),
+    "V1 compiled": ("v1", "compiled", 48),
+    "V2 eager": ("v2", "eager", 32),
+    "V2 compiled": ("v2", "compiled", 32),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture(params=CASES)
+def outcome(request: pytest.FixtureRequest, outcomes: dict[str, Any]) -> dict[str, Any]:
+    if request.param not in outcomes:
+        runner, mode, requests = CASES[request.param]
+        outcomes[request.param] = run_scenario("parity", mode, str(requests), runner=runner)
+    outcomes[request.param]["case"] = request.param
+    return outcomes[request.param]
+
+
+def test_a_mixed_batch_answers_as_the_embedded_engine_does(outcome: dict[str, Any]) -> None:
+    assert outcome["steered differently"] >= 24  # the specs bite: agreeing with an unsteered engine would not pass
+    assert outcome["mixed"] == []
+
+
+def test_unsteered_requests_answer_as_the_plain_model_does(outcome: dict[str, Any]) -> None:
+    assert outcome["unsteered"] == []
+
+
+def test_prompts_found_in_the_prefix_cache_change_no_answer(outcome: dict[str, Any]) -> None:
+    assert outcome["again"] == []
+
+
+def test_rows_are_given_back_when_their_requests_end(outcome: dict[str, Any]) -> None:
+    for status in outcome["status"]:
+        assert status["runner"] == outcome["case"][:2].lower()
+        assert status["rows_in_use"] == 0
+        assert status["row_uploads"] >= 7
+        assert status["late_variants"] == 0
+
+
+def test_a_prompt_longer_than_the_token_budget_is_steered_chunk_by_chunk(outcome: dict[str, Any]) -> None:
+    assert outcome.get("chunked", []) == []
+    assert ("chunked" in outcome) == outcome["case"].endswith("eager")
+
+
+def test_preempted_requests_come_back_to_the_same_answer_with_the_prefix_cache_on(outcome: dict[str, Any]) -> None:
+    if not outcome["case"].endswith("eager"):
+        return
+    assert outcome["preemptions"] > 0
+    assert outcome["preempted"] == []
+    assert outcome["after preemption"][0]["rows_in_use"] == 0

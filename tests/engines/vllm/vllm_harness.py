@@ -1,0 +1,54 @@
+"""Runs a scenario: a script that drives stock vLLM, in a process of its own, and reports what it saw as JSON.
+
+vLLM's CPU worker changes torch for its whole process, and model runner V2 needs an environment that is set before
+Python starts. A scenario checks many things with one start of the engine; tests then look at one of them each.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SCENARIOS = Path(__file__).parent / "scenarios"
+
+
+def run_scenario(
+    script: str, *arguments: str, runner: str = "v1", cache: Path | None = None, timeout: float = 500
+) -> dict[str, Any]:
+    """What `scenarios/<script>.py` reported, run with `arguments` on the model runner "v1" or "v2".
+
+    `cache` is where vLLM keeps its compile artifacts; by default a folder that goes with the call.
+    """
+    with tempfile.TemporaryDirectory(prefix="trimtab-vllm-") as scratch:
+        report = Path(scratch) / "report.json"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0",
+            "VLLM_CACHE_ROOT": str(cache or Path(scratch) / "cache"),
+            "TRIMTAB_TEST_REPORT": str(report),
+            "TRIMTAB_TEST_SCRATCH": scratch,
+        }
+        if runner == "v2":
+            environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [sys.executable, str(SCENARIOS / f"{script}.py"), *arguments],
+            env=environment, cwd=scratch, capture_output=True, text=True, timeout=timeout, check=False,
+        )  # fmt: skip
+        if done.returncode != 0 or not report.exists():
+            raise AssertionError(f"{script} {arguments} ended with {done.returncode}:\n{_tail(done)}")
+        outcome: dict[str, Any] = json.loads(report.read_text())
+        outcome["log"] = done.stdout + done.stderr
+        return outcome
+
+
+def _tail(done: "subprocess.CompletedProcess[str]") -> str:
+    return (done.stdout[-3000:] + done.stderr[-6000:]).strip()
