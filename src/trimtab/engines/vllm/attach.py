@@ -12,6 +12,7 @@ from trimtab.engines.vllm.layers import steered_branch_class, steered_layer_clas
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, set_emission
+from trimtab.runtime import probes_needed
 from trimtab.sites import HookPoint, Site
 
 _LAYER_HOOKS = frozenset({HookPoint.PRE_ATTN, HookPoint.POST_BLOCK})
@@ -43,6 +44,8 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
         max_tokens=_max_tokens(vllm_config),
         dtype=vllm_config.model_config.dtype,
         device=device,
+        gates=wanted.gates.count,
+        max_probes=probes_needed(int(vllm_config.scheduler_config.max_num_seqs), wanted.gates.count),
     )
     mode = Emission(traced=settings.backend != "triton", terms=ROWS_ONLY)
     modules: dict[Site, nn.Module] = {}
@@ -51,8 +54,10 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
         for hook, module in _place(layers[index], hooks).items():
             site = Site(index, hook)
             buffers.attach(module, site)
-            set_emission(module, mode)
             modules[site] = module
+    readers = {modules[site] for site in wanted.gates.probe_sites if site in modules}
+    for module in modules.values():
+        set_emission(module, mode._replace(probing=module in readers))
     return Attachment(buffers, modules)
 
 

@@ -33,18 +33,19 @@ class SteeredLayer:
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
         if self.steering_convention is Convention.SPLIT:
             hidden, residual = out
-            return hidden, emit(_module(self), HookPoint.POST_BLOCK, residual)
+            return hidden, emit(_module(self), HookPoint.POST_BLOCK, residual, rest=hidden)
         if isinstance(out, tuple):
             return (emit(_module(self), HookPoint.POST_BLOCK, out[0]), *out[1:])
         return emit(_module(self), HookPoint.POST_BLOCK, out)
 
     def _steer_entering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        slot = self.steering_hidden
+        slot, rest = self.steering_hidden, None
         if self.steering_convention is Convention.SPLIT and self.steering_residual is not None:
             # The first layer of the model is given no residual yet: its hidden states are the stream.
-            slot = slot if _argument(args, kwargs, self.steering_residual) is None else self.steering_residual
+            residual = _argument(args, kwargs, self.steering_residual)
+            slot, rest = (slot, None) if residual is None else (self.steering_residual, _argument(args, kwargs, slot))
         stream = _argument(args, kwargs, slot)
-        steered = emit(_module(self), HookPoint.PRE_ATTN, stream)
+        steered = emit(_module(self), HookPoint.PRE_ATTN, stream, rest=rest)
         position, name = slot
         if position < len(args):
             return (*args[:position], steered, *args[position + 1 :]), kwargs

@@ -52,7 +52,7 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites) -> Decode
         steering = ResolvedSteering.from_wire(given, settings.start_vectors_by_digest)
         _check_served(steering, model)
         return DecodedWire(given, steering)
-    steering = Steering.parse(given).resolve(settings.start_vectors, model)
+    steering = Steering.parse(given).resolve(settings.start_vectors, model, settings.start_probes)
     return DecodedWire(steering.to_wire(), steering)
 
 

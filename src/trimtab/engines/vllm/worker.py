@@ -1,7 +1,7 @@
 """A steered worker: its model attached, its runner driving the runtime, its start-up checked, its state reported."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from trimtab.engines.vllm.attach import Attachment, attach
@@ -74,7 +74,14 @@ def trimtab_status(self: Any) -> dict[str, Any]:
         "digest": runtime.digest() if runtime else "",
         "nbytes": steering.attachment.buffers.nbytes,
         "late_variants": late_variants(),
+        "gates": [asdict(use) for use in runtime.gate_totals()] if runtime else [],
     }
+
+
+def trimtab_gates(self: Any, request_id: str) -> list[dict[str, Any]]:
+    """Worker method: what each gate of a request has done on this rank, in plain values. Waits for the current step."""
+    runtime = self._trimtab.runtime
+    return [asdict(use) for use in runtime.gate_report(request_id)] if runtime else []
 
 
 def _is_v2(runner: Any) -> bool:
@@ -98,13 +105,16 @@ def _check_after_warm_up(worker: Any) -> None:
 
 def _require_same_vectors(settings: SteeringSettings) -> None:
     """Raise `SteeringError` if a file holds another vector here than where the engine was configured."""
-    expected = (settings.stamp or {}).get("vectors", {})
-    for name, vector in settings.start_vectors.items():
-        if expected.get(name) != vector.digest.hex():
-            raise SteeringError(
-                f"steering.vectors.{name}",
-                f"{settings.vectors[name]} holds another vector here than where the engine was configured",
-            )
+    vectors = {name: vector.digest for name, vector in settings.start_vectors.items()}
+    probes = {name: probe.digest for name, probe in settings.start_probes.items()}
+    for kind, files, digests in (("vector", settings.vectors, vectors), ("probe", settings.probes, probes)):
+        expected = (settings.stamp or {}).get(f"{kind}s", {})
+        for name, digest in digests.items():
+            if expected.get(name) != digest.hex():
+                raise SteeringError(
+                    f"steering.{kind}s.{name}",
+                    f"{files[name]} holds another {kind} here than where the engine was configured",
+                )
 
 
 def _account_for_memory(runner: Any, nbytes: int) -> None:
