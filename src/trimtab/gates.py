@@ -127,3 +127,13 @@ def check_served(gate: ResolvedGate, sites: Iterable[Site], limits: GateLimits) 
                 f"layer {boundary}: a gate works within one stage; narrow the vector with `layers`, or use a probe "
                 f"at layer {boundary} or later",
             )
+
+
+def rows_needed(max_requests: int, gates: int) -> int:
+    """Rows of each table for any `max_requests` requests: a row per phase and one per gate and phase, and row 0."""
+    return 1 + 2 * max_requests * (1 + gates)
+
+
+def probes_needed(max_requests: int, gates: int) -> int:
+    """Rows of the probe table for any `max_requests` requests, row 0 included."""
+    return 1 + 2 * max_requests * gates

@@ -128,15 +128,5 @@ class GateLanes:
         return probe
 
 
-def rows_needed(max_requests: int, gates: int) -> int:
-    """Rows of each table for any `max_requests` requests: a row per phase and one per gate and phase, and row 0."""
-    return 1 + 2 * max_requests * (1 + gates)
-
-
-def probes_needed(max_requests: int, gates: int) -> int:
-    """Rows of the probe table for any `max_requests` requests, row 0 included."""
-    return 1 + 2 * max_requests * gates
-
-
 def _direction(gate: ResolvedGate) -> FloatArray:
     return gate.probe.block.copy()  # torch warns of arrays that are read-only

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
+from trimtab.gates import probes_needed, rows_needed
 from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering
-from trimtab.runtime.gates import GateLanes, probes_needed, rows_needed
+from trimtab.runtime.gates import GateLanes
 from trimtab.runtime.meters import GateUse
 from trimtab.runtime.plan import TOKEN, StepPlanner, as_ints
 from trimtab.runtime.rows import RowAllocator

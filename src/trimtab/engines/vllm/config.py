@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 import trimtab
 from trimtab.engines.vllm.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
-from trimtab.runtime.gates import rows_needed
+from trimtab.gates import rows_needed
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
