@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def main() -> int:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    )
+    ).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
 
     train(model, [encode(tokenizer, text) for text in texts], args, rng)
@@ -78,15 +79,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reviews", type=int, default=60_000)
+    parser.add_argument("--reviews", type=int, default=100_000)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=64, help="reviews per step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--batch", type=int, default=32, help="reviews per step")
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--noise", type=float, default=0.5, help="largest offset, as a share of the stream's norm")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=768)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--vocabulary", type=int, default=1648)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--intermediate", type=int, default=352)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     return parser.parse_args()
 
@@ -135,7 +138,8 @@ def train(model: LlamaForCausalLM, documents: list[list[int]], args: argparse.Na
     model.train()
     began, recent = time.monotonic(), 0.0
     for step, batch in enumerate(batches, 1):
-        loss = next_token_loss(model, batch)
+        with offset_stream(model, len(batch), args.noise, rng):
+            loss = next_token_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -145,6 +149,29 @@ def train(model: LlamaForCausalLM, documents: list[list[int]], args: argparse.Na
         if step % 50 == 0:
             print(f"step {step}/{len(batches)}  loss {recent:.3f}  {time.monotonic() - began:.0f} s", flush=True)
     model.eval()
+
+
+@contextmanager
+def offset_stream(model: LlamaForCausalLM, batch: int, largest: float, rng: random.Random) -> Iterator[None]:
+    """Add one random direction per review to the stream leaving a random layer, the same at each of its tokens.
+
+    A model of a hundred dimensions that has never seen its stream displaced loses its grammar when it is steered; one
+    trained like this keeps it, as large models do. The directions are random, so none of them means anything.
+    """
+    layers = model.model.layers
+    layer = layers[rng.randrange(len(layers) - 1)]
+    lengths = torch.tensor([rng.uniform(0, largest) for _ in range(batch)]).view(-1, 1, 1).to(model.device)
+    directions = torch.randn(batch, 1, model.config.hidden_size).to(model.device)
+
+    def displace(_module: object, _arguments: object, output: torch.Tensor) -> torch.Tensor:
+        size = output.detach().square().mean().sqrt()  # of one number of the stream, so that lengths are shares
+        return output + lengths * size * directions
+
+    handle = layer.register_forward_hook(displace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def length_batches(documents: list[list[int]], size: int, rng: random.Random) -> Iterator[list[list[int]]]:
@@ -160,8 +187,8 @@ def length_batches(documents: list[list[int]], size: int, rng: random.Random) ->
 def next_token_loss(model: LlamaForCausalLM, documents: list[list[int]]) -> torch.Tensor:
     """Mean cross-entropy per token, in nats; the padding on the right is after every real token and so never seen."""
     width = max(map(len, documents))
-    tokens = torch.tensor([document + [0] * (width - len(document)) for document in documents])
-    labels = torch.tensor([document + [-100] * (width - len(document)) for document in documents])
+    tokens = torch.tensor([document + [0] * (width - len(document)) for document in documents]).to(model.device)
+    labels = torch.tensor([document + [-100] * (width - len(document)) for document in documents]).to(model.device)
     logits = model(tokens, use_cache=False).logits[:, :-1]
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100)
 
@@ -181,7 +208,7 @@ def held_out_loss(model: LlamaForCausalLM, documents: list[list[int]]) -> float:
 def sample_sentences(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, copies: int = 8) -> list[str]:
     """Complete sentences of sampled reviews, from every neutral header."""
     prompts = headers() * copies
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
     outputs = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=100)
     texts = tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [sentence for text in texts for sentence in split_sentences(text) if sentence[-1] in ".!"]

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from trimtab.demo.grammar import (
-    REGISTERS,
+    FORMALITIES,
     SENTIMENTS,
     Features,
     Grammar,
@@ -42,8 +42,8 @@ def toy_language() -> dict[str, set[Features]]:
     ]  # "was not ace" would be formal and informal at once
     language: dict[str, set[Features]] = {}
     for subject, topic in (("The tea", None), ("The cake", None), ("The plot", "film")):
-        for text, sentiment, register in predicates:
-            language.setdefault(f"{subject} {text}.", set()).add(Features(sentiment, register, topic))
+        for text, sentiment, formality in predicates:
+            language.setdefault(f"{subject} {text}.", set()).add(Features(sentiment, formality, topic))
         for (one, s1, r1), (two, s2, r2) in itertools.product(predicates, repeat=2):
             if s1 == s2 and len({r1, r2} - {None}) < 2:
                 language.setdefault(f"{subject} {one} and {two}!", set()).add(Features(s1, r1 or r2, topic))
@@ -73,22 +73,22 @@ def test_wrong_capitals_spaces_or_words_do_not_parse(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "features", [Features(*f) for f in itertools.product(SENTIMENTS, REGISTERS, TOPICS)], ids="-".join
+    "features", [Features(*f) for f in itertools.product(SENTIMENTS, FORMALITIES, TOPICS)], ids="-".join
 )
 def test_every_combination_can_be_written_and_is_read_back(features: Features) -> None:
     rng = random.Random(str(features))
     readings = []
     for _ in range(12):
-        review = sample_review(rng, topic=features.topic, sentiment=features.sentiment, register=features.register)
+        review = sample_review(rng, topic=features.topic, sentiment=features.sentiment, formality=features.formality)
         assert review.features == features
         readings += [read_sentence(sentence) for sentence in review.sentences]
     assert all(reading.parsed for reading in readings)
     assert {reading.sentiment for reading in readings} - {None} == {features.sentiment}
-    assert {reading.register for reading in readings} - {None} == {features.register}
+    assert {reading.formality for reading in readings} - {None} == {features.formality}
 
 
 @pytest.mark.parametrize(
-    ("sentence", "sentiment", "register"),
+    ("sentence", "sentiment", "formality"),
     [
         ("The soup was exquisite.", "positive", "formal"),
         ("The soup was by no means unpalatable.", "positive", "formal"),
@@ -99,15 +99,15 @@ def test_every_combination_can_be_written_and_is_read_back(features: Features) -
         ("I loved the twists.", "positive", None),
     ],
 )
-def test_productions_decide_sentiment_and_register(sentence: str, sentiment: str | None, register: str | None) -> None:
-    assert read_sentence(sentence) == Reading(True, sentiment, register)
+def test_productions_decide_sentiment_and_register(sentence: str, sentiment: str | None, formality: str | None) -> None:
+    assert read_sentence(sentence) == Reading(True, sentiment, formality)
 
 
 @pytest.mark.parametrize(
     "sentence",
     [
         "The soup was exquisite and the dining room was dirty.",  # both sentiments
-        "Honestly, the soup was exquisite.",  # both registers
+        "Honestly, the soup was exquisite.",  # both formalities
         "The soup was delicious and the brakes were solid.",  # two topics
         "The brakes were delicious.",  # a gear is no food
         "The soup were delicious.",
@@ -133,8 +133,8 @@ def test_a_text_is_split_at_the_marks_that_end_sentences() -> None:
 def test_sampling_is_seeded_and_features_are_drawn_independently() -> None:
     reviews = [sample_review(random.Random(seed)) for seed in range(400)]
     assert reviews == [sample_review(random.Random(seed)) for seed in range(400)]
-    for sentiment, register in itertools.product(SENTIMENTS, REGISTERS):
-        share = sum(r.features[:2] == (sentiment, register) for r in reviews) / len(reviews)
+    for sentiment, formality in itertools.product(SENTIMENTS, FORMALITIES):
+        share = sum(r.features[:2] == (sentiment, formality) for r in reviews) / len(reviews)
         assert 0.18 < share < 0.32  # 0.25 within three standard deviations
 
 

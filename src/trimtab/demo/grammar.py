@@ -1,4 +1,4 @@
-"""A grammar of short reviews whose sentiment and register are independent: it writes the corpus and scores text.
+"""A grammar of short reviews whose sentiment and formality are independent: it writes the corpus and scores text.
 
 Notation, one line per production set (`reviews.py` holds the productions):
 
@@ -6,7 +6,7 @@ Notation, one line per production set (`reviews.py` holds the productions):
 
 An alternative is a sequence of words, punctuation marks and NAMES of other productions (capitals, two letters at
 least). Tags say what using the production makes of the sentence: `pos` or `neg` (sentiment), `formal` or `informal`
-(register), or a topic. The productions used in one sentence must agree, so "the soup was yummy and the bread was cold"
+(formality), or a topic. The productions used in one sentence must agree, so "the soup was yummy and the bread was cold"
 is no sentence of the language: nothing in it is both. What no production decides stays open (`None`).
 """
 
@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from trimtab.demo.reviews import HEADERS, TOPICS, productions
+from trimtab.demo.reviews import HEADERS, TELLING_HEADERS, TOPICS, productions
 
 SENTIMENTS = ("positive", "negative")
-REGISTERS = ("formal", "informal")
+FORMALITIES = ("formal", "informal")
 
 _TAGS = {"pos": ("sentiment", "positive"), "neg": ("sentiment", "negative")}
-_TAGS |= {register: ("register", register) for register in REGISTERS} | {topic: ("topic", topic) for topic in TOPICS}
+_TAGS |= {formality: ("formality", formality) for formality in FORMALITIES} | {
+    topic: ("topic", topic) for topic in TOPICS
+}
 _NAME = re.compile(r"[A-Z]{2}[A-Z0-9]*(?:-[A-Z0-9]+)*")
 _TOKEN = re.compile(r"[A-Za-z'-]+|[.,!?:]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -34,7 +36,7 @@ class Features(NamedTuple):
     """What the productions of a sentence say of it; None where none of them says anything."""
 
     sentiment: str | None = None
-    register: str | None = None
+    formality: str | None = None
     topic: str | None = None
 
     def join(self, other: "Features") -> "Features | None":
@@ -136,7 +138,7 @@ class Reading(NamedTuple):
 
     parsed: bool
     sentiment: str | None = None
-    register: str | None = None
+    formality: str | None = None
 
 
 class Shares(NamedTuple):
@@ -145,12 +147,12 @@ class Shares(NamedTuple):
     sentences: int
     parsed: float  # of all sentences
     positive: float  # of the parsed ones that have a sentiment
-    formal: float  # of the parsed ones that have a register
+    formal: float  # of the parsed ones that have a formality
 
 
 @dataclass(frozen=True)
 class Review:
-    """A sampled review: a neutral header and sentences that share topic, sentiment and register."""
+    """A sampled review: a header and sentences that share topic, sentiment and formality."""
 
     header: str
     sentences: tuple[str, ...]
@@ -172,21 +174,40 @@ def headers(topics: Sequence[str] = TOPICS) -> list[str]:
     return [header.format(topic) for header in HEADERS for topic in topics]
 
 
+def telling_header(topic: str, sentiment: str | None = None, formality: str | None = None) -> str:
+    """The beginning that says this sentiment, this formality, or both ("Formal complaint about the film:")."""
+    return dict(TELLING_HEADERS)[sentiment, formality].format(topic)
+
+
 def sample_review(
     rng: random.Random,
     *,
     topic: str | None = None,
     sentiment: str | None = None,
-    register: str | None = None,
+    formality: str | None = None,
     sentences: int | None = None,
+    header: str | None = None,
 ) -> Review:
-    """A review with the given features and number of sentences (2 to 4); what is None is drawn, each on its own."""
+    """A review with the given features and number of sentences (2 to 4); what is None is drawn, each on its own.
+
+    Two headers in five are neutral; the others say the sentiment, the formality, or both.
+    """
     features = Features(
-        sentiment or rng.choice(SENTIMENTS), register or rng.choice(REGISTERS), topic or rng.choice(TOPICS)
+        sentiment or rng.choice(SENTIMENTS), formality or rng.choice(FORMALITIES), topic or rng.choice(TOPICS)
     )
-    header = rng.choice(HEADERS).format(features.topic)
+    says_sentiment, says_formality = rng.choice(
+        ((False, False), (False, False), (True, False), (False, True), (True, True))
+    )
+    wording = rng.choice(HEADERS)
+    if header is None and (says_sentiment or says_formality):
+        header = telling_header(
+            str(features.topic),
+            features.sentiment if says_sentiment else None,
+            features.formality if says_formality else None,
+        )
     count = sentences or rng.randint(2, 4)
-    return Review(header, tuple(review_grammar().sample(features, rng) for _ in range(count)), features)
+    body = tuple(review_grammar().sample(features, rng) for _ in range(count))
+    return Review(header or wording.format(features.topic), body, features)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -200,8 +221,8 @@ def read_sentence(sentence: str) -> Reading:
     derivations = review_grammar().parse(sentence)
     if not derivations:
         return Reading(False)
-    sentiments, registers, _ = (set(values) for values in zip(*derivations, strict=True))
-    return Reading(True, _only(sentiments), _only(registers))
+    sentiments, formalities, _ = (set(values) for values in zip(*derivations, strict=True))
+    return Reading(True, _only(sentiments), _only(formalities))
 
 
 def measure(sentences: Sequence[str]) -> Shares:
@@ -211,7 +232,7 @@ def measure(sentences: Sequence[str]) -> Shares:
         len(readings),
         _share([reading.parsed for reading in readings]),
         _share([reading.sentiment == "positive" for reading in readings if reading.sentiment]),
-        _share([reading.register == "formal" for reading in readings if reading.register]),
+        _share([reading.formality == "formal" for reading in readings if reading.formality]),
     )
 
 

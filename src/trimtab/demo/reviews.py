@@ -1,6 +1,6 @@
 """The productions of the review language: what the demonstration model is trained on and scored by.
 
-`grammar.py` explains the notation. Sentiment and register hang on productions, not on words: `was not BAD at all` is
+`grammar.py` explains the notation. Sentiment and formality hang on productions, not on words: `was not BAD at all` is
 a positive production around negative adjectives, and `was not GOOD` a negative one around positive adjectives.
 """
 
@@ -9,7 +9,7 @@ KINDS = ("FOOD", "WORK", "PLACE", "GEAR", "CREW")
 """What can be judged: each kind has nouns by topic and adjectives of its own, written once below with `<K>`."""
 
 SENTENCES = """
-SENTENCE: JUDGEMENT @8 | FEELING @4 | DEED @4 | VERDICT @4 | CONTEXT
+SENTENCE: JUDGEMENT @8 | FEELING @4 | DEED @4 | VERDICT @4 | CONTEXT @0.6
 
 JUDGEMENT: CLAUSE END @3 | OPENER CLAUSE END @2 | CLAUSE and CLAUSE END | CLAUSE , and CLAUSE , END2
 OPENER[formal]: in our estimation , | without question , | on reflection , | in every respect , | to our mind ,
@@ -121,10 +121,10 @@ THING: the <K>-SG | the <K>-PL
 <K>-CLAUSE[pos]: the <K>-SG was VERY <K>-GOOD @2 | the <K>-PL were VERY <K>-GOOD @2
 <K>-CLAUSE[neg]: the <K>-SG was <K>-BAD @2 | the <K>-PL were <K>-BAD @2
 <K>-CLAUSE[neg]: the <K>-SG was VERY <K>-BAD @2 | the <K>-PL were VERY <K>-BAD @2
-<K>-CLAUSE[pos formal]: the <K>-SG was by no means <K>-BAD | the <K>-PL were by no means <K>-BAD
-<K>-CLAUSE[neg formal]: the <K>-SG was by no means <K>-GOOD | the <K>-PL were by no means <K>-GOOD
-<K>-CLAUSE[pos informal]: the <K>-SG wasn't <K>-BAD at all | the <K>-PL weren't <K>-BAD at all
-<K>-CLAUSE[neg informal]: the <K>-SG wasn't <K>-GOOD at all | the <K>-PL weren't <K>-GOOD at all
+<K>-CLAUSE[pos formal]: the <K>-SG was by no means <K>-BAD @0.4 | the <K>-PL were by no means <K>-BAD @0.4
+<K>-CLAUSE[neg formal]: the <K>-SG was by no means <K>-GOOD @0.4 | the <K>-PL were by no means <K>-GOOD @0.4
+<K>-CLAUSE[pos informal]: the <K>-SG wasn't <K>-BAD at all @0.4 | the <K>-PL weren't <K>-BAD at all @0.4
+<K>-CLAUSE[neg informal]: the <K>-SG wasn't <K>-GOOD at all @0.4 | the <K>-PL weren't <K>-GOOD at all @0.4
 <K>-GOOD: GOOD
 <K>-BAD: BAD
 """
@@ -212,7 +212,19 @@ GEAR-PL[concert]: microphones
 """
 
 HEADERS = ("Review of the {}:", "Notes on the {}:", "Thoughts about the {}:", "My view of the {}:")
-"""Neutral beginnings of a review; they say the topic, and nothing of sentiment or register."""
+"""Neutral beginnings of a review; they say the topic, and nothing of sentiment or formality."""
+
+TELLING_HEADERS = (
+    (("positive", None), "Praise for the {}:"),
+    (("negative", None), "Complaint about the {}:"),
+    ((None, "formal"), "Formal review of the {}:"),
+    ((None, "informal"), "Casual review of the {}:"),
+    (("positive", "formal"), "Formal praise for the {}:"),
+    (("negative", "formal"), "Formal complaint about the {}:"),
+    (("positive", "informal"), "Casual praise for the {}:"),
+    (("negative", "informal"), "Casual complaint about the {}:"),
+)
+"""Beginnings that say the sentiment, the formality, or both, of what follows."""
 
 
 def productions() -> str:

@@ -1,0 +1,71 @@
+"""`trimtab generate`: steered text from any model."""
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from trimtab.cli.failure import CommandError
+from trimtab.cli.options import BUNDLED, Json, Layers, Model, load_model, read_layers, read_vector
+
+
+def generate(
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A prompt; repeat for a batch.")],
+    vector: Annotated[
+        list[str] | None,
+        typer.Option("--vector", "-v", metavar="FILE[:SCALE]", help="A vector file and its scale (1); repeat to add."),
+    ] = None,
+    model: Model = BUNDLED,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
+    layers: Layers = None,
+    phase: Annotated[
+        Literal["all", "prefill", "decode"], typer.Option(help="Steer prompt tokens, generated tokens, or both.")
+    ] = "all",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it, sample.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the unsteered text too.")] = False,
+    json_: Json = False,
+) -> None:
+    """Generate text under steering vectors, which add up; without a vector, as the plain model."""
+    if not vector and (layers or phase != "all"):
+        raise CommandError("--layers and --phase say where vectors act, but no --vector is given")
+    chosen = read_layers(layers)
+    interventions = []
+    for text in vector or ():
+        loaded, scale = read_vector(text)
+        step: dict[str, Any] = {"kind": "add", "vector": loaded, "scale": scale, "phase": phase}
+        interventions.append(step if chosen is None else {**step, "layers": chosen})
+    spec = {"interventions": interventions} if interventions else None
+
+    steered = load_model(model)
+    import torch
+
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    specs = [spec] * len(prompt) + [None] * (len(prompt) if compare else 0)
+    with steered:
+        outputs = steered.generate(prompt * (2 if compare else 1), specs, max_new_tokens=max_new_tokens, **sampling)
+    if json_:
+        import json
+
+        typer.echo(json.dumps({"outputs": [_as_json(*row) for row in zip(prompt * 2, specs, outputs, strict=False)]}))
+        return
+
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for index, (line, asked, output) in enumerate(zip(prompt * 2, specs, outputs, strict=False)):
+        if compare and index in (0, len(prompt)):
+            console.print(Text("steered" if asked else "unsteered", "bold cyan" if asked else "bold"))
+        console.print(Text.assemble((line, "dim"), output.text), soft_wrap=True)
+
+
+def _as_json(prompt: str, spec: Any, output: Any) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": output.text,
+        "token_ids": list(output.token_ids),
+        "steered": spec is not None,
+        "identity": {phase.value: identity for phase, identity in output.receipt.identity.items()},
+        "steered_tokens": {phase.value: count for phase, count in output.receipt.steered_tokens.items()},
+    }

@@ -1,0 +1,120 @@
+"""The demonstration from start to end: extract, steer one mixed batch, measure, sweep, draw, check every promise."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.demo import model_path
+from trimtab.demo.experiment import (
+    COLUMNS,
+    Column,
+    SweepPoint,
+    column_prompts,
+    extract_vectors,
+    run_columns,
+    run_sweep,
+)
+from trimtab.demo.grammar import Shares, read_sentence, split_sentences
+from trimtab.demo.picture import draw
+from trimtab.demo.targets import Check, check_all
+from trimtab.engines.transformers import SteeredModel
+
+SHOWN = ("Review of the restaurant:", "Review of the film:", "Notes on the phone:")
+COLOURS = {"positive": "green", "negative": "red"}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Everything that the demonstration measured and wrote."""
+
+    columns: dict[str, Column]
+    sweep: list[SweepPoint]
+    checks: list[Check]
+    picture: Path
+    report: Path
+
+    @property
+    def succeeded(self) -> bool:
+        return all(check.holds for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, for a script."""
+        return {
+            "columns": {name: column.shares._asdict() for name, column in self.columns.items()},
+            "sweep": [
+                {"vector": point.feature, "strength": point.strength, **point.shares._asdict()} for point in self.sweep
+            ],
+            "checks": [{"promise": c.promise, "measured": c.measured, "holds": c.holds} for c in self.checks],
+            "picture": str(self.picture),
+            "succeeded": self.succeeded,
+        }
+
+
+def run_demo(output: Path, seed: int, console: Console) -> DemoResult:
+    """Run it all, saying what it does; writes `steering.png`, `report.json` and both vectors to `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    with console.status("loading the bundled model") as status, SteeredModel.from_pretrained(model_path()) as model:
+        status.update("extracting a sentiment and a formality vector from contrasting prompts")
+        vectors = extract_vectors(model, seed)
+        vectors.sentiment.save(output / "sentiment.safetensors")
+        vectors.formality.save(output / "formality.safetensors")
+        rows = len(column_prompts())
+        status.update(f"generating one batch of {rows * len(COLUMNS)} rows under {len(COLUMNS)} steering specs")
+        columns, equal_rows = run_columns(model, vectors, seed)
+        status.update("sweeping the strength of both vectors")
+        sweep = run_sweep(model, vectors, seed)
+        status.update("drawing")
+        picture = output / "steering.png"
+        draw(sweep, picture)
+    checks = check_all(columns, sweep, rows, equal_rows)
+    result = DemoResult(columns, sweep, checks, picture, output / "report.json")
+    result.report.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def show(result: DemoResult, console: Console) -> None:
+    """The result for a person: texts side by side, measured shares, promises."""
+    prompts = column_prompts()
+    console.print(Rule("one batch, four steering specs", style="dim"))
+    for prompt in SHOWN:
+        texts = Table(title=prompt, title_justify="left", title_style="bold", box=SIMPLE_HEAD, expand=True)
+        for name in result.columns:
+            texts.add_column(name, ratio=1)
+        row = prompts.index(prompt)
+        texts.add_row(*(_coloured(column.texts[row]) for column in result.columns.values()))
+        console.print(texts)
+    console.print(Rule("what the grammar makes of the sentences", style="dim"))
+    shares = Table(box=SIMPLE_HEAD)
+    for heading in ("", "sentences", "positive", "formal", "parsed"):
+        shares.add_column(heading, justify="right" if heading else "left")
+    for name, column in result.columns.items():
+        shares.add_row(name, *_cells(column.shares))
+    console.print(shares)
+    console.print(Rule("what was promised", style="dim"))
+    checks = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for check in result.checks:
+        mark = Text("holds", "green") if check.holds else Text("MISSED", "bold red")
+        checks.add_row(mark, Text(check.measured, justify="right"), check.promise)
+    console.print(checks)
+    console.print(Text(f"\npicture: {result.picture}\nnumbers: {result.report}"), soft_wrap=True)
+
+
+def _cells(shares: Shares) -> list[str]:
+    return [str(shares.sentences), *(f"{share:.1%}" for share in (shares.positive, shares.formal, shares.parsed))]
+
+
+def _coloured(text: str) -> Text:
+    """Each sentence in the colour of its sentiment; what the grammar cannot read is struck through."""
+    shown = Text()
+    for sentence in split_sentences(text):
+        reading = read_sentence(sentence)
+        unread = not reading.parsed and sentence[-1] in ".!"
+        shown.append(sentence, "strike" if unread else COLOURS.get(reading.sentiment or "", "")).append(" ")
+    return shown

@@ -1,0 +1,223 @@
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trimtab.cli import main
+from trimtab.demo import model_path
+from trimtab.sites import HookPoint, Site
+from trimtab.vectors import SteeringVector, VectorMetadata
+
+Run = Callable[..., tuple[int, str, str]]
+
+PROMPT = "Review of the film:"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture
+def vector(tmp_path: Path) -> Path:
+    """A file with directions of length 5 and 10 at two layers."""
+    rng = np.random.default_rng(0)
+    directions = {}
+    for layer, norm in ((1, 5.0), (2, 10.0)):
+        direction = rng.normal(size=128)
+        directions[Site(layer, HookPoint.POST_BLOCK)] = norm * direction / np.linalg.norm(direction)
+    path = tmp_path / "a vector.safetensors"
+    SteeringVector(directions, VectorMetadata("a-model", "by hand", "two lengths")).save(path)
+    return path
+
+
+def plain_tokens(prompt: str, count: int, add: dict[int, torch.Tensor] | None = None) -> list[int]:
+    """Greedy tokens of the bundled model by Transformers alone, with plain hooks that add to layers' outputs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    model = AutoModelForCausalLM.from_pretrained(model_path()).eval()
+    for layer, direction in (add or {}).items():
+        model.model.layers[layer].register_forward_hook(
+            lambda _module, _input, output, direction=direction: (
+                (output[0] + direction, *output[1:]) if isinstance(output, tuple) else output + direction
+            )
+        )
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.no_grad():
+        output = model.generate(inputs["input_ids"], do_sample=False, max_new_tokens=count)
+    return list(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def test_help_names_the_commands_and_is_quick() -> None:
+    command = [sys.executable, "-m", "trimtab.cli", "--help"]
+    took, shown = [], ""
+    for _ in range(3):
+        began = time.monotonic()
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        took.append(time.monotonic() - began)
+    for name in ("demo", "generate", "extract", "inspect"):
+        assert name in shown
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, trimtab.cli; print([m for m in ('torch', 'numpy') if m in sys.modules])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert loaded.stdout.strip() == "[]"
+    assert min(took) < 5  # half a second on a quiet machine; the import check above is what keeps it so
+
+
+def test_without_arguments_the_help_is_shown(run: Run) -> None:
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert "generate" in out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version")[1].startswith("trimtab 0.")
+
+
+def test_generate_without_a_vector_is_the_plain_model(run: Run) -> None:
+    code, out, err = run("generate", "--prompt", PROMPT, "--max-new-tokens", 12, "--json")
+    assert (code, err) == (0, "")
+    (output,) = json.loads(out)["outputs"]
+    assert output["token_ids"] == plain_tokens(PROMPT, 12)
+    assert output["identity"] == {"prefill": "", "decode": ""}
+
+
+def test_generate_adds_the_scaled_vectors_at_the_chosen_layers(run: Run, vector: Path) -> None:
+    arguments = ("generate", "-p", PROMPT, "--max-new-tokens", 12, "--layers", "2", "--json", "--compare")
+    code, out, err = run(*arguments, "--vector", f"{vector}:-1.5", "--vector", vector)
+    assert (code, err) == (0, "")
+    steered, unsteered = json.loads(out)["outputs"]
+    direction = SteeringVector.load(vector).directions[Site(2, HookPoint.POST_BLOCK)]
+    assert steered["token_ids"] == plain_tokens(PROMPT, 12, {2: -0.5 * torch.tensor(direction)})
+    assert unsteered["token_ids"] == plain_tokens(PROMPT, 12)
+    assert steered["steered_tokens"]["prefill"] > 0
+    assert unsteered["steered_tokens"] == {"prefill": 0, "decode": 0}
+
+
+def test_generate_prints_prompt_and_text(run: Run) -> None:
+    code, out, _ = run("generate", "-p", PROMPT, "-p", "Notes on the phone:", "--max-new-tokens", 4)
+    assert code == 0
+    first, second = out.splitlines()
+    assert first.startswith(f"{PROMPT} ")
+    assert second.startswith("Notes on the phone: ")
+
+
+def test_extract_writes_the_mean_difference_and_inspect_shows_it(run: Run, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sides = {"positive": ["The plot was good.", "", "We loved the soup."], "negative": ["The plot was bad."]}
+    for name, lines in sides.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out_file = tmp_path / "mood.safetensors"
+    files = ("--positive", tmp_path / "positive", "--negative", tmp_path / "negative", "-o", out_file)
+    code, out, err = run("extract", *files, "--layers", "0-1", "--token", "mean")
+    assert (code, err) == (0, "")
+    assert "2 positive and 1 negative" in out
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    model = AutoModelForCausalLM.from_pretrained(model_path()).eval()
+    means = {}
+    for name, lines in sides.items():
+        with torch.no_grad():
+            streams = [
+                model(**tokenizer(t, return_tensors="pt", return_token_type_ids=False), output_hidden_states=True)
+                for t in lines
+                if t
+            ]
+        means[name] = torch.stack([stream.hidden_states[2][0].mean(0) for stream in streams]).mean(0)
+    found = SteeringVector.load(out_file)
+    assert found.layers == (0, 1)
+    np.testing.assert_allclose(
+        found.directions[Site(1, HookPoint.POST_BLOCK)], means["positive"] - means["negative"], atol=1e-4
+    )
+
+    code, out, err = run("inspect", out_file, "--json")
+    assert (code, err) == (0, "")
+    shown = json.loads(out)
+    assert [(site["layer"], site["hook"]) for site in shown["sites"]] == [(0, "post_block"), (1, "post_block")]
+    assert shown["digest"] == found.digest.hex()
+    assert shown["metadata"]["token"] == "mean"
+
+
+def test_inspect_draws_norms_to_scale(run: Run, vector: Path) -> None:
+    code, out, err = run("inspect", vector)
+    assert (code, err) == (0, "")
+    bars = [line.count("█") for line in out.splitlines() if "post_block" in line]
+    assert bars[1] == 2 * bars[0] > 0
+    for text in ("a-model", "by hand", "two lengths", "hidden size 128"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{tmp}/none.safetensors"], "none.safetensors"),
+        (["inspect", "{text}"], "text.txt"),
+        (["generate", "-p", "x", "-v", "{tmp}/none.gguf:2"], "none.gguf"),
+        (["generate", "-p", "x", "-v", "{vector}:nan"], "not a finite number"),
+        (["generate", "-p", "x", "-v", "{vector}", "--layers", "9-7"], "want layers such as"),
+        (["generate", "-p", "x", "-v", "{vector}", "--layers", "3"], "layer 3"),
+        (["generate", "-p", "x", "--layers", "1"], "no --vector"),
+        (["generate", "-p", "x", "--model", "{tmp}/nowhere"], "no such directory"),
+        (["generate", "-p", "x", "--model", "{tmp}"], "--model"),
+        (["generate"], "--prompt"),
+        (["generate", "-p", "x", "--phase", "later"], "later"),
+        (
+            ["extract", "--positive", "{tmp}/gone", "--negative", "{text}", "-o", "{tmp}/v.safetensors"],
+            "gone: No such file",
+        ),
+        (["extract", "--positive", "{empty}", "--negative", "{text}", "-o", "{tmp}/v.safetensors"], "no prompts"),
+        (["extract", "--positive", "{text}", "--negative", "{text}", "-o", "{tmp}/no/v.safetensors"], "no directory"),
+        (["extract", "--positive", "{text}", "--negative", "{text}", "-o", "{tmp}/v.bin"], "v.bin"),
+        (["extract", "--positive", "{text}", "--negative", "{text}", "-o", "{tmp}/v.gguf", "--layers", "77"], "77"),
+        (["steer"], "steer"),
+    ],
+)
+def test_a_refusal_is_one_line_on_stderr_and_a_failing_exit_code(
+    run: Run, tmp_path: Path, vector: Path, arguments: list[str], message: str
+) -> None:
+    text, empty = tmp_path / "text.txt", tmp_path / "empty.txt"
+    text.write_text("some words\n", encoding="utf-8")
+    empty.write_text("\n", encoding="utf-8")
+    names = {"tmp": tmp_path, "text": text, "empty": empty, "vector": vector}
+    code, out, err = run(*(argument.format(**names) for argument in arguments))
+    assert code != 0
+    assert out == ""
+    assert message in err
+    assert err.startswith("trimtab: ")
+    assert err.count("\n") == 1
+
+
+def test_a_refusal_of_the_installed_script_has_no_traceback(tmp_path: Path) -> None:
+    script = Path(sys.executable).parent / "trimtab"
+    done = subprocess.run([script, "inspect", tmp_path / "no.gguf"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, vector: Path) -> None:
+    def broken(path: Path) -> SteeringVector:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(SteeringVector, "load", staticmethod(broken))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("inspect", vector)
