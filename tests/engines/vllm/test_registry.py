@@ -46,7 +46,7 @@ def test_a_name_can_be_added_replaced_and_removed(registry: VectorRegistry):
 
 def test_a_start_name_can_be_replaced_and_removed_and_its_content_stays_with_the_workers(registry: VectorRegistry):
     assert registry.add("calm", JOY) == CALM
-    assert [(entry.vector, entry.at_start) for entry in registry.entries()] == [(JOY, False)]
+    assert [(entry.content, entry.at_start) for entry in registry.entries()] == [(JOY, False)]
     assert registry.remove("calm") == JOY
     assert dict(registry.vectors()) == {}
     assert registry.held_by_workers(CALM.digest)

@@ -22,6 +22,9 @@ _DESTINATIONS = {
     "steering_layers": "layers",
     "steering_hook_points": "hook_points",
     "steering_max_rows": "max_rows",
+    "steering_probes": "probes",
+    "steering_probe_layers": "probe_layers",
+    "steering_gates": "gates",
     "steering_default": "default",
     "steering_backend": "backend",
 }
@@ -66,6 +69,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Rows of each steering table. Default: enough for the largest batch, so capacity cannot run out.",
     )
     group.add_argument(
+        "--steering-probes",
+        nargs="+",
+        metavar="NAME=FILE",
+        default=None,
+        help="Probes that gates may name, each loaded from a file at start. Gates can read where these do.",
+    )
+    group.add_argument(
+        "--steering-probe-layers",
+        default=None,
+        metavar="LAYERS",
+        help="Further layers at which the probes of gates can be read, such as 12 or 8,12-14. Default: none.",
+    )
+    group.add_argument(
+        "--steering-gates",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Different gates per phase of a request, where probes can be read. Default: 4; 0 serves none.",
+    )
+    group.add_argument(
         "--steering-default",
         default=None,
         metavar="SPEC.json",
@@ -108,6 +131,8 @@ def settings_from_flags(given: Mapping[str, Any]) -> dict[str, Any]:
     settings = {_DESTINATIONS[flag]: value for flag, value in given.items()}
     if "vectors" in settings:
         settings["vectors"] = parse_vector_flags(settings["vectors"])
+    if "probes" in settings:
+        settings["probes"] = parse_vector_flags(settings["probes"], "--steering-probes")
     if "hook_points" in settings:
         settings["hook_points"] = _parse_hook_points(settings["hook_points"])
     if "default" in settings:
@@ -115,15 +140,15 @@ def settings_from_flags(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def parse_vector_flags(items: Sequence[str]) -> dict[str, str]:
+def parse_vector_flags(items: Sequence[str], flag: str = "--steering-vectors") -> dict[str, str]:
     """`["calm=calm.safetensors", ...]` as `{"calm": "/absolute/calm.safetensors"}`. Raises `SteeringError`."""
     vectors: dict[str, str] = {}
     for item in items:
         name, separator, path = item.partition("=")
         if not (name and separator and path):
-            raise SteeringError("--steering-vectors", f"{item!r} is not NAME=FILE")
+            raise SteeringError(flag, f"{item!r} is not NAME=FILE")
         if name in vectors:
-            raise SteeringError("--steering-vectors", f"the name {name!r} is given twice")
+            raise SteeringError(flag, f"the name {name!r} is given twice")
         vectors[name] = str(Path(path).expanduser().absolute())  # workers may run in another directory
     return vectors
 

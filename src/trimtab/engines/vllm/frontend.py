@@ -8,14 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from trimtab.engines.vllm.config import SteeringSettings, model_sites
-from trimtab.engines.vllm.registry import VectorRegistry, shared_directory
+from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry, shared_directory
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, ModelSites, Phase
 from trimtab.spec import Steering
+from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
 FIELD = "steering"  # the request's field, at every door
@@ -39,6 +40,13 @@ class AdmittedWire(dict[str, Any]):
         return f"<steering with {len(self['vectors'])} vectors>"  # logs of requests print sampling parameters
 
 
+class Catalogue(NamedTuple):
+    """What names stand for at one moment."""
+
+    vectors: Mapping[str, SteeringVector]
+    probes: Mapping[str, Probe]
+
+
 @dataclass(frozen=True)
 class Admission:
     """What admission made of a request: the form that travels on, and from what it was made."""
@@ -46,24 +54,33 @@ class Admission:
     wire: AdmittedWire
     resolved: ResolvedSteering
     spec: Steering
-    vectors: Mapping[str, SteeringVector]
+    names: Catalogue
     server_default: bool
 
     @cached_property
     def receipt(self) -> dict[str, Any]:
         """What the caller is told, in JSON's types: the identity of each phase ("" = unsteered), the sites, the content
-        behind each vector used, and whether the server's default is in it. Made when asked for.
+        behind each vector and probe used, and whether the server's default is in it. Made when asked for.
         """
         used: dict[tuple[str | None, str], None] = {}
         for step in self.spec.interventions:
             name, vector = (
-                (step.vector, self.vectors[step.vector]) if isinstance(step.vector, str) else (None, step.vector)
+                (step.vector, self.names.vectors[step.vector]) if isinstance(step.vector, str) else (None, step.vector)
             )
             used[name, vector.digest.hex()] = None
+        probes: dict[tuple[str | None, str], None] = {}
+        for gate in (step.gate for step in self.spec.interventions):
+            if gate is None:
+                continue
+            if isinstance(gate.probe, str):
+                probes[gate.probe, self.names.probes[gate.probe].digest.hex()] = None
+            else:
+                probes[None, gate.probe.digest.hex()] = None
         return {
             "identity": {phase.value: self.resolved.identity(phase) for phase in Phase},
             "sites": [str(site) for site in self.resolved.sites],
             "vectors": [{"name": name, "digest": digest} for name, digest in used],
+            "probes": [{"name": name, "digest": digest} for name, digest in probes],
             "server_default": self.server_default,
         }
 
@@ -82,15 +99,22 @@ class FrontEnd:
     """
 
     def __init__(
-        self, model: ModelSites, registry: VectorRegistry, default: Any = None, observer: Observer | None = None
+        self,
+        model: ModelSites,
+        registry: VectorRegistry,
+        default: Any = None,
+        observer: Observer | None = None,
+        probes: ProbeRegistry | None = None,
     ) -> None:
         self.model = model
         self.registry = registry
+        self.probes = ProbeRegistry({}) if probes is None else probes
         self.default = None if default is None else Steering.parse(default)
         self._observer = observer
-        self._default_admission: tuple[Mapping[str, Any], Admission] | None = None
+        self._default_admission: tuple[Catalogue, Admission] | None = None
         # Admissions of specs that consist of names, and the mapping under which the names had their meaning.
-        self._recent: tuple[Mapping[str, SteeringVector], dict[Steering, Admission]] = ({}, {})
+        self._recent: tuple[Catalogue | None, dict[Steering, Admission]] = (None, {})
+        self._last_names = Catalogue({}, {})
         if default is not None:
             self.admit(None, count=False)
 
@@ -118,57 +142,81 @@ class FrontEnd:
             self._observer.refused(refusal_reason(field))
 
     def _admit_default(self) -> Admission:
-        vectors = self.registry.vectors()
-        if self._default_admission is None or self._default_admission[0] is not vectors:
+        names = self._names()
+        if self._default_admission is None or self._default_admission[0] is not names:
             assert self.default is not None
             try:
-                admission = self._finish(self.default, vectors)
+                admission = self._finish(self.default, names)
             except SteeringError as error:
                 # The operator's spec, not the caller's: say so, with the path in the operator's own file.
                 raise SteeringError("", f"the server's default spec: {error}") from error
-            self._default_admission = (vectors, admission)
+            self._default_admission = (names, admission)
             return admission
         return self._default_admission[1]
 
     def _admit(self, given: Any) -> Admission:
         steering = Steering.parse(given)
-        vectors = self.registry.vectors()
+        names = self._names()
         if self.default is None:
-            return self._finish(steering, vectors)
+            return self._finish(steering, names)
         try:
-            return self._finish(merge(self.default, steering), vectors)
+            return self._finish(merge(self.default, steering), names)
         except SteeringError as error:
-            steering.resolve(vectors, self.model)  # if the caller's part is at fault, name it by the caller's own path
+            self._resolve(steering, names)  # if the caller's part is at fault, name it by the caller's own path
             raise SteeringError("", f"together with the server's default spec: {error}") from error
 
-    def _finish(self, steering: Steering, vectors: Mapping[str, SteeringVector]) -> Admission:
+    def _names(self) -> Catalogue:
+        """What names stand for now: the same object as long as nothing changes."""
+        names, last = Catalogue(self.registry.vectors(), self.probes.vectors()), self._last_names
+        if names.vectors is last.vectors and names.probes is last.probes:
+            return last
+        self._last_names = names
+        return names
+
+    def _resolve(self, steering: Steering, names: Catalogue) -> ResolvedSteering:
+        return steering.resolve(names.vectors, self.model, names.probes)
+
+    def _finish(self, steering: Steering, names: Catalogue) -> Admission:
         under, known = self._recent  # read once: admissions run in several threads
-        if under is not vectors:
+        if under is not names:
             known = {}
-            self._recent = (vectors, known)
+            self._recent = (names, known)
         if (admission := known.get(steering)) is not None:
             return admission
-        carried = self._carrying_what_workers_lack(steering, vectors)
-        resolved = carried.resolve(vectors, self.model)
+        carried = self._carrying_what_workers_lack(steering, names)
+        resolved = self._resolve(carried, names)
         wire = AdmittedWire(resolved.to_wire())
-        admission = Admission(wire, resolved, steering, vectors, self.default is not None)
-        if all(isinstance(step.vector, str) for step in carried.interventions):  # else it holds content: not worth it
+        admission = Admission(wire, resolved, steering, names, self.default is not None)
+        sources = [source for step in carried.interventions for source in (step.vector, step.gate and step.gate.probe)]
+        if all(source is None or isinstance(source, str) for source in sources):  # else it holds content: not worth it
             if len(known) >= RECENT:
                 known.pop(next(iter(known)), None)
             known[steering] = admission
         return admission
 
-    def _carrying_what_workers_lack(self, steering: Steering, vectors: Mapping[str, SteeringVector]) -> Steering:
+    def _carrying_what_workers_lack(self, steering: Steering, names: Catalogue) -> Steering:
         """The same spec with each name replaced by its content where workers do not hold it from start."""
 
-        def content(name: Any) -> Any:
-            vector = vectors.get(name) if isinstance(name, str) else None
-            return name if vector is None or self.registry.held_by_workers(vector.digest) else vector
+        def vector(name: Any) -> Any:
+            found = names.vectors.get(name) if isinstance(name, str) else None
+            return name if found is None or self.registry.held_by_workers(found.digest) else found
 
-        if all(content(step.vector) is step.vector for step in steering.interventions):
+        def probe(name: Any) -> Any:
+            found = names.probes.get(name) if isinstance(name, str) else None
+            return name if found is None or self.probes.held_by_workers(found.digest) else found
+
+        steps = list(steering.interventions)
+        for index, step in enumerate(steps):
+            changes: dict[str, Any] = {}
+            if (content := vector(step.vector)) is not step.vector:
+                changes["vector"] = content
+            if step.gate is not None and (content := probe(step.gate.probe)) is not step.gate.probe:
+                changes["gate"] = step.gate.model_copy(update={"probe": content})
+            if changes:
+                steps[index] = step.model_copy(update=changes)
+        if all(new is old for new, old in zip(steps, steering.interventions, strict=True)):
             return steering
-        steps = tuple(step.model_copy(update={"vector": content(step.vector)}) for step in steering.interventions)
-        return steering.model_copy(update={"interventions": steps})
+        return steering.model_copy(update={"interventions": tuple(steps)})
 
 
 def build_front_end(vllm_config: Any) -> FrontEnd | None:
@@ -181,10 +229,12 @@ def build_front_end(vllm_config: Any) -> FrontEnd | None:
     settings = SteeringSettings.of(vllm_config)
     if settings is None:
         return None
-    registry = VectorRegistry(settings.start_vectors, shared_directory())
+    directory = shared_directory()
+    registry = VectorRegistry(settings.start_vectors, directory)
+    probes = ProbeRegistry(settings.start_probes, None if directory is None else directory / "probes")
     counters = metrics()
     counters.vectors(len(registry.vectors()))
-    return FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters)
+    return FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes)
 
 
 def merge(default: Steering, steering: Steering) -> Steering:

@@ -1,6 +1,6 @@
-"""The front end's vector registry: which content a name stands for at the moment a request is admitted.
+"""The front end's registries of vectors and probes: what a name stands for at the moment a request is admitted.
 
-Start-up vectors come from files that every worker loads too. Vectors registered at run time live with the front end
+Start-up content comes from files that every worker loads too. What is registered at run time lives with the front end
 alone; requests that name one carry its content. A name is looked up once, at admission, and what travels on is a digest
 or the content itself: a name registered anew can never change a request that is running.
 
@@ -16,13 +16,15 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from trimtab.errors import SteeringError
+from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
 MAX_REGISTERED = 1024  # names registered at run time: a bound on what a client can make the front end keep
@@ -32,40 +34,53 @@ DIRECTORY_VARIABLE = "TRIMTAB_REGISTRY_DIR"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")  # goes into URLs and metrics unquoted
 
 
+class Named(Protocol):
+    """What a registry holds: content that is known by its digest and kept in files."""
+
+    @property
+    def digest(self) -> bytes: ...
+    def save(self, path: str | Path) -> None: ...
+
+
+Content = TypeVar("Content", bound=Named)
+
+
 @dataclass(frozen=True)
-class Entry:
+class Entry(Generic[Content]):
     """One registered name: its content, and whether the workers hold that content from start."""
 
     name: str
-    vector: SteeringVector
+    content: Content
     at_start: bool
 
 
-class VectorRegistry:
-    """Names to vectors, for one or several front-end processes.
+class _Registry(Generic[Content]):
+    """Names to contents, for one or several front-end processes.
 
-    `start` are the vectors that workers have loaded. `directory`, if given, is shared: every process that opens it sees
-    the same names. Without it the registry lives in this process.
+    `start` is what workers have loaded. `directory`, if given, is shared: every process that opens it sees the same
+    names. Without it the registry lives in this process.
     """
 
-    def __init__(self, start: Mapping[str, SteeringVector], directory: Path | None = None) -> None:
+    kind: ClassVar[type[SteeringVector] | type[Probe]]
+
+    def __init__(self, start: Mapping[str, Content], directory: Path | None = None) -> None:
         for name in start:
             check_name(name, "name")
         self._start = dict(start)
-        self._start_digests = frozenset(vector.digest for vector in start.values())
+        self._start_digests = frozenset(content.digest for content in start.values())
         self._lock = RLock()
-        self._changes: dict[str, SteeringVector | None] = {}  # since start; None: the name was deleted
-        self._vectors: Mapping[str, SteeringVector] = dict(start)
-        self._store = None if directory is None else _SharedStore(directory)
+        self._changes: dict[str, Content | None] = {}  # since start; None: the name was deleted
+        self._vectors: Mapping[str, Content] = dict(start)
+        self._store = None if directory is None else _SharedStore[Content](directory, self.kind.load)
         self._stamp: object = None
 
-    def vectors(self) -> Mapping[str, SteeringVector]:
+    def vectors(self) -> Mapping[str, Content]:
         """Every name and its content now. The mapping is never changed afterwards: a change makes a new one."""
         if self._store is not None and self._store.stamp() != self._stamp:
             self._reload()
         return self._vectors
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[Entry[Content]]:
         """All entries, by name."""
         vectors = self.vectors()
         return [Entry(name, vectors[name], self.held_by_workers(vectors[name].digest)) for name in sorted(vectors)]
@@ -74,8 +89,8 @@ class VectorRegistry:
         """Whether workers hold this content from start, so that a request may refer to it by digest."""
         return digest in self._start_digests
 
-    def add(self, name: str, vector: SteeringVector) -> SteeringVector | None:
-        """Let `name` stand for `vector` from now on; returns what it stood for, None if it is new.
+    def add(self, name: str, content: Content) -> Content | None:
+        """Let `name` stand for `content` from now on; returns what it stood for, None if it is new.
 
         Raises `SteeringError` for a malformed name or a full registry.
         """
@@ -84,11 +99,11 @@ class VectorRegistry:
             previous = self._vectors.get(name)
             registered = {known for known, content in self._changes.items() if content is not None}
             if len(registered | {name}) > MAX_REGISTERED:
-                raise SteeringError("name", f"{MAX_REGISTERED} vectors are registered already; delete some first")
-            self._changes[name] = vector
+                raise SteeringError("name", f"{MAX_REGISTERED} names are registered already; delete some first")
+            self._changes[name] = content
         return previous
 
-    def remove(self, name: str) -> SteeringVector:
+    def remove(self, name: str) -> Content:
         """Forget `name`; returns what it stood for. Requests already admitted are untouched. `KeyError` if unknown."""
         with self._changing():
             removed = self._vectors[name]
@@ -123,13 +138,25 @@ class VectorRegistry:
             self._apply()
 
     def _apply(self) -> None:
-        merged: dict[str, SteeringVector] = {**self._start}
+        merged: dict[str, Content] = {**self._start}
         for name, content in self._changes.items():
             if content is None:
                 merged.pop(name, None)
             else:
                 merged[name] = content
         self._vectors = merged
+
+
+class VectorRegistry(_Registry[SteeringVector]):
+    """Names of vectors."""
+
+    kind = SteeringVector
+
+
+class ProbeRegistry(_Registry[Probe]):
+    """Names of probes."""
+
+    kind = Probe
 
 
 def check_name(name: object, field: str) -> str:
@@ -161,10 +188,11 @@ def shared_directory() -> Path | None:
     return Path(directory) if directory else None
 
 
-class _SharedStore:
+class _SharedStore(Generic[Content]):
     """The directory: `index.json` {name: digest or null}, `<digest>.safetensors`, and `lock`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, load: Callable[[Path], Any]) -> None:
+        self._load = load
         self._directory = directory
         self._index = directory / "index.json"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -184,7 +212,7 @@ class _SharedStore:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def read(self, known: Mapping[bytes, SteeringVector]) -> dict[str, SteeringVector | None]:
+    def read(self, known: Mapping[bytes, Content]) -> dict[str, Content | None]:
         """The changes since start, loading only content that is not in `known`."""
         for attempt in range(10):
             try:
@@ -197,7 +225,7 @@ class _SharedStore:
                     raise
         raise AssertionError("unreachable")
 
-    def write(self, changes: Mapping[str, SteeringVector | None]) -> None:
+    def write(self, changes: Mapping[str, Content | None]) -> None:
         """Publish `changes`; content first, then the index in one step, then unused content goes."""
         index = {name: None if vector is None else vector.digest.hex() for name, vector in changes.items()}
         for vector in changes.values():
@@ -214,12 +242,12 @@ class _SharedStore:
                 with suppress(FileNotFoundError):
                     file.unlink()
 
-    def _vector(self, hexed: str, known: Mapping[bytes, SteeringVector]) -> SteeringVector:
-        if (vector := known.get(bytes.fromhex(hexed))) is not None:
-            return vector
+    def _vector(self, hexed: str, known: Mapping[bytes, Content]) -> Content:
+        if (held := known.get(bytes.fromhex(hexed))) is not None:
+            return held
         file = self._file(hexed)
         try:
-            vector = SteeringVector.load(file)
+            vector: Content = self._load(file)
         except SteeringError:
             if not file.exists():  # deleted since the index was read
                 raise FileNotFoundError(file) from None

@@ -177,9 +177,9 @@ class ExchangeMiddleware:
             exchange.reset(token)
 
 
-def describe(entry: Entry) -> dict[str, Any]:
+def describe(entry: Entry[SteeringVector]) -> dict[str, Any]:
     """A registered vector as the routes show it."""
-    vector = entry.vector
+    vector = entry.content
     return {
         "name": entry.name,
         "digest": vector.digest.hex(),
