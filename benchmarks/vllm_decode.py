@@ -103,7 +103,7 @@ class Comparison:
                 values["stock"].append(after)
                 ratios[case.name].append(values[case.name][-1] / ((before + after) / 2))
                 before = after
-        gpu: dict[str, tuple[float | None, float | None]] = {}
+        gpu: dict[str, tuple[float | None, dict[str, list[float]]]] = {}
         if trace:
             traced = {"stock": self.stock.run(base, trace=True)}
             traced |= {case.name: self.steered.run(case, trace=True) for case in cases}
@@ -112,7 +112,7 @@ class Comparison:
             record = {
                 "workload": workload, "case": name, "ms": statistics.median(values[name]), "all_ms": values[name],
                 "ratio": statistics.median(ratios[name]) if name in ratios else 1.0, "all_ratios": ratios.get(name, []),
-                "gpu_ms": gpu.get(name, (None, None))[0], "gpu_kernels": gpu.get(name, (None, None))[1],
+                "gpu_ms": gpu.get(name, (None, {}))[0], "gpu_kernels": gpu.get(name, (None, {}))[1],
                 "last": as_json(last[name]),
             }  # fmt: skip
             self.records.append(record)
@@ -172,7 +172,8 @@ def main() -> None:
             "max_num_seqs": max([*arguments.batches, 256 if arguments.throughput else 1]),
             "max_num_batched_tokens": max(8192, arguments.prefill), "max_model_len": max(4096, arguments.prefill + 64),
             # a fixed cache: two engines that start together must not size theirs from the memory they see free
-            "kv_cache_memory_bytes": arguments.cache_gib << 30, "enable_prefix_caching": False,
+            "kv_cache_memory_bytes": arguments.cache_gib << 30, "gpu_memory_utilization": 0.4,
+            "enable_prefix_caching": False,
         }  # fmt: skip
         if arguments.attention:
             common["attention_config"] = {"backend": arguments.attention}

@@ -65,7 +65,7 @@ class Measured:
     step_ms: list[float]
     admit_us: float
     gpu_ms: float | None = None
-    kernels: float | None = None
+    kernels: dict[str, list[float]] = field(default_factory=dict)  # name -> launches and microseconds, per step
     plan_us: float | None = None
     status: dict[str, Any] = field(default_factory=dict)
 
@@ -199,15 +199,20 @@ def start_trace(worker: Any) -> None:
         worker.model_runner.execute_model = counted
 
 
-def stop_trace(worker: Any) -> tuple[float, float]:
-    """(milliseconds of GPU work per step, kernels and copies per step) since `start_trace`."""
+def stop_trace(worker: Any) -> tuple[float, dict[str, list[float]]]:
+    """(milliseconds of GPU work, kernels and copies by name), both per step, since `start_trace`."""
     import torch
 
     torch.cuda.synchronize()
     worker._benchmark_trace.stop()
-    events = [e for e in worker._benchmark_trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     steps = max(1, worker._benchmark_steps)
-    return sum(e.time_range.elapsed_us() for e in events) / steps / 1e3, len(events) / steps
+    kernels: dict[str, list[float]] = {}
+    for event in worker._benchmark_trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            entry = kernels.setdefault(event.name[:120], [0.0, 0.0])
+            entry[0] += 1 / steps
+            entry[1] += event.time_range.elapsed_us() / steps
+    return sum(time for _, time in kernels.values()) / 1e3, kernels
 
 
 def plan_time(worker: Any) -> float | None:
