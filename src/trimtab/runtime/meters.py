@@ -108,19 +108,29 @@ class GateMeters:
         while self._passes and self._passes[0].has_arrived():
             self._fold(self._passes.popleft())
 
-    def report(self, request_id: str) -> tuple[GateUse, ...]:
-        """What each gate of a request has done so far; waits for the pass under way. Empty for an unknown request."""
+    def report(self, *request_ids: str) -> tuple[GateUse, ...]:
+        """What each gate of these requests together has done so far; waits for the pass under way."""
+        self.settle()
+        running = [(gates, self._sums[m]) for m, (owner, gates) in self._owner.items() if owner in request_ids]
+        finished = [part for request_id in request_ids for part in self._finished.get(request_id, ())]
+        by_gate: dict[bytes, tuple[ResolvedGate, Sums]] = {}
+        for gate, sums in _each([*finished, *running]):
+            by_gate[gate.digest] = gate, (by_gate[gate.digest][1] + sums if gate.digest in by_gate else sums)
+        return tuple(_use(gate.name, gate.digest.hex(), sums) for _, (gate, sums) in sorted(by_gate.items()))
+
+    def settle(self) -> None:
+        """Count everything that has been launched, waiting for it."""
         self.collect()
         while self._passes:
             first = self._passes.popleft()
             if first.arrived is not None:
                 first.arrived.synchronize()
             self._fold(first)
-        running = [(gates, self._sums[m]) for m, (owner, gates) in self._owner.items() if owner == request_id]
-        by_gate: dict[bytes, tuple[ResolvedGate, Sums]] = {}
-        for gate, sums in _each([*self._finished.get(request_id, ()), *running]):
-            by_gate[gate.digest] = gate, (by_gate[gate.digest][1] + sums if gate.digest in by_gate else sums)
-        return tuple(_use(gate.name, gate.digest.hex(), sums) for _, (gate, sums) in sorted(by_gate.items()))
+
+    @property
+    def known(self) -> set[str]:
+        """The requests that `report` knows of."""
+        return {owner for owner, _ in self._owner.values()} | self._finished.keys()
 
     def totals(self) -> tuple[GateUse, ...]:
         """What was done since start per probe, by name, as far as it is known without waiting."""

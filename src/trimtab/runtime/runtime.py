@@ -159,9 +159,14 @@ class SteeringRuntime:
         if gates is not None:
             gates.write(self._planner.batch, gated)
 
-    def gate_report(self, request_id: str) -> tuple[GateUse, ...]:
-        """What each gate of a request, running or recently gone, has done; waits for the forward pass under way."""
-        return () if self._gates is None else self._gates.meters.report(request_id)
+    def gate_report(self, *request_ids: str) -> tuple[GateUse, ...]:
+        """What each gate of these requests, running or recently gone, has done; waits for the pass under way."""
+        return () if self._gates is None else self._gates.meters.report(*request_ids)
+
+    @property
+    def gated_requests(self) -> set[str]:
+        """The requests that `gate_report` knows of."""
+        return set() if self._gates is None else self._gates.meters.known
 
     def gate_totals(self) -> tuple[GateUse, ...]:
         """What the gates of each probe have done since start, as far as it is known without waiting."""

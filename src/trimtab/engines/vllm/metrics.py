@@ -21,6 +21,15 @@ WORKER_GAUGES = {
 }
 
 
+GATE_GAUGES = {
+    "trimtab_gate_tokens_total": ("tokens", "Tokens on which gates of a probe were evaluated since start."),
+    "trimtab_gate_open_tokens_total": ("above_half", "Of these, tokens whose factor exceeded one half."),
+    "trimtab_gate_mean": ("mean", "Mean factor over these tokens."),
+}
+
+MOST_PROBES = 256  # label values: probes that come inline are named by digest, and there may be any number of them
+
+
 class Metrics:
     """The metrics, registered once per Prometheus registry; an `Observer` for the front end."""
 
@@ -35,6 +44,11 @@ class Metrics:
         self._gauges = {
             key: Gauge(name, text, registry=registry, multiprocess_mode="mostrecent")
             for name, (key, text) in WORKER_GAUGES.items()
+        }
+
+        self._gates = {
+            key: Gauge(name, text, ["probe"], registry=registry, multiprocess_mode="mostrecent")
+            for name, (key, text) in GATE_GAUGES.items()
         }
 
     def steered(self) -> None:
@@ -55,6 +69,14 @@ class Metrics:
             values = [status[key] for status in statuses if status.get(key) is not None]
             if values:
                 gauge.set(sum(values) if key == "late_variants" else max(values))
+        # Ranks of one stage evaluate the same gates: the one that has counted most is up to date.
+        uses: dict[str, Mapping[str, Any]] = {}
+        for use in (use for status in statuses for use in status.get("gates") or ()):
+            if use["tokens"] >= uses.get(use["probe"], {"tokens": 0})["tokens"]:
+                uses[use["probe"]] = use
+        for probe, use in list(uses.items())[:MOST_PROBES]:
+            for key, gauge in self._gates.items():
+                gauge.labels(probe).set(use[key])
 
 
 _metrics: Metrics | None = None

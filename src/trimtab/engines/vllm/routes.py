@@ -4,6 +4,8 @@
     GET    /v1/steering/vectors          the registered names
     POST   /v1/steering/vectors          register one: JSON {"name", "vector"}, or a .safetensors body with ?name=
     DELETE /v1/steering/vectors/{name}   forget one
+    GET, POST, DELETE /v1/steering/probes...  the same for probes: JSON {"name", "probe"}
+    GET    /v1/steering/gates/{id}       what the gates of a request, by the id in its answer, did
 
 All stand below /v1, which vLLM guards with `--api-key`. The front end they speak for is this process's.
 """
@@ -20,18 +22,20 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from trimtab.engines.vllm.doors import Exchange, current_front_end, exchange
+from trimtab.engines.vllm.doors import Exchange, current_front_end, exchange, set_gate_reporter
 from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.metrics import metrics
 from trimtab.engines.vllm.registry import Entry, check_name
 from trimtab.errors import SteeringError
 from trimtab.sites import Phase, site_order
 from trimtab.spec import Steering
+from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
 RECEIPT_HEADER = b"x-trimtab-steering"
 
 WORKER_METHOD = "trimtab_status"
+GATES_METHOD = "trimtab_gates"
 
 _STATUS_AGE = 1.0  # seconds for which a scrape of /metrics reuses the last answer of the workers
 _STATUS_TIMEOUT = 5.0  # seconds
@@ -61,6 +65,9 @@ class EndpointPlugin:
         app.add_api_route("/v1/steering/vectors", self.list_vectors, methods=["GET"])
         app.add_api_route("/v1/steering/vectors", self.register_vector, methods=["POST"])
         app.add_api_route("/v1/steering/vectors/{name}", self.delete_vector, methods=["DELETE"])
+        from trimtab.engines.vllm.gate_routes import add_gate_routes
+
+        add_gate_routes(app, self.workers)
         app.add_middleware(ExchangeMiddleware, workers=self.workers)  # vLLM's authentication is added later: outside
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -69,11 +76,12 @@ class EndpointPlugin:
         if front_end is None or engine_client is None:
             return
         self.workers.client = engine_client
+        set_gate_reporter(self.workers.gates)
         check_workers(front_end, await self.workers.ask())
 
     async def status(self) -> Response:
         """What this server steers, and the state of each worker."""
-        front_end = _front_end()
+        front_end = served_front_end()
         workers = await self.workers.ask()
         digests = {worker.get("digest") for worker in workers}
         sites = sorted(front_end.model.sites, key=site_order)
@@ -82,6 +90,11 @@ class EndpointPlugin:
                 "model": {"hidden_size": front_end.model.hidden_size, "num_layers": front_end.model.num_layers},
                 "sites": [str(site) for site in sites],
                 "vectors": [describe(entry) for entry in front_end.registry.entries()],
+                "probes": [describe_probe(entry) for entry in front_end.probes.entries()],
+                "gates": {
+                    "per_phase": front_end.model.gates.count,
+                    "probe_sites": list(map(str, sorted(front_end.model.gates.probe_sites, key=site_order))),
+                },
                 "default": None if front_end.default is None else front_end.default.model_dump(mode="json"),
                 "workers": [_plain(worker) for worker in workers],
                 "workers_agree": len(digests) == 1,
@@ -90,17 +103,17 @@ class EndpointPlugin:
 
     async def list_vectors(self) -> Response:
         """The registered names, with the digest of their content and where it acts."""
-        return JSONResponse({"vectors": [describe(entry) for entry in _front_end().registry.entries()]})
+        return JSONResponse({"vectors": [describe(entry) for entry in served_front_end().registry.entries()]})
 
     async def register_vector(self, request: Request) -> Response:
         """Register content under a name. Requests that are running keep what the name meant to them."""
-        front_end = _front_end()
+        front_end = served_front_end()
         try:
             name, vector = await _read_registration(request, front_end)
             check_fits(vector, front_end)
             previous = await asyncio.to_thread(front_end.registry.add, name, vector)
         except SteeringError as error:
-            return _refusal(error)
+            return refusal(error)
         entries = front_end.registry.entries()
         metrics().vectors(len(entries))
         entry = next(entry for entry in entries if entry.name == name)
@@ -109,12 +122,12 @@ class EndpointPlugin:
 
     async def delete_vector(self, name: str) -> Response:
         """Forget a name. Requests that are running are untouched."""
-        front_end = _front_end()
+        front_end = served_front_end()
         try:
             removed = await asyncio.to_thread(front_end.registry.remove, name)
         except KeyError:
             known = ", ".join(sorted(front_end.registry.vectors())) or "none"
-            return _refusal(SteeringError("name", f"there is no vector {name!r:.160}; registered are: {known}"), 404)
+            return refusal(SteeringError("name", f"there is no vector {name!r:.160}; registered are: {known}"), 404)
         metrics().vectors(len(front_end.registry.vectors()))
         return JSONResponse({"name": name, "digest": removed.digest.hex(), "deleted": True})
 
@@ -132,6 +145,17 @@ class Workers:
             return []
         answers = await self.client.collective_rpc(WORKER_METHOD, timeout=_STATUS_TIMEOUT)
         return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def gates(self, request_id: str) -> list[dict[str, Any]]:
+        """What each gate of a request did: from the worker that evaluated it; ranks that share one count the same."""
+        if self.client is None:
+            return []
+        answers = await self.client.collective_rpc(GATES_METHOD, timeout=_STATUS_TIMEOUT, args=(request_id,))
+        uses: dict[str, dict[str, Any]] = {}
+        for use in (use for answer in answers for use in answer):
+            if use["tokens"] >= uses.get(use["gate"], {"tokens": 0})["tokens"]:
+                uses[use["gate"]] = use
+        return [uses[gate] for gate in sorted(uses)]
 
     async def refresh_metrics(self) -> None:
         """Bring the gauges up to date; the page is served with the old ones where the workers do not answer."""
@@ -189,6 +213,19 @@ def describe(entry: Entry[SteeringVector]) -> dict[str, Any]:
     }
 
 
+def describe_probe(entry: Entry[Probe]) -> dict[str, Any]:
+    """A registered probe as the routes show it."""
+    probe = entry.content
+    return {
+        "name": entry.name,
+        "digest": probe.digest.hex(),
+        "hidden_size": probe.vector.hidden_size,
+        "site": str(probe.site),
+        "bias": probe.bias,
+        "loaded_at_start": entry.at_start,
+    }
+
+
 def check_fits(vector: SteeringVector, front_end: FrontEnd) -> None:
     """Refuse a vector that no request could use here. Raises `SteeringError` at `vector`."""
     try:
@@ -208,7 +245,7 @@ def check_workers(front_end: FrontEnd, workers: Sequence[Mapping[str, Any]]) -> 
 
 
 async def _read_registration(request: Request, front_end: FrontEnd) -> tuple[str, SteeringVector]:
-    body = await _read_body(request, limit=64 * 1024 + 64 * front_end.model.hidden_size * len(front_end.model.sites))
+    body = await read_body(request, limit=64 * 1024 + 64 * front_end.model.hidden_size * len(front_end.model.sites))
     if request.headers.get("content-type", "").split(";")[0].strip() == "application/octet-stream":
         name = check_name(request.query_params.get("name"), "name")
         return name, await asyncio.to_thread(_load_safetensors, body)
@@ -230,7 +267,7 @@ async def _read_registration(request: Request, front_end: FrontEnd) -> tuple[str
     return name, vector
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
@@ -251,13 +288,13 @@ def _load_safetensors(body: bytes) -> SteeringVector:
             raise SteeringError("vector", error.message) from error
 
 
-def _front_end() -> FrontEnd:
+def served_front_end() -> FrontEnd:
     front_end = current_front_end()
     assert front_end is not None, "the routes are attached only where steering is on"
     return front_end
 
 
-def _refusal(error: SteeringError, status: int = 400) -> Response:
+def refusal(error: SteeringError, status: int = 400) -> Response:
     kind = "NotFoundError" if status == 404 else "BadRequestError"
     content = {"error": {"message": str(error), "type": kind, "param": error.field or None, "code": status}}
     return JSONResponse(content, status)

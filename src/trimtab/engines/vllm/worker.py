@@ -1,6 +1,7 @@
 """A steered worker: its model attached, its runner driving the runtime, its start-up checked, its state reported."""
 
 import logging
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,9 +80,15 @@ def trimtab_status(self: Any) -> dict[str, Any]:
 
 
 def trimtab_gates(self: Any, request_id: str) -> list[dict[str, Any]]:
-    """Worker method: what each gate of a request has done on this rank, in plain values. Waits for the current step."""
+    """Worker method: what each gate of a request has done on this rank, in plain values. Waits for the current step.
+
+    `request_id` is the one that the front end gave; vLLM may have put a number before it and more behind it.
+    """
     runtime = self._trimtab.runtime
-    return [asdict(use) for use in runtime.gate_report(request_id)] if runtime else []
+    if runtime is None:
+        return []
+    same = re.compile(rf"(\d+_)?{re.escape(request_id)}(-.*)?")
+    return [asdict(use) for use in runtime.gate_report(*filter(same.fullmatch, runtime.gated_requests))]
 
 
 def _is_v2(runner: Any) -> bool:

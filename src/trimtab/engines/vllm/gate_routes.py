@@ -1,0 +1,100 @@
+"""HTTP routes of gates: the registry of probes, and what the gates of a request did. Below those of `routes`."""
+
+import asyncio
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from trimtab.engines.vllm.frontend import FrontEnd
+from trimtab.engines.vllm.registry import check_name
+from trimtab.engines.vllm.routes import Workers, describe_probe, read_body, refusal, served_front_end
+from trimtab.errors import SteeringError
+from trimtab.gates import ResolvedGate, check_served
+from trimtab.spec import Gate
+from trimtab.vectors.probe import Probe
+
+
+def add_gate_routes(app: FastAPI, workers: Workers) -> None:
+    """Add the routes to `app`."""
+
+    async def gate_uses(request_id: str) -> Response:
+        """What each gate of a request, running or recently finished, has done."""
+        return JSONResponse({"id": request_id, "gates": await workers.gates(request_id)})
+
+    app.add_api_route("/v1/steering/probes", list_probes, methods=["GET"])
+    app.add_api_route("/v1/steering/probes", register_probe, methods=["POST"])
+    app.add_api_route("/v1/steering/probes/{name}", delete_probe, methods=["DELETE"])
+    app.add_api_route("/v1/steering/gates/{request_id}", gate_uses, methods=["GET"])
+
+
+async def list_probes() -> Response:
+    """The registered names, with the digest of their content and where each is read."""
+    return JSONResponse({"probes": [describe_probe(entry) for entry in served_front_end().probes.entries()]})
+
+
+async def register_probe(request: Request) -> Response:
+    """Register a probe under a name. Requests that are running keep what the name meant to them."""
+    front_end = served_front_end()
+    try:
+        name, probe = await _read_registration(request, front_end)
+        check_probe(probe, front_end)
+        previous = await asyncio.to_thread(front_end.probes.add, name, probe)
+    except SteeringError as error:
+        return refusal(error)
+    entry = next(entry for entry in front_end.probes.entries() if entry.name == name)
+    replaced = None if previous is None else previous.digest.hex()
+    return JSONResponse({**describe_probe(entry), "replaced": replaced}, 201 if previous is None else 200)
+
+
+async def delete_probe(name: str) -> Response:
+    """Forget a name. Requests that are running are untouched."""
+    front_end = served_front_end()
+    try:
+        removed = await asyncio.to_thread(front_end.probes.remove, name)
+    except KeyError:
+        known = ", ".join(sorted(front_end.probes.vectors())) or "none"
+        return refusal(SteeringError("name", f"there is no probe {name!r:.160}; registered are: {known}"), 404)
+    return JSONResponse({"name": name, "digest": removed.digest.hex(), "deleted": True})
+
+
+def check_probe(probe: Probe, front_end: FrontEnd) -> None:
+    """Refuse a probe that no gate could use here. Raises `SteeringError` at `probe`."""
+    model = front_end.model
+    if probe.vector.hidden_size != model.hidden_size:
+        given = probe.vector.hidden_size
+        raise SteeringError("probe", f"has width {given}, this model has hidden size {model.hidden_size}")
+    check_served(ResolvedGate.of(probe.vector, -probe.bias, 1.0), [], model.gates)
+
+
+async def _read_registration(request: Request, front_end: FrontEnd) -> tuple[str, Probe]:
+    body = await read_body(request, limit=64 * 1024 + 64 * front_end.model.hidden_size)
+    if request.headers.get("content-type", "").split(";")[0].strip() == "application/octet-stream":
+        name = check_name(request.query_params.get("name"), "name")
+        return name, await asyncio.to_thread(_load, body)
+    try:
+        data: Any = json.loads(body)
+    except ValueError as error:
+        raise SteeringError("", f"the body is neither JSON nor application/octet-stream: {error}") from error
+    if not isinstance(data, dict) or set(data) != {"name", "probe"}:
+        raise SteeringError("", 'want {"name": ..., "probe": {...}}')
+    name = check_name(data["name"], "name")
+    if not isinstance(data["probe"], Mapping):
+        raise SteeringError("probe", "want a direction at one site, and perhaps its bias, not a name")
+    probe = Gate(**{"probe": data["probe"], "threshold": 0.0}).probe
+    assert isinstance(probe, Probe)
+    return name, probe
+
+
+def _load(body: bytes) -> Probe:
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
+        file = Path(folder) / "probe.safetensors"
+        file.write_bytes(body)
+        try:
+            return Probe.load(file)
+        except SteeringError as error:
+            raise SteeringError("probe", error.message) from error
