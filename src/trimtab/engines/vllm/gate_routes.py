@@ -85,7 +85,7 @@ async def _read_registration(request: Request, front_end: FrontEnd) -> tuple[str
     name = check_name(data["name"], "name")
     if not isinstance(data["probe"], Mapping):
         raise SteeringError("probe", "want a direction at one site, and perhaps its bias, not a name")
-    probe = Gate(**{"probe": data["probe"], "threshold": 0.0}).probe
+    probe = Gate(**dict[str, Any](probe=data["probe"], threshold=0.0)).probe
     assert isinstance(probe, Probe)
     return name, probe
 
