@@ -1,0 +1,129 @@
+"""The exchanged classes, on small modules that follow each convention."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.vllm.conventions import Convention
+from trimtab.engines.vllm.layers import steered_branch_class, steered_layer_class
+from trimtab.ops import SteeringBuffers
+from trimtab.sites import HookPoint, Site
+
+H, N = 8, 5
+
+
+class Split(nn.Module):
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = hidden_states if residual is None else hidden_states + residual
+        return 2 * residual, residual
+
+
+class First(nn.Module):
+    def forward(self, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return 3 * hidden_states, hidden_states
+
+
+class Whole(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * x
+
+
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def buffers_for(*hooks: HookPoint) -> SteeringBuffers:
+    """One row, row 1, that adds 1, 2, ... at the sites in order; every other token uses it."""
+    buffers = SteeringBuffers(
+        [Site(0, hook) for hook in hooks], hidden_size=H, max_rows=3, max_tokens=16, dtype=torch.float32
+    )
+    for place in range(len(buffers.sites)):
+        buffers.table[place, 1] = place + 1.0
+        buffers.any_active[place] = True
+    buffers.index[:N:2] = 1
+    return buffers
+
+
+def steer(layer: nn.Module, convention: Convention, *hooks: HookPoint) -> nn.Module:
+    buffers = buffers_for(*hooks)
+    layer.__class__ = steered_layer_class(type(layer), convention)
+    for site in buffers.sites:
+        buffers.attach(layer, site)
+    return layer
+
+
+def added(amount: float) -> Tensor:
+    return amount * (torch.arange(N) % 2 == 0).float()[:, None].expand(N, H)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(N, H, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_split_stream_gets_the_addition_in_its_residual(x: Tensor) -> None:
+    layer = steer(Split(), Convention.SPLIT, HookPoint.POST_BLOCK)
+    hidden, residual = layer(torch.arange(N), x, x)
+    torch.testing.assert_close(hidden, 4 * x)
+    torch.testing.assert_close(residual, 2 * x + added(1))
+
+
+def test_a_stream_in_the_first_element_gets_it_there_and_the_rest_is_left_alone(x: Tensor) -> None:
+    layer = steer(First(), Convention.FIRST, HookPoint.POST_BLOCK)
+    hidden, rest = layer(x, None)
+    torch.testing.assert_close(hidden, 3 * x + added(1))
+    torch.testing.assert_close(rest, x)
+
+
+@pytest.mark.parametrize("shape", [(N, H), (1, N, H)])
+def test_a_whole_stream_gets_it_with_or_without_a_batch_dimension(x: Tensor, shape: tuple[int, ...]) -> None:
+    layer = steer(Whole(), Convention.WHOLE, HookPoint.POST_BLOCK)
+    torch.testing.assert_close(layer(x.reshape(shape)), (3 * x + added(1)).reshape(shape))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_entering_stream_is_the_residual_except_in_the_first_layer(x: Tensor, by_name: bool) -> None:
+    layer = steer(Split(), Convention.SPLIT, HookPoint.PRE_ATTN)
+
+    def call(hidden: Tensor, residual: Tensor | None) -> Any:
+        if by_name:
+            return layer(positions=torch.arange(N), hidden_states=hidden, residual=residual)
+        return layer(torch.arange(N), hidden, residual)
+
+    torch.testing.assert_close(call(x, 2 * x)[1], 3 * x + added(1))
+    torch.testing.assert_close(call(x, None)[1], x + added(1))
+
+
+def test_the_inputs_of_a_layer_are_not_written_to(x: Tensor) -> None:
+    layer = steer(Split(), Convention.SPLIT, HookPoint.PRE_ATTN, HookPoint.POST_BLOCK)
+    before = x.clone()
+    layer(torch.arange(N), x, x)
+    assert torch.equal(x, before)
+
+
+def test_a_branch_is_steered_at_its_input_its_output_or_both(x: Tensor) -> None:
+    buffers = buffers_for(HookPoint.MLP_IN, HookPoint.MLP_OUT)
+    branch = Branch()
+    branch.__class__ = steered_branch_class(Branch, HookPoint.MLP_IN, HookPoint.MLP_OUT)
+    for site in buffers.sites:
+        buffers.attach(branch, site)
+    torch.testing.assert_close(branch(x), 2 * (x + added(1)) + added(2))
+    torch.testing.assert_close(branch(x=x), 2 * (x + added(1)) + added(2))
+
+
+def test_other_instances_of_the_class_are_untouched(x: Tensor) -> None:
+    steer(Whole(), Convention.WHOLE, HookPoint.POST_BLOCK)
+    assert torch.equal(Whole()(x), 3 * x)
+
+
+def test_a_steered_class_is_made_once_and_can_be_found_by_name() -> None:
+    import trimtab.engines.vllm.layers as module
+
+    made = steered_layer_class(Whole, Convention.WHOLE)
+    assert steered_layer_class(Whole, Convention.WHOLE) is made
+    assert getattr(module, made.__qualname__) is made
+    assert made.__module__ == module.__name__
+    assert steered_layer_class(Whole, Convention.FIRST) is not made
