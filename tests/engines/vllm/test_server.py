@@ -169,6 +169,8 @@ def test_the_messages_endpoint_takes_the_same_field(client, oracle):
     assert answer["content"][0]["text"].strip() == oracle.words(PROMPT + " w3", COUNT, CALM, CALM)
     refused = client.post("/v1/messages", json={**body, "stream": True, "steering": add("nobody")})
     assert (refused.status_code, "interventions[0].vector" in refused.text) == (400, True)
+    plain = client.post("/v1/messages", json=body).json()  # what one request brought is not left for the next
+    assert plain["content"][0]["text"].strip() == oracle.words(PROMPT + " w3", COUNT)
 
 
 def test_the_token_endpoint_takes_it_in_extra_args_or_on_top_and_refuses_before_streaming(client, oracle):

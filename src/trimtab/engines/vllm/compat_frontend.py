@@ -10,7 +10,6 @@ import argparse
 import functools
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -193,12 +192,14 @@ def _patch_handler(handler_class: Any, method: str) -> None:
         return
 
     @functools.wraps(original)
-    async def handle(self: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = await original(self, *args, **kwargs)
+    async def handle(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if (given := doors.forwarded.get()) is not None:
+            request.model_extra[FIELD] = given
+        answer = await original(self, request, *args, **kwargs)
         current = doors.exchange.get()
         # A stream is a generator: its receipt is the header alone. An error answer has no steering to report.
         if current is not None and current.admission is not None and hasattr(answer, "model") and hasattr(answer, "id"):
-            setattr(answer, FIELD, current.admission.receipt)
+            setattr(answer, FIELD, await doors.receipt_of(current.admission, answer.id))
         return answer
 
     _put(handler_class, method, handle)
@@ -225,8 +226,8 @@ def _patch_tokens_handler() -> None:
 
 
 def _patch_messages_handler() -> None:
-    # Why: its request model drops unknown fields too; what it does hand on, from 0.32 on, is vllm_xargs.
-    # Until: the model keeps them.
+    # Why: its request model drops unknown fields too. It makes a chat request and hands that to the chat handler, to
+    # which the spec is passed around it. Until: the model keeps them.
     if (handler_class := _find(*MESSAGES_HANDLER[:2], required=False)) is None:
         return
     original = _take(handler_class, MESSAGES_HANDLER[2], ["self", "request", "raw_request"])
@@ -235,14 +236,13 @@ def _patch_messages_handler() -> None:
 
     @functools.wraps(original)
     async def create_messages(self: Any, request: Any, raw_request: Any = None) -> Any:
-        given = await _top_level(raw_request)
-        if given is not None:
-            if "vllm_xargs" not in type(request).model_fields:
-                doors.refuse(SteeringError(FIELD, "this version of vLLM cannot pass it on from /v1/messages"))
-            xargs = request.vllm_xargs or {}
-            doors.one_of(given, xargs.get(FIELD), "vllm_xargs")
-            request.vllm_xargs = {**xargs, FIELD: json.dumps(given)}
-        return await original(self, request, raw_request)
+        token = doors.forwarded.set(await _top_level(raw_request))
+        try:
+            return await original(self, request, raw_request)
+        except SteeringError as error:  # raised, it is a 400 in newer versions and a 500 in 0.26; returned, in all
+            return self.create_error_response(error)
+        finally:
+            doors.forwarded.reset(token)
 
     _put(handler_class, MESSAGES_HANDLER[2], create_messages)
 

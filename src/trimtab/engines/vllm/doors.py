@@ -6,7 +6,7 @@
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
@@ -26,7 +26,12 @@ class Exchange:
 
 exchange: ContextVar[Exchange | None] = ContextVar("trimtab_exchange", default=None)
 
+# The spec of an HTTP request whose own model has no place for it, on its way to the handler behind.
+forwarded: ContextVar[Any] = ContextVar("trimtab_forwarded", default=None)
+
 _current: FrontEnd | None = None
+
+_gate_reporter: Callable[[str], Awaitable[list[dict[str, Any]]]] | None = None
 
 
 def current_front_end() -> FrontEnd | None:
@@ -38,6 +43,19 @@ def set_current_front_end(front_end: FrontEnd | None) -> None:
     """Make `front_end` the one that HTTP requests of this process meet."""
     global _current
     _current = front_end
+
+
+def set_gate_reporter(reporter: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> None:
+    """Let `receipt_of` ask the workers of this process's engine what a request's gates did."""
+    global _gate_reporter
+    _gate_reporter = reporter
+
+
+async def receipt_of(admission: Admission, request_id: str) -> dict[str, Any]:
+    """The receipt of a finished request: that of its admission, and what its gates did where it had any."""
+    if not admission.resolved.gates or _gate_reporter is None:
+        return admission.receipt
+    return {**admission.receipt, "gates": await _gate_reporter(request_id)}
 
 
 def given_by(request: Any) -> Any:
