@@ -1,4 +1,4 @@
-"""The command line: `trimtab demo`, `generate`, `extract` and `inspect`.
+"""The command line: `trimtab demo`, `generate`, `extract`, `probe` and `inspect`.
 
 Commands import what they need when they run, so that `trimtab --help` does not wait for torch. A refusal is one line on
 stderr and a non-zero exit code.
@@ -15,6 +15,7 @@ from trimtab.cli.extract import extract
 from trimtab.cli.failure import one_line
 from trimtab.cli.generate import generate
 from trimtab.cli.inspect import inspect
+from trimtab.cli.probe import probe
 
 app = typer.Typer(
     help="Activation steering per request and per token, in stock vLLM and in Transformers.",
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, generate, extract, inspect):
+for command in (demo, generate, extract, probe, inspect):
     app.command()(command)
 
 
