@@ -5,15 +5,9 @@ import triton.language as tl
 
 
 @triton.jit
-def add_pairs(a0, a1, b0, b1):  # type: ignore[no-untyped-def]
-    """Two sums in one reduction."""
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
-def opening(score, threshold, sharpness, active):  # type: ignore[no-untyped-def]
-    """A gate in [0, 1] made of a probe score; 1 where the monitor is off."""
-    return tl.where(active, tl.sigmoid(sharpness * (score - threshold)), 1.0)
+def opening(score, threshold, sharpness):  # type: ignore[no-untyped-def]
+    """A gate in [0, 1] made of a probe score."""
+    return tl.sigmoid(sharpness * (score - threshold))
 
 
 @triton.jit

@@ -10,8 +10,13 @@ import torch
 import triton
 from torch import Tensor
 
+from trimtab.ops.args import SteeringOpArgs
+
 MAX_WIDTH = 16384
 """Widest row that one program holds in registers."""
+
+REGISTERS = 65536
+"""Registers of a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Launch:
     block: int  # elements of a row held at once, a power of two
     num_warps: int
     registers: int | None  # upper bound per thread; None leaves it to the compiler
-    programs: int  # each walks the tokens with this stride
+    programs: int  # among which the tokens are shared out
 
 
 def launch_sizes(width: int, tokens: int, device: torch.device) -> Launch:
@@ -34,6 +39,24 @@ def launch_sizes(width: int, tokens: int, device: torch.device) -> Launch:
     block = triton.next_power_of_2(width)
     num_warps = min(32 if block <= 8192 else 16, max(1, block // 256))
     return Launch(block, num_warps, None, min(tokens, multiprocessors(device) * (64 // num_warps)))
+
+
+def steering_launch_sizes(args: SteeringOpArgs, *, in_place: bool) -> Launch:
+    """The launch of `apply_steering`, by measurement on an H200 (`benchmarks/ops.py --tune`).
+
+    16 elements per thread: at 8 the loads of a token's few numbers, which every warp repeats, weigh too much. A wide
+    row with its float32 probe takes 32, so that fewer threads share the registers. The bound on registers is the least
+    without spills, and the grid what is then resident at once: each program gets an equal run of tokens.
+    """
+    tokens, width = args.hidden_states.shape
+    block = triton.next_power_of_2(width)
+    per_thread = 32 if block > (4096 if args.has_row_monitor else 8192) else 16
+    num_warps = max(1, block // (32 * per_thread))
+    registers = 128 if per_thread == 32 else 64
+    if args.has_row_monitor and per_thread == 16:
+        registers = 96 if args.hidden_states.element_size() == 4 else 64 if in_place else 72
+    resident = REGISTERS // (32 * registers * num_warps)
+    return Launch(block, num_warps, registers, min(tokens, resident * multiprocessors(args.hidden_states.device)))
 
 
 def named_arguments(kernel: Any, args: NamedTuple, **more: Tensor) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def steering_monitor_kernel(  # type: ignore[no-untyped-def]
             at_hidden = p_hidden_states + i_token * hidden_states_stride_0
             b_x = tl.load(at_hidden + o_h * hidden_states_stride_1, mask=in_row, other=0.0).to(tl.float32)
             b_probe = tl.load(p_probe + o_h * probe_stride_0, mask=in_row, other=0.0).to(tl.float32)
-            y = opening(tl.sum(b_x * b_probe, 0), threshold, sharpness, active)
+            y = opening(tl.sum(b_x * b_probe, 0), threshold, sharpness)
             tl.store(at_tier, tier * y)
             if gate_rows:
                 tl.store(at_gate, gate * decode_only(y, decode))
