@@ -135,12 +135,12 @@ def apply_steering_kernel(  # type: ignore[no-untyped-def]
                 if MANY:
                     o_next = tl.cast(first + i_step + 1, tl.int64)
                     more = i_step + 1 < count
-                    at_index = p_steering_index + o_next * steering_index_stride_0
-                    at_gate = p_steering_row_gate + o_next * steering_row_gate_stride_0
-                    at_tier = p_steering_token_scales + o_next * steering_token_scales_stride_0
-                    next_row = tl.load(at_index, mask=more, other=0).to(tl.int32)
-                    next_gate = tl.load(at_gate, mask=more, other=0.0)
-                    next_tier = tl.load(at_tier, mask=more, other=0.0)
+                    at_next = p_steering_index + o_next * steering_index_stride_0
+                    next_row = tl.load(at_next, mask=more, other=0).to(tl.int32)
+                    at_next = p_steering_row_gate + o_next * steering_row_gate_stride_0
+                    next_gate = tl.load(at_next, mask=more, other=0.0)
+                    at_next = p_steering_token_scales + o_next * steering_token_scales_stride_0
+                    next_tier = tl.load(at_next, mask=more, other=0.0)
                 o_token = tl.cast(first + i_step, tl.int64)
                 o_row = i_row.to(tl.int64)
                 at_hidden = p_hidden_states + o_token * hidden_states_stride_0 + o_h * hidden_states_stride_1
