@@ -28,8 +28,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# On a GPU machine, without installing anything there: it needs torch, triton, numpy, pytest, pytest-timeout and
+# pytest-xdist. Processes side by side, because most of the time goes into compiling.
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests $(PYTEST_ARGS)
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu tests -n 6 --durations=3 $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) demo-output

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The operators on a GPU machine: their tests, then their benchmark. Needs torch, triton, numpy and pytest; no install.
+# The operators on a GPU machine: the tests that need one, then the benchmark. No install: `make test-gpu` says what
+# must be there.
 #   bash benchmarks/gpu_ops.sh            tests and benchmark
 #   bash benchmarks/gpu_ops.sh tune       tests, then the timing of launch sizes
 #   bash benchmarks/gpu_ops.sh test       tests alone
@@ -9,9 +10,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=src
 out=${OUT:-benchmarks/results}
 mkdir -p "$out"
-# no project settings: their plugins need not be installed here
-python3 -m pytest -c /dev/null --rootdir . -p no:cacheprovider -q -m gpu --durations=5 tests/ops/test_gpu_ops.py \
-  -W ignore --tb=short > "$out/gpu-tests.txt" 2>&1
+make test-gpu > "$out/gpu-tests.txt" 2>&1
 tested=$?
 tail -c 3500 "$out/gpu-tests.txt"
 case ${1:-bench} in

@@ -3,8 +3,10 @@
     PYTHONPATH=src python3 benchmarks/ops.py --json benchmarks/results/ops.json
     PYTHONPATH=src python3 benchmarks/ops.py --tune --json tune.json     # times choices of launch sizes instead
 
-Every number is taken inside a CUDA graph of 32 distinct sites (distinct hidden states, tables, probes and outputs, so
-nothing but the shared vectors stays in a cache), divided by 32.
+Every number is taken inside a CUDA graph of 32 calls, divided by 32. Two memory conditions: "spread" over 32 distinct
+sites (hidden states, tables, probes and outputs of their own, so little stays in a cache), and "resident", 2 sites in
+turns, all of which the second-level cache holds. Three routings: "random" over 64 rows; in decode batches "distinct", a
+row for each token; in prefill batches "runs", requests of 16 to 512 tokens, each on one row.
 """
 
 import argparse
@@ -36,40 +38,48 @@ from trimtab.ops.kernels.apply_steering import launch_apply_steering
 from trimtab.ops.kernels.launch import Launch, multiprocessors
 from trimtab.sites import HookPoint, Site
 
-SITES, ROWS = 32, 65
-WIDTHS, TOKENS = (2048, 4096, 8192), (1, 16, 64, 256, 2048, 8192)
+CALLS, RESIDENT_SITES = 32, 2
+RANDOM_ROWS = 65
+DECODE = 256  # batches up to this size decode, one row per token; larger ones hold prompts
+WIDTHS, TOKENS, RESIDENT_TOKENS = (2048, 4096, 8192), (1, 16, 64, 256, 2048, 8192), (1, 64, 256)
 POST = HookPoint.POST_BLOCK
 DTYPE = torch.bfloat16
 apply, apply_in_place = torch.ops.trimtab.apply_steering, torch.ops.trimtab.apply_steering_
-SCENARIOS = ("idle", "rows", "sparse", "monitor", "row monitor")
+PLAIN_SCENARIOS = ("idle", "rows", "rows, random", "sparse", "monitor")
+ROW_MONITOR_SCENARIOS = ("rows, row monitor off", "row monitor", "row monitor, random")
 
 
 class Bench:
-    """32 sites of one width, and the contents of each scenario."""
+    """Sites of one width, and the contents of each scenario."""
 
-    def __init__(self, width: int, tokens: int, *, row_monitor: bool) -> None:
-        sites = [Site(layer, POST) for layer in range(SITES)]
+    def __init__(self, width: int, tokens: int, *, row_monitor: bool, sites: int = CALLS) -> None:
         self.buffers = SteeringBuffers(
-            sites, hidden_size=width, max_rows=ROWS, max_tokens=tokens, dtype=DTYPE, device="cuda",
+            [Site(layer, POST) for layer in range(sites)], hidden_size=width, max_tokens=tokens,
+            max_rows=DECODE + 1 if tokens <= DECODE else RANDOM_ROWS, dtype=DTYPE, device="cuda",
             row_monitor=row_monitor,
         )  # fmt: skip
-        self.hidden = torch.randn(SITES, tokens, width, device="cuda", dtype=DTYPE)
+        self.hidden = torch.randn(sites, tokens, width, device="cuda", dtype=DTYPE)
         self.out = torch.empty_like(self.hidden)
         self.args: list[SteeringOpArgs] = []
         self.monitor_args: list[MonitorOpArgs] = []
-        for number, site in enumerate(sites):
+        for number, site in enumerate(self.buffers.sites):
             module = nn.Module()
             self.buffers.attach(module, site)
             self.args.append(steering_op_args(module, POST, self.hidden[number]))
             self.monitor_args.append(monitor_op_args(module, POST, self.hidden[number]))
-        self.tokens = tokens
+        self.tokens, self.sites = tokens, sites
+
+    @property
+    def routing(self) -> str:
+        """How tokens are routed where the scenario does not say "random"."""
+        return "distinct" if self.tokens <= DECODE else "runs"
 
     def set(self, scenario: str) -> None:
         """Fill the buffers: small rows, so that repeated in-place calls do not run away."""
         b = self.buffers
         b.any_active.fill_(scenario != "idle")
         b.table[:, 1:].normal_(std=1e-3)
-        b.index.copy_(torch.randint(1, ROWS, (self.tokens,)))
+        b.index.copy_(self._rows("random" if scenario == "sparse" or "random" in scenario else self.routing))
         if scenario == "sparse":  # one token in eight is steered
             b.index[torch.arange(self.tokens, device="cuda") % 8 != 0] = 0
         b.row_gate.fill_(1.0)
@@ -79,10 +89,19 @@ class Bench:
         b.monitor_active.fill_(scenario == "monitor")
         b.monitor_probe.normal_(std=1e-2)
         b.monitor_params[:] = torch.tensor([0.0, 1.0, 1.0], device="cuda")
-        b.row_monitor_active.fill_(scenario == "row monitor")
-        if scenario == "row monitor":
+        gated = scenario.startswith("row monitor")
+        b.row_monitor_active.fill_(gated)
+        if gated:
             b.row_probes[:, 1:].normal_(std=1e-2)
             b.row_params[..., 0] = 0.0
+
+    def _rows(self, routing: str) -> Tensor:
+        if routing == "random":
+            return torch.randint(1, RANDOM_ROWS, (self.tokens,))
+        if routing == "distinct":
+            return 1 + torch.randperm(DECODE)[: self.tokens]
+        lengths = torch.randint(16, 513, (self.tokens // 16,))
+        return torch.randint(1, RANDOM_ROWS, lengths.shape).repeat_interleave(lengths)[: self.tokens]
 
     def verify(self) -> None:
         """The baseline must compute what we compute, or it is no baseline."""
@@ -90,41 +109,49 @@ class Bench:
         torch.testing.assert_close(apply(*self.args[0]), self.out[0], rtol=2**-6, atol=1e-5)
 
     def each(self, call: Callable[[int], object]) -> torch.cuda.CUDAGraph:
-        return captured(lambda: [call(site) for site in range(SITES)])
+        return captured(lambda: [call(number % self.sites) for number in range(CALLS)])
 
 
-def operator_rows(widths: tuple[int, ...], sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One record per width, number of tokens and scenario."""
+def operator_rows(widths: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One record per width, number of tokens, scenario and memory condition."""
+    conditions = [("spread", TOKENS, CALLS), ("resident", RESIDENT_TOKENS, RESIDENT_SITES)]
     records = []
-    for width, tokens, row_monitor in itertools.product(widths, sizes, (False, True)):
-        bench = Bench(width, tokens, row_monitor=row_monitor)
-        for scenario in ("idle", "sparse", "monitor", "row monitor" if row_monitor else "rows"):
-            bench.set(scenario)
-            bench.verify()
-        graphs = {
-            "copy": bench.each(lambda s, b=bench: b.out[s].copy_(b.hidden[s])),
-            "baseline": bench.each(lambda s, b=bench: baseline_apply_steering(b.args[s], b.out[s])),
-            "out of place": bench.each(lambda s, b=bench: apply(*b.args[s])),
-            "in place": bench.each(lambda s, b=bench: apply_in_place(*b.args[s])),
-        }
-        for scenario in SCENARIOS if row_monitor else SCENARIOS[:-1]:
-            if row_monitor and scenario not in ("rows", "row monitor"):
-                continue
-            bench.set(scenario)
-            name = "rows, row monitor off" if row_monitor and scenario == "rows" else scenario
-            records.append({"H": width, "N": tokens, "scenario": name} | microseconds(graphs, SITES))
-        if not row_monitor:
-            monitor = bench.each(lambda s, b=bench: torch.ops.trimtab.steering_monitor(*b.monitor_args[s]))
-            bench.set("rows")
-            idle = microseconds({"steering_monitor": monitor}, SITES)
-            records.append({"H": width, "N": tokens, "scenario": "steering_monitor idle"} | idle)
-            bench.set("monitor")
-            bench.buffers.monitor_params[:, 0] = -1e30  # a gate of exactly 1: replays leave the factors as they are
-            active = microseconds({"steering_monitor": monitor}, SITES, rounds=3)
-            records.append({"H": width, "N": tokens, "scenario": "steering_monitor"} | active)
-        del graphs, bench
-        torch.cuda.empty_cache()
+    for memory, sizes, sites in conditions:
+        for width, tokens, row_monitor in itertools.product(widths, sizes, (False, True)):
+            bench = Bench(width, tokens, row_monitor=row_monitor, sites=sites)
+            scenarios = ROW_MONITOR_SCENARIOS if row_monitor else PLAIN_SCENARIOS
+            for scenario in scenarios:
+                bench.set(scenario)
+                bench.verify()
+            graphs = {
+                "copy": bench.each(lambda s, b=bench: b.out[s].copy_(b.hidden[s])),
+                "baseline": bench.each(lambda s, b=bench: baseline_apply_steering(b.args[s], b.out[s])),
+                "out of place": bench.each(lambda s, b=bench: apply(*b.args[s])),
+                "in place": bench.each(lambda s, b=bench: apply_in_place(*b.args[s])),
+            }
+            for scenario in scenarios:
+                bench.set(scenario)
+                record = {"H": width, "N": tokens, "memory": memory, "scenario": scenario, "routing": bench.routing}
+                if scenario == "sparse" or "random" in scenario:
+                    record["routing"] = "random"
+                records.append(record | microseconds(graphs, CALLS))
+            if not row_monitor and memory == "spread":
+                records.extend(_monitor_rows(bench, width))
+            del graphs, bench
+            torch.cuda.empty_cache()
     return records
+
+
+def _monitor_rows(bench: Bench, width: int) -> list[dict[str, Any]]:
+    """The cross-layer monitor alone: idle, and active."""
+    graph = {"steering_monitor": bench.each(lambda s: torch.ops.trimtab.steering_monitor(*bench.monitor_args[s]))}
+    record = {"H": width, "N": bench.tokens, "memory": "spread", "routing": bench.routing}
+    bench.set("rows")
+    idle = microseconds(graph, CALLS)
+    bench.set("monitor")
+    bench.buffers.monitor_params[:, 0] = -1e30  # a gate of exactly 1: replays leave the factors as they are
+    active = microseconds(graph, CALLS, rounds=3)
+    return [record | {"scenario": "steering_monitor idle"} | idle, record | {"scenario": "steering_monitor"} | active]
 
 
 def tuning_rows() -> list[dict[str, Any]]:
@@ -154,11 +181,10 @@ def tuning_rows() -> list[dict[str, Any]]:
                     )
                 )
             graphs["copy"] = bench.each(lambda s, b=bench: b.out[s].copy_(b.hidden[s]))
-            for scenario in ("rows", "row monitor") if row_monitor else ("idle", "rows"):
+            for scenario in ROW_MONITOR_SCENARIOS if row_monitor else ("idle", "rows", "rows, random"):
                 bench.set(scenario)
-                timed = microseconds(graphs, SITES, rounds=3, budget_ms=0.7)
-                name = "rows, row monitor off" if row_monitor and scenario == "rows" else scenario
-                records.append({"H": width, "N": tokens, "scenario": name, "choices": timed})
+                timed = microseconds(graphs, CALLS, rounds=3, budget_ms=0.7)
+                records.append({"H": width, "N": tokens, "scenario": scenario, "choices": timed})
             del graphs, bench
             torch.cuda.empty_cache()
     return records
@@ -197,12 +223,12 @@ def traced_rows(width: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
 
     def owner(row_monitor: bool) -> SteeringBuffers:
         buffers = SteeringBuffers(
-            sites, hidden_size=width, max_rows=ROWS, max_tokens=max(sizes), dtype=DTYPE, device="cuda",
+            sites, hidden_size=width, max_rows=max(sizes) + 1, max_tokens=max(sizes), dtype=DTYPE, device="cuda",
             row_monitor=row_monitor,
         )  # fmt: skip
         buffers.any_active.fill_(True)
         buffers.table[:, 1:].normal_(std=1e-3)
-        buffers.index.copy_(torch.randint(1, ROWS, (max(sizes),)))
+        buffers.index.copy_(1 + torch.randperm(max(sizes)))  # a row for each token
         if row_monitor:
             buffers.row_monitor_active.fill_(True)
             buffers.row_probes[:, 1:].normal_(std=1e-2)
@@ -236,14 +262,16 @@ def traced_rows(width: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def print_operators(records: list[dict[str, Any]]) -> None:
-    print(f"{'H':>5} {'N':>5} {'scenario':<24}{'copy':>8}{'baseline':>10}{'out of pl.':>11}{'in place':>10}  in/copy")
+    heads = f"{'copy':>8}{'baseline':>10}{'out of pl.':>11}{'in place':>10}  in/copy"
+    print(f"{'memory':>9} {'H':>5} {'N':>5} {'scenario':<24}{heads}")
     for r in records:
+        start = f"{r['memory']:>9} {r['H']:>5} {r['N']:>5} {r['scenario']:<24}"
         if "copy" in r:
             ratio = r["in place"] / r["copy"]
-            print(f"{r['H']:>5} {r['N']:>5} {r['scenario']:<24}{r['copy']:>8.2f}{r['baseline']:>10.2f}"
-                  f"{r['out of place']:>11.2f}{r['in place']:>10.2f}{ratio:>9.2f}")  # fmt: skip
+            print(f"{start}{r['copy']:>8.2f}{r['baseline']:>10.2f}{r['out of place']:>11.2f}{r['in place']:>10.2f}"
+                  f"{ratio:>9.2f}")  # fmt: skip
         else:
-            print(f"{r['H']:>5} {r['N']:>5} {r['scenario']:<24}{'':>29}{r['steering_monitor']:>10.2f}")
+            print(f"{start}{'':>29}{r['steering_monitor']:>10.2f}")
 
 
 def print_traced(records: list[dict[str, Any]]) -> None:
@@ -280,7 +308,7 @@ def main() -> int:
         result["tuning"] = tuning_rows()
         print_tuning(result["tuning"])
     else:
-        result["operators"] = operator_rows(WIDTHS[1:2] if options.quick else WIDTHS, TOKENS)
+        result["operators"] = operator_rows(WIDTHS[1:2] if options.quick else WIDTHS)
         print_operators(result["operators"])
     if not options.no_traced:
         result["traced"] = traced_rows(4096, (64, 256))

@@ -19,7 +19,7 @@ from trimtab.ops.kernels.apply_steering import launch_apply_steering
 from trimtab.ops.kernels.launch import Launch
 from trimtab.ops.kernels.steering_monitor import launch_steering_monitor
 
-PROGRAMS = (1, 3, 7)  # every token by one program, several tokens per program with an uneven end, one token each
+PROGRAMS = (1, 3, 5, 6, 7)  # for 7 tokens: one takes all, several take several, some take one, each takes one
 
 
 def check_steering(args: SteeringOpArgs, programs: int, in_place: bool) -> None:
@@ -48,7 +48,7 @@ def steering_cases() -> int:
             monitor=monitor, gate_rows=gate_rows, row_monitor=row_monitor, tier=tier, seed=number,
         )  # fmt: skip
         args.steering_index[7:] = 10**12  # beyond the last token: never read
-        check_steering(args, PROGRAMS[number % 3], in_place)
+        check_steering(args, PROGRAMS[number % 5], in_place)
         count += 1
     return count
 
@@ -89,7 +89,7 @@ def monitor_cases() -> int:
         for width in (1, 20, 128):
             args = monitor_case(7, width, capacity=9, active=active, gate_rows=gate_rows, seed=number)
             token_scales, row_gate = monitored(args)
-            launch_steering_monitor(args, Launch(1 << (width - 1).bit_length(), 1, None, PROGRAMS[number % 3]))
+            launch_steering_monitor(args, Launch(1 << (width - 1).bit_length(), 1, None, PROGRAMS[number % 5]))
             np.testing.assert_allclose(numpy64(args.steering_token_scales), token_scales, rtol=5e-6, atol=1e-7)
             np.testing.assert_allclose(numpy64(args.steering_row_gate), row_gate, rtol=5e-6, atol=1e-7)
             count += 1
