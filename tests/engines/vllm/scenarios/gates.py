@@ -1,8 +1,12 @@
-"""Gated, ungated and unsteered requests in one batch, against the embedded engine. Arguments: mode, requests."""
+"""Gated, ungated and unsteered requests in one batch, against the embedded engine.
+
+Arguments: mode ("eager", "compiled"), or "tp" or "pp" for two worker processes; number of requests.
+"""
 
 import sys
 
 import numpy as np
+
 from support import (
     HIDDEN,
     differences,
@@ -79,6 +83,35 @@ def main(mode, requests):
     report(outcome)
 
 
+def parallel(kind, requests):
+    """Two ranks. Under pipeline parallelism the second stage holds layers 2 and 3."""
+    folder, model = tiny_model()
+    early = [gated(1, [0, 1], sharpness=0.2)]
+    late = [gated(2, [2, 3], probe=(2, "post_block"), hard=True), gated(3, [3], probe=(2, "pre_attn"), invert=True)]
+    both = [*early, *late, *random_spec(4, layers=[1, 3])["interventions"]]
+    specs = [{"interventions": steps} if steps else None for steps in (early, late, both, [])]
+    specs = [specs[i % 4] for i in range(requests)]
+    prompts = random_prompts([4 + (5 * i) % 37 for i in range(requests)])
+    expected = oracle(model, prompts, specs)
+    sizes = {"tp": {"tensor_parallel_size": 2}, "pp": {"pipeline_parallel_size": 2, "async_scheduling": False}}[kind]
+    settings = SETTINGS | {"probe_layers": [0, 2]}
+    llm = engine(folder, steering=settings, distributed_executor_backend="mp", max_num_batched_tokens=64, **sizes)
+    outcome = {
+        "differs from unsteered": sum(
+            e != p for e, p in zip(expected, oracle(model, prompts, [None] * requests), strict=True)
+        ),
+        "mixed": differences(generate(llm, prompts, specs), expected),
+        "status": status(llm),
+        "tokens": evaluated(prompts, specs, [8] * requests),
+    }
+    try:
+        generate(llm, [[5, 6]], [{"interventions": [gated(1, [0, 1, 2])]}], 1)
+        outcome["across stages"] = ""
+    except ValueError as error:
+        outcome["across stages"] = str(error)
+    report(outcome)
+
+
 def without_gates(spec):
     if spec is None:
         return None
@@ -138,4 +171,4 @@ def preempted(folder, model):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    (parallel if sys.argv[1] in ("tp", "pp") else main)(sys.argv[1], int(sys.argv[2]))
