@@ -134,7 +134,7 @@ def operator_rows(widths: tuple[int, ...]) -> list[dict[str, Any]]:
                 record = {"H": width, "N": tokens, "memory": memory, "scenario": scenario, "routing": bench.routing}
                 if scenario == "sparse" or "random" in scenario:
                     record["routing"] = "random"
-                records.append(record | microseconds(graphs, CALLS))
+                records.append(record | microseconds(graphs, CALLS, rounds=5))
             if not row_monitor and memory == "spread":
                 records.extend(_monitor_rows(bench, width))
             del graphs, bench

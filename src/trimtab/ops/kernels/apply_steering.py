@@ -22,8 +22,7 @@ def launch_apply_steering(args: SteeringOpArgs, out: Tensor, sizes: Launch | Non
     tokens, width = args.hidden_states.shape
     if tokens == 0 or width == 0:
         return
-    in_place = out is args.hidden_states
-    sizes = sizes or steering_launch_sizes(args, in_place=in_place)
+    sizes = sizes or steering_launch_sizes(args)
     with on_device(args.hidden_states):
         apply_steering_kernel[(sizes.programs,)](
             **named_arguments(apply_steering_kernel, args, out=out),
@@ -31,7 +30,7 @@ def launch_apply_steering(args: SteeringOpArgs, out: Tensor, sizes: Launch | Non
             longer_programs=tokens % sizes.programs,
             WIDTH=width,
             BLOCK=sizes.block,
-            IN_PLACE=in_place,
+            IN_PLACE=out is args.hidden_states,
             ROW_MONITOR=args.has_row_monitor,
             num_warps=sizes.num_warps,
             maxnreg=sizes.registers,
@@ -127,7 +126,7 @@ def apply_steering_kernel(  # type: ignore[no-untyped-def]
     # Twice the same code: for the one token that a program has in small batches, without what a loop has to prepare,
     # and for many. In place, an idle site runs neither.
     for MANY in tl.static_range(2):
-        wanted = (count > 1) == (MANY == 1)
+        wanted = count > 1 if MANY else count == 1
         if IN_PLACE:
             wanted = wanted & active & ((count > 1) | (i_row != 0) | (tier != 0.0))
         if wanted:

@@ -41,7 +41,7 @@ def launch_sizes(width: int, tokens: int, device: torch.device) -> Launch:
     return Launch(block, num_warps, None, min(tokens, multiprocessors(device) * (64 // num_warps)))
 
 
-def steering_launch_sizes(args: SteeringOpArgs, *, in_place: bool) -> Launch:
+def steering_launch_sizes(args: SteeringOpArgs) -> Launch:
     """The launch of `apply_steering`, by measurement on an H200 (`benchmarks/ops.py --tune`).
 
     16 elements per thread: at 8 the loads of a token's few numbers, which every warp repeats, weigh too much. A wide
@@ -54,7 +54,7 @@ def steering_launch_sizes(args: SteeringOpArgs, *, in_place: bool) -> Launch:
     num_warps = max(1, block // (32 * per_thread))
     registers = 128 if per_thread == 32 else 64
     if args.has_row_monitor and per_thread == 16:
-        registers = 96 if args.hidden_states.element_size() == 4 else 64 if in_place else 72
+        registers = 96 if args.hidden_states.element_size() == 4 else 72
     resident = REGISTERS // (32 * registers * num_warps)
     return Launch(block, num_warps, registers, min(tokens, resident * multiprocessors(args.hidden_states.device)))
 
