@@ -76,3 +76,7 @@ def test_engines_of_different_settings_share_a_compile_cache_and_each_is_right(t
     # One artifact per configuration: the last run found that of the first.
     artifacts = list((tmp_path / "torch_compile_cache" / "torch_aot_compile").iterdir())
     assert len(artifacts) == 3
+    # Without settings in the key, the steered engine finds the stock artifact. The canary does not let it start.
+    stale = run_scenario("compile_cache", "stale", cache=tmp_path)["refused"]
+    assert stale.startswith("SteeringError")
+    assert "no effect at post_block:0, post_block:1, post_block:2, post_block:3" in stale

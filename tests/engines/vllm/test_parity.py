@@ -50,9 +50,13 @@ def test_rows_are_given_back_when_their_requests_end(outcome: dict[str, Any]) ->
         assert status["late_variants"] == 0
 
 
+def test_steering_survives_a_reload_of_the_weights(outcome: dict[str, Any]) -> None:
+    assert outcome.get("reloaded", []) == []
+
+
 def test_a_prompt_longer_than_the_token_budget_is_steered_chunk_by_chunk(outcome: dict[str, Any]) -> None:
     assert outcome.get("chunked", []) == []
-    assert ("chunked" in outcome) == outcome["case"].endswith("eager")
+    assert ("chunked" in outcome) == ("reloaded" in outcome) == outcome["case"].endswith("eager")
 
 
 def test_preempted_requests_come_back_to_the_same_answer_with_the_prefix_cache_on(outcome: dict[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""One engine on a compile cache that other configurations use too. Arguments: "stock", or steering settings as JSON."""
+"""One engine on a compile cache that other configurations use too.
+
+Argument: "stock", or steering settings as JSON, or "stale": a steered engine whose key is that of the stock one.
+"""
 
 import json
 import os
@@ -11,6 +14,9 @@ from support import differences, engine, generate, oracle, random_prompts, rando
 def main(settings: str) -> None:
     # One folder for all runs: its name is part of the key of what vLLM stores.
     folder, model = tiny_model(parent=Path(os.environ["VLLM_CACHE_ROOT"]))
+    if settings == "stale":
+        report({"refused": _start_with_the_stock_key(folder)})
+        return
     steering = None if settings == "stock" else json.loads(settings)
     layers = range(4) if not steering else [0, 1]
     specs = [None] * 4 if steering is None else [random_spec(i, layers=layers, strength=2.0) for i in range(3)] + [None]
@@ -25,6 +31,26 @@ def main(settings: str) -> None:
             "attached": hasattr(llm.llm_engine.model_executor.driver_worker.worker, "_trimtab"),
         }
     )
+
+
+def _start_with_the_stock_key(folder: str) -> str:
+    from vllm.config import VllmConfig
+
+    original = VllmConfig.compute_hash
+
+    def compute_hash(self):
+        config, self.additional_config = self.additional_config, {}
+        try:
+            return original(self)
+        finally:
+            self.additional_config = config
+
+    VllmConfig.compute_hash = compute_hash
+    try:
+        engine(folder, steering={}, mode="compiled")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "started"
 
 
 if __name__ == "__main__":

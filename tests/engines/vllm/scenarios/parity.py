@@ -35,6 +35,9 @@ def main(mode: str, requests: int) -> None:
     long = random_prompts([150, 190, 97, 130], seed=3)
     long_specs = [random_spec(11, phase="prefill"), random_spec(12, phase="decode"), random_spec(13), None]
     if mode == "eager":
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()
+        outcome["reloaded"] = differences(generate(llm, prompts[:16], specs[:16], counts[:16]), expected[:16])
         outcome |= _chunked(folder, model, long, long_specs) | _preempted(folder, model)
     report(outcome)
 
