@@ -1,6 +1,7 @@
 """The demonstration from start to end: extract, steer one mixed batch, measure, sweep, draw, check every promise."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,18 @@ def show(result: DemoResult, console: Console) -> None:
     for name, column in result.columns.items():
         shares.add_row(name, *_cells(column.shares))
     console.print(shares)
-    console.print(Rule("what was promised", style="dim"))
-    checks = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for check in result.checks:
-        mark = Text("holds", "green") if check.holds else Text("MISSED", "bold red")
-        checks.add_row(mark, Text(check.measured, justify="right"), check.promise)
-    console.print(checks)
+    show_checks(result.checks, console)
     console.print(Text(f"\npicture: {result.picture}\nnumbers: {result.report}"), soft_wrap=True)
+
+
+def show_checks(checks: Sequence[Check], console: Console) -> None:
+    """Promises, what was measured, and whether they hold."""
+    console.print(Rule("what was promised", style="dim"))
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for check in checks:
+        mark = Text("holds", "green") if check.holds else Text("MISSED", "bold red")
+        table.add_row(mark, Text(check.measured, justify="right"), check.promise)
+    console.print(table)
 
 
 def _cells(shares: Shares) -> list[str]:
