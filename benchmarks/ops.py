@@ -28,7 +28,6 @@ from trimtab.ops import (
     MonitorOpArgs,
     SteeringBuffers,
     SteeringOpArgs,
-    Terms,
     emit,
     monitor_op_args,
     set_emission,
@@ -235,7 +234,7 @@ def traced_rows(width: int, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
         return buffers
 
     plain, gated = owner(False), owner(True)
-    rows_and_row_monitor = Terms(tier=False, monitor=False, row_monitor=True)
+    rows_and_row_monitor = ROWS_ONLY._replace(row_monitor=True)
     stacks = {
         "unsteered": Stack(width, None, plain),
         "traced rows": Stack(width, Emission(traced=True, terms=ROWS_ONLY), plain),

@@ -76,13 +76,14 @@ def test_monitor_equals_the_oracle(args) -> None:
     np.testing.assert_allclose(numpy64(args.steering_row_gate), row_gate, rtol=MONITOR_RTOL, atol=1e-7)
 
 
-@pytest.mark.parametrize("field", ["tier", "monitor", "row_monitor"])
+@pytest.mark.parametrize("field", ["tier", "monitor", "row_monitor", "row_scales"])
 def test_a_term_left_out_of_the_trace_is_the_term_switched_off(field: str) -> None:
     args = steering_case(6, 20, monitor=True, gate_rows=True, row_monitor=True)
     off = {
         "tier": {"steering_dynamic_vec": torch.zeros(20)},
         "monitor": {"steering_monitor_active": torch.tensor([False])},
         "row_monitor": {"steering_monitor_row_active": torch.tensor([False])},
+        "row_scales": {"steering_scales": torch.ones_like(args.steering_scales)},
     }[field]
     without = reference(args, Terms(**{field: False}))
     torch.testing.assert_close(without, reference(args._replace(**off), ALL_TERMS))

@@ -23,10 +23,12 @@ class Terms(NamedTuple):
     tier: bool = True  # dynamic_vec * token_scales
     monitor: bool = True  # the site's own probe, fused
     row_monitor: bool = True  # a probe per row
+    row_scales: bool = True  # scales[r]; without them every row counts once, whatever they hold
 
 
 ALL_TERMS = Terms()
-ROWS_ONLY = Terms(tier=False, monitor=False, row_monitor=False)
+# What the engines trace: the runtime keeps a row's scale in its tokens' row gates and leaves the row scales at 1.
+ROWS_ONLY = Terms(tier=False, monitor=False, row_monitor=False, row_scales=False)
 
 
 class Gates(NamedTuple):
@@ -70,7 +72,8 @@ def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates 
         gate = torch.sigmoid(row_params[:, 1] * ((x * probes).sum(-1) - row_params[:, 0]))
         gate = torch.where(args.steering_monitor_row_active, gate, 1.0)
         row_gain = row_gain * _decode_only(gate, decode)
-    row_gain = args.steering_scales[rows] * row_gain
+    if terms.row_scales:
+        row_gain = args.steering_scales[rows] * row_gain
 
     out = x + args.steering_table[rows].float() * row_gain[:, None]
     if terms.tier:
