@@ -307,6 +307,18 @@ def test_reports_of_gone_requests_are_kept_but_not_for_ever(monkeypatch):
     assert sum(use.tokens for use in runtime.gate_totals()) == 3
 
 
+def test_reports_may_be_asked_for_outside_the_inference_mode_of_steps():
+    _, runtime = make()
+    runtime.admit("a", one_gate())
+    for _ in range(2):
+        with torch.inference_mode():
+            runtime.step(["a"], [0], [2], [1])
+        assert runtime.gate_report("a")
+    with torch.inference_mode():
+        runtime.step([], [], [], [])
+    assert [use.tokens for use in runtime.gate_report("a")] == [4]
+
+
 def test_a_probe_of_another_width_is_refused():
     _, runtime = make()
     wide = vector(1, (Site(0, HookPoint.POST_BLOCK),), hidden=HIDDEN + 1)

@@ -140,7 +140,8 @@ class GateMeters:
         return tuple(_use(name, "", sums) for name, sums in sorted(totals.items()))
 
     def _new_staging(self) -> Tensor:
-        return torch.empty(self._values.numel(), dtype=torch.float32, pin_memory=self._on_gpu)
+        with torch.inference_mode(False):  # steps run in it, reports do not: both write here
+            return torch.empty(self._values.numel(), dtype=torch.float32, pin_memory=self._on_gpu)
 
     def _split(self, staged: Tensor, tokens: int) -> Tensor:
         gates = self._values.shape[0]
