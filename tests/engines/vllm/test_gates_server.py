@@ -1,0 +1,150 @@
+"""Gates over HTTP: probes by name, inline and registered later; what gates did; refusals; metrics.
+
+The oracle is the embedded engine on the same weights.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from vllm_server import LAYERS, WIDTH, Server, make_model
+
+from trimtab import Probe, SteeredModel, SteeringVector
+from trimtab.sites import HookPoint, Site
+
+pytestmark = pytest.mark.vllm
+
+RNG = np.random.default_rng(11)
+CALM = SteeringVector({Site(layer, HookPoint.POST_BLOCK): RNG.normal(size=WIDTH) for layer in (1, 2)})
+ANGER, JOY, LATE = (Probe.at(Site(layer, HookPoint.POST_BLOCK), RNG.normal(size=WIDTH), 0.25) for layer in (1, 0, 3))
+PROMPT = [17, 203, 88, 41, 154, 9, 66, 230, 71, 120]
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("gates")
+    make_model(folder / "model")
+    CALM.save(folder / "calm.safetensors")
+    ANGER.save(folder / "anger.safetensors")
+    JOY.save(folder / "joy.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[httpx.Client]:
+    server = Server(
+        folder / "model", "--enable-steering", "--steering-vectors", f"calm={folder / 'calm.safetensors'}",
+        "--steering-probes", f"anger={folder / 'anger.safetensors'}", "--steering-probe-layers", "0",
+        "--steering-gates", "2", log=folder / "server.log",
+    )  # fmt: skip
+    server.wait()
+    with server.client() as client:
+        yield client
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def embedded(folder: Path) -> Iterator[SteeredModel]:
+    names = {"anger": ANGER, "joy": JOY}
+    with SteeredModel.from_pretrained(folder / "model", vectors={"calm": CALM}, probes=names) as model:
+        yield model
+
+
+def gated(probe: Any, **options: Any) -> dict[str, Any]:
+    gate = {"probe": probe, "threshold": 0.5} | options
+    return {"interventions": [{"kind": "add", "vector": "calm", "scale": 2.0, "gate": gate}]}
+
+
+def ask(client: httpx.Client, steering: Any, **more: Any) -> httpx.Response:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "steering": steering}
+    return client.post("/v1/completions", json=body | more)
+
+
+def expected(embedded: SteeredModel, steering: Any) -> Any:
+    (output,) = embedded.generate([PROMPT], steering, max_new_tokens=COUNT, do_sample=False)
+    return output
+
+
+def inline(probe: Probe) -> dict[str, Any]:
+    return {probe.site.hook.value: {str(probe.site.layer): probe.direction.tolist()}, "bias": probe.bias}
+
+
+@pytest.mark.parametrize("spec", [gated("anger"), gated("anger", hard=True, invert=True), gated(inline(JOY))])
+def test_a_gated_request_answers_as_the_embedded_engine_and_says_what_its_gate_did(client, embedded, spec) -> None:
+    answer, want = ask(client, spec).json(), expected(embedded, spec)
+    assert answer["choices"][0]["text"].split() == want.text.split()
+    (use,), (told,) = want.receipt.gates, answer["steering"]["gates"]
+    assert (told["gate"], told["tokens"], told["above_half"]) == (use.gate, use.tokens, use.above_half)
+    assert told["mean"] == pytest.approx(use.mean, abs=1e-4)
+    assert answer["steering"]["identity"]["decode"] == want.receipt.identity["decode"]
+    again = client.get(f"/v1/steering/gates/{answer['id']}").json()
+    assert again["gates"] == answer["steering"]["gates"]
+    (named,) = answer["steering"]["probes"]
+    assert named["name"] == (spec["interventions"][0]["gate"]["probe"] if named["name"] else None)
+
+
+def test_a_probe_registered_later_is_read_by_name_until_it_is_deleted(client, embedded, folder) -> None:
+    content = {"content-type": "application/octet-stream"}
+    made = client.post(
+        "/v1/steering/probes?name=joy", content=(folder / "joy.safetensors").read_bytes(), headers=content
+    )
+    assert made.status_code == 201
+    assert made.json()["site"] == "post_block:0"
+    listed = client.get("/v1/steering/probes").json()["probes"]
+    assert [(one["name"], one["loaded_at_start"]) for one in listed] == [("anger", True), ("joy", False)]
+    assert listed[1]["digest"] == JOY.digest.hex()
+    assert (
+        ask(client, gated("joy")).json()["choices"][0]["text"].split() == expected(embedded, gated("joy")).text.split()
+    )
+    again = client.post("/v1/steering/probes", json={"name": "joy", "probe": inline(JOY)})
+    assert (again.status_code, again.json()["replaced"]) == (200, JOY.digest.hex())
+    assert client.delete("/v1/steering/probes/joy").status_code == 200
+    gone = ask(client, gated("joy"))
+    assert gone.status_code == 400
+    assert "gate.probe: there is no probe 'joy'; registered are anger" in gone.text
+    assert client.delete("/v1/steering/probes/joy").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"name": "x", "probe": inline(LATE)}, "no probe can be read at post_block:3 here"),
+        ({"name": "x", "probe": {"post_block": {"0": [1.0]}}}, "has width 1"),
+        ({"name": "x", "probe": {"post_block": {"0": [1.0, "a"]}}}, "probe.post_block.0[1]"),
+        ({"name": "x", "probe": "anger"}, "want a direction at one site"),
+        ({"name": "a b", "probe": inline(JOY)}, "a name has 1 to 128"),
+    ],
+)
+def test_a_probe_that_no_gate_could_use_is_refused(client, body, message) -> None:
+    answer = client.post("/v1/steering/probes", json=body)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+
+
+def test_a_gate_that_is_not_served_is_a_400_with_its_place(client) -> None:
+    answer = ask(client, gated(inline(LATE)))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "steering.interventions[0].gate.probe"
+    streamed = ask(client, gated(inline(LATE)), stream=True)
+    assert streamed.status_code == 400
+
+
+def test_the_status_page_and_the_metrics_tell_of_gates(client) -> None:
+    page = client.get("/v1/steering").json()
+    assert page["gates"] == {"per_phase": 2, "probe_sites": ["post_block:0", "post_block:1"]}
+    assert len(page["sites"]) == LAYERS
+    before = told(client)
+    assert ask(client, gated("anger")).status_code == 200
+    after = told(client)
+    assert after - before == len(PROMPT) + COUNT - 1  # the prompt is shorter than a block, so none of it is cached
+
+
+def told(client: httpx.Client) -> float:
+    time.sleep(1.1)  # the page reuses what workers said for a second
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("trimtab_gate_tokens_total{"))
