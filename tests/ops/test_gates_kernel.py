@@ -15,6 +15,7 @@ from ops_triton import recorded, resource_usage
 
 from trimtab.ops import GateOpArgs
 from trimtab.ops.kernels import apply_gates as module
+from trimtab.ops.warmup import warmup_apply_gates_kernel
 
 
 def test_the_interpreted_kernel_equals_the_oracle() -> None:
@@ -49,6 +50,20 @@ def test_numbers_of_tokens_and_places_in_buffers_select_no_variant() -> None:
         for tokens in (1, 2, 15, 16, 17, 64):
             module.launch_apply_gates(arguments(128, tokens))
     assert len(kernel.keys) == 1
+
+
+def test_one_variant_for_a_whole_stream_and_one_for_a_split_one_serve_every_site_and_size() -> None:
+    """So warm-up, which launches both at every site, leaves nothing to compile in service."""
+    stack = gated_stack(64, 128, gates=4, dtype=torch.bfloat16)
+    with recorded(module, "apply_gates_kernel") as kernel:
+        for tokens in (1, 2, 3, 15, 16, 17, 64):
+            hidden, rest, steered = (torch.zeros(tokens, 128, dtype=torch.bfloat16) for _ in range(3))
+            for place in range(3):
+                module.launch_apply_gates(stack.args(place, steered, hidden))
+                module.launch_apply_gates(stack.args(place, steered, hidden, rest))
+                module.launch_apply_gates(stack.args(place, steered, hidden, hidden))  # as warm-up does
+    assert len(kernel.keys) == 2
+    assert warmup_apply_gates_kernel(stack.modules, [1, 16]) == 0  # on a CPU there is nothing to compile
 
 
 def test_the_kernel_names_every_tensor_of_its_tuple() -> None:

@@ -21,11 +21,18 @@ from trimtab.ops.buffers import (
     row_monitor_tensors,
     steering_op_args,
 )
+from trimtab.ops.gates import gate_count, gate_op_args
 from trimtab.ops.library import kernels_serve
 from trimtab.ops.variants import compiled_variants, late_variants, pause, watch
 from trimtab.sites import HookPoint
 
-__all__ = ["compiled_variants", "late_variants", "warmup_apply_steering_kernel", "warmup_steering_monitor_kernel"]
+__all__ = [
+    "compiled_variants",
+    "late_variants",
+    "warmup_apply_gates_kernel",
+    "warmup_apply_steering_kernel",
+    "warmup_steering_monitor_kernel",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +89,27 @@ def warmup_steering_monitor_kernel(
     from trimtab.ops.kernels.steering_monitor import steering_monitor_kernel
 
     return _warm(steering_monitor_kernel, sites, sizes, dtype, launches)
+
+
+def warmup_apply_gates_kernel(
+    modules: Iterable[nn.Module], sizes: Iterable[int], *, dtype: torch.dtype | None = None
+) -> int:
+    """Launch `apply_gates_` for every site of `modules` that serves gates, with the stream in one part and in two.
+
+    Gates' factors keep their values as long as no token on the device has a gate, which is so before service. Returns
+    how many variants this compiled.
+    """
+
+    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> None:
+        for rest in (None, hidden):
+            torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, torch.empty_like(hidden), hidden, rest))
+
+    sites = [(module, hook) for module, hook in _served_sites(modules) if gate_count(module)]
+    if not sites:
+        return 0
+    from trimtab.ops.kernels.apply_gates import apply_gates_kernel
+
+    return _warm(apply_gates_kernel, sites, sizes, dtype, launches)
 
 
 def _served_sites(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, HookPoint]]:

@@ -7,7 +7,7 @@ model is compiled, and the kernels take a second. On a CPU there are none and th
 from typing import Any
 
 from trimtab.engines.vllm.attach import Attachment
-from trimtab.ops.warmup import warmup_apply_steering_kernel
+from trimtab.ops.warmup import warmup_apply_gates_kernel, warmup_apply_steering_kernel
 
 
 def warm_up_kernels(vllm_config: Any, attachment: Attachment) -> None:
@@ -15,4 +15,6 @@ def warm_up_kernels(vllm_config: Any, attachment: Attachment) -> None:
     captured = vllm_config.compilation_config.cudagraph_capture_sizes or ()
     longest = int(vllm_config.scheduler_config.max_num_batched_tokens)
     sizes = {1, 2, 16, 17, longest, *captured}  # a variant is keyed by whether N is 1, a multiple of 16, or neither
-    warmup_apply_steering_kernel(dict.fromkeys(attachment.modules.values()), sizes, in_place=(False,))
+    modules = list(dict.fromkeys(attachment.modules.values()))
+    warmup_apply_steering_kernel(modules, sizes, in_place=(False,))
+    warmup_apply_gates_kernel(modules, sizes)
