@@ -20,7 +20,8 @@ def drive_v1(runner: Any, runtime: SteeringRuntime, settings: SteeringSettings, 
 
     def wrap_states(original: Any) -> Any:
         def _update_states(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            members.leave(scheduler_output.finished_req_ids)
+            # A set of strings is iterated in another order in each process: sorted, so that ranks free rows alike.
+            members.leave(sorted(scheduler_output.finished_req_ids))
             return original(scheduler_output, *args, **kwargs)
 
         return _update_states
