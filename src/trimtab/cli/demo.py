@@ -18,6 +18,8 @@ def demo(
 ) -> None:
     """Steer the bundled model, measured: one batch under four specs, a sweep of strengths, and a gate."""
     quiet_transformers()
+    import json
+
     from rich.console import Console
 
     from trimtab.demo import model_path
@@ -30,14 +32,17 @@ def demo(
     told = "training a probe and generating behind a gate"
     with log.status(told), SteeredModel.from_pretrained(model_path()) as model:
         gates = run_gates(model, output, seed)
+    checks = [*result.checks, *gates.checks]
+    missed = [check for check in checks if not check.holds]
+    report = {**result.as_json(), "gates": gates.as_json(), "succeeded": not missed}
+    (output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if json_:
-        import json
-
-        typer.echo(json.dumps({**result.as_json(), "gates": gates.as_json()}))
+        typer.echo(json.dumps(report))
     else:
-        show(result, Console())
-        show_gates(gates, Console())
-        show_checks(gates.checks, Console())
-        typer.echo(f"\ngated texts, each token in the colour of its gate: {output / 'gates.html'}")
-    if missed := [check for check in (*result.checks, *gates.checks) if not check.holds]:
+        console = Console()
+        show(result, console)
+        show_gates(gates, console)
+        show_checks(checks, console)
+        typer.echo(f"\nIn {output}: {', '.join(sorted(file.name for file in output.iterdir()))}")
+    if missed:
         raise CommandError("missed: " + "; ".join(f"{check.promise} (measured {check.measured})" for check in missed))

@@ -17,12 +17,13 @@ from trimtab.engines.transformers import SteeredModel
 from trimtab.vectors import SteeringVector
 from trimtab.vectors.extraction import extract_vector
 
-LAYERS = (1,)
-PAIRS = 64
-STRENGTH = {"sentiment": 3.0, "formality": 1.0}  # in mean differences
+LAYERS = (2,)
+PAIRS = 96
+STRENGTH = {"sentiment": 0.6, "formality": 0.25}  # in mean differences
 SWEEP = (-1.5, -1.25, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # in multiples of STRENGTH
-COPIES = 3  # of each header in every column
-SAMPLING = {"do_sample": True, "top_k": 0, "max_new_tokens": 56}
+COPIES = 6  # of each header in every column
+SWEEP_COPIES = 2  # of each header at every strength
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 40}
 
 Direction = tuple[float, float]  # multiples of the sentiment vector and of the formality vector
 
@@ -31,6 +32,8 @@ COLUMNS: Mapping[str, Direction] = {
     "positive": (1.0, 0.0),
     "negative": (-1.0, 0.0),
     "positive and formal": (1.0, 1.0),
+    "formal": (0.0, 1.0),
+    "informal": (0.0, -1.0),
 }
 
 
@@ -76,7 +79,7 @@ def extract_vectors(model: SteeredModel, seed: int) -> Vectors:
     found = {}
     for feature in ("sentiment", "formality"):
         with_it, without = contrasting_prompts(feature, PAIRS, seed)
-        vector = extract_vector(model, with_it, without, layers=LAYERS, token="mean", progress=False)
+        vector = extract_vector(model, with_it, without, layers=LAYERS, token="last", progress=False)
         found[feature] = STRENGTH[feature] * vector
     return Vectors(**found)
 
@@ -97,7 +100,7 @@ def run_columns(model: SteeredModel, vectors: Vectors, seed: int) -> tuple[dict[
 
 def run_sweep(model: SteeredModel, vectors: Vectors, seed: int) -> list[SweepPoint]:
     """Every strength of either vector, again as one batch."""
-    prompts = headers()
+    prompts = headers() * SWEEP_COPIES
     points: list[tuple[Feature, float]] = [(feature, s) for feature in ("sentiment", "formality") for s in SWEEP]
     specs = [vectors.spec((s, 0.0) if feature == "sentiment" else (0.0, s)) for feature, s in points]
     outputs = sample(model, prompts * len(points), [spec for spec in specs for _ in prompts], seed)

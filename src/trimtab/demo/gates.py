@@ -30,9 +30,9 @@ from trimtab.vectors.extraction import extract_vector
 from trimtab.vectors.probe_training import Operating, ProbeReport, train_probe
 
 TRAINED_ON = 400  # texts of either sentiment
-RATE = 0.002  # of the tokens of positive texts may be steered by mistake
+RATE = 0.02  # of the tokens of positive texts may be steered by mistake
 LAYERS = (1,)  # of the four: late enough for the sentiment to show, early enough for the rest of the model to follow
-ALWAYS, GATED = 2.5, 5.0  # strengths, in mean differences; the gated vector meets few tokens and may push each harder
+ALWAYS, GATED = 0.8, 1.2  # strengths, in mean differences; the gated vector meets few tokens and may push each harder
 PROMPTS = 48  # of either sentiment
 TOKENS = 32
 
@@ -108,7 +108,7 @@ def run_gates(model: SteeredModel, output: Path, seed: int) -> GatesResult:
     (operating,) = report.thresholds
     site = report.probe.site
     vector = extract_vector(
-        model, *contrasting_prompts("sentiment", PAIRS, seed), layers=[site.layer], token="mean", progress=False
+        model, *contrasting_prompts("sentiment", PAIRS, seed), layers=[site.layer], token="last", progress=False
     )
     sentiments = ["positive"] * PROMPTS + ["negative"] * PROMPTS
     prompts = [text for kind in ("positive", "negative") for text in beginnings(kind, PROMPTS, f"prompts {seed}")]

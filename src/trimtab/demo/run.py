@@ -1,6 +1,5 @@
 """The demonstration from start to end: extract, steer one mixed batch, measure, sweep, draw, check every promise."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from trimtab.demo.picture import draw
 from trimtab.demo.targets import Check, check_all
 from trimtab.engines.transformers import SteeredModel
 
+SHOWN_COLUMNS = ("unsteered", "positive", "negative", "positive and formal")
 SHOWN = ("Review of the restaurant:", "Review of the film:", "Notes on the phone:")
 COLOURS = {"positive": "green", "negative": "red"}
 
@@ -39,11 +39,6 @@ class DemoResult:
     sweep: list[SweepPoint]
     checks: list[Check]
     picture: Path
-    report: Path
-
-    @property
-    def succeeded(self) -> bool:
-        return all(check.holds for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, for a script."""
@@ -54,12 +49,11 @@ class DemoResult:
             ],
             "checks": [{"promise": c.promise, "measured": c.measured, "holds": c.holds} for c in self.checks],
             "picture": str(self.picture),
-            "succeeded": self.succeeded,
         }
 
 
 def run_demo(output: Path, seed: int, console: Console) -> DemoResult:
-    """Run it all, saying what it does; writes `steering.png`, `report.json` and both vectors to `output`."""
+    """Run it all, saying what it does; writes `steering.png` and both vectors to `output`."""
     output.mkdir(parents=True, exist_ok=True)
     with console.status("loading the bundled model") as status, SteeredModel.from_pretrained(model_path()) as model:
         status.update("extracting a sentiment and a formality vector from contrasting prompts")
@@ -74,22 +68,22 @@ def run_demo(output: Path, seed: int, console: Console) -> DemoResult:
         status.update("drawing")
         picture = output / "steering.png"
         draw(sweep, picture)
-    checks = check_all(columns, sweep, rows, equal_rows)
-    result = DemoResult(columns, sweep, checks, picture, output / "report.json")
-    result.report.write_text(json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8")
-    return result
+    checks = check_all(columns, rows, equal_rows)
+    return DemoResult(columns, sweep, checks, picture)
 
 
 def show(result: DemoResult, console: Console) -> None:
-    """The result for a person: texts side by side, measured shares, promises."""
+    """The result for a person: texts side by side, measured shares."""
     prompts = column_prompts()
-    console.print(Rule("one batch, four steering specs", style="dim"))
+    console.print(Rule(f"one batch, {len(result.columns)} steering specs; here are four", style="dim"))
+    colours = [Text(name, colour) for name, colour in COLOURS.items()]
+    console.print(Text.assemble("each sentence in the colour of its sentiment: ", Text(", ").join(colours), "\n"))
     for prompt in SHOWN:
         texts = Table(title=prompt, title_justify="left", title_style="bold", box=SIMPLE_HEAD, expand=True)
-        for name in result.columns:
+        for name in SHOWN_COLUMNS:
             texts.add_column(name, ratio=1)
         row = prompts.index(prompt)
-        texts.add_row(*(_coloured(column.texts[row]) for column in result.columns.values()))
+        texts.add_row(*(_coloured(result.columns[name].texts[row]) for name in SHOWN_COLUMNS))
         console.print(texts)
     console.print(Rule("what the grammar makes of the sentences", style="dim"))
     shares = Table(box=SIMPLE_HEAD)
@@ -98,8 +92,6 @@ def show(result: DemoResult, console: Console) -> None:
     for name, column in result.columns.items():
         shares.add_row(name, *_cells(column.shares))
     console.print(shares)
-    show_checks(result.checks, console)
-    console.print(Text(f"\npicture: {result.picture}\nnumbers: {result.report}"), soft_wrap=True)
 
 
 def show_checks(checks: Sequence[Check], console: Console) -> None:
@@ -120,7 +112,8 @@ def _coloured(text: str) -> Text:
     """Each sentence in the colour of its sentiment; what the grammar cannot read is struck through."""
     shown = Text()
     for sentence in split_sentences(text):
+        if sentence[-1] not in ".!":  # cut short by the token limit, and not counted
+            return shown.append("\N{HORIZONTAL ELLIPSIS}", "dim")
         reading = read_sentence(sentence)
-        unread = not reading.parsed and sentence[-1] in ".!"
-        shown.append(sentence, "strike" if unread else COLOURS.get(reading.sentiment or "", "")).append(" ")
+        shown.append(sentence, COLOURS.get(reading.sentiment or "", "") if reading.parsed else "strike").append(" ")
     return shown
