@@ -101,7 +101,8 @@ def add_gated(
     for slot, value in enumerate(values):
         site = reads.gate_sites[:tokens, slot]
         coefficient, threshold, sharpness, invert = reads.gate_params[:tokens, slot].unbind(-1)
-        factor = torch.where((site > 0) & (site < here), value[:tokens], 0.0)
+        stored = value[:tokens]
+        factor = torch.where((site > 0) & (site < here), stored, 0.0)
         if probing:
             at_probe = site == here
             # A token whose probe is elsewhere reads row 0, which is zero and in a near cache.
@@ -110,7 +111,7 @@ def add_gated(
             y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
             y = torch.where(invert > 0, 1.0 - y, y)
             factor = torch.where(at_probe, y, factor)
-            value[:tokens].copy_(torch.where(at_probe, y, value[:tokens]))
+            stored.copy_(torch.where(at_probe, y, stored))
         out = out + reads.steering_table[reads.gate_rows[:tokens, slot]].float() * (coefficient * factor)[:, None]
     return out
 

@@ -52,3 +52,28 @@ def test_a_request_that_comes_back_under_its_id_brings_its_own_steering() -> Non
     assert runtime.rows_in_use == 1
     group.join("a", None, ["a"])
     assert runtime.rows_in_use == 0
+
+
+def test_requests_that_leave_together_are_released_in_one_order_whatever_order_they_are_named_in() -> None:
+    digests = []
+    for order in (["a", "b", "c"], ["c", "a", "b"]):
+        runtime, group = members(3)
+        for number, name in enumerate(["a", "b", "c"]):
+            group.join(name, steering(float(number)), ["a", "b", "c"])
+        for name in order:
+            group.leave_soon(name)
+        assert runtime.rows_in_use == 3
+        group.settle()
+        assert runtime.rows_in_use == 0
+        digests.append(runtime.digest())
+    assert digests[0] == digests[1]
+
+
+def test_a_request_that_left_and_comes_back_at_once_is_admitted_anew() -> None:
+    runtime, group = members(1)
+    group.join("a", steering(1.0), ["a"])
+    group.leave_soon("a")
+    group.join("a", steering(2.0), ["a"])
+    assert runtime.rows_in_use == 1
+    group.settle()
+    assert runtime.rows_in_use == 1

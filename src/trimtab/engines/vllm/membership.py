@@ -17,6 +17,7 @@ class Membership:
         self._runtime, self._max_requests = runtime, max_requests
         self._members: dict[str, bool] = {}  # request id -> whether it is steered, in order of joining
         self._steered = 0
+        self._leaving: set[str] = set()
 
     def new(self, request_ids: Iterable[str]) -> Iterator[str]:
         """Those of `request_ids` that have not joined."""
@@ -24,6 +25,7 @@ class Membership:
 
     def join(self, request_id: str, steering: ResolvedSteering | None, batch: Container[str]) -> None:
         """Admit a request; `batch` are the requests that run now, which must not be made to leave."""
+        self.settle()
         self.leave((request_id,))
         if steering is not None:
             if self._steered >= self._max_requests:
@@ -39,3 +41,14 @@ class Membership:
             if self._members.pop(request_id, False):
                 self._steered -= 1
                 self._runtime.release(request_id)
+
+    def leave_soon(self, request_id: str) -> None:
+        """Release a request at the next `settle`: vLLM names those that finish together in an order of its own on each
+        rank, and which rows are reused first follows from the order of releases."""
+        self._leaving.add(request_id)
+
+    def settle(self) -> None:
+        """Release what was announced by `leave_soon`, in one order everywhere."""
+        if self._leaving:
+            self.leave(sorted(self._leaving))
+            self._leaving.clear()

@@ -31,7 +31,7 @@ def drive_v2(runner: Any, runtime: SteeringRuntime, settings: SteeringSettings, 
 
     def wrap_remove(original: Any) -> Any:
         def _remove_request(req_id: str) -> Any:
-            members.leave((req_id,))
+            members.leave_soon(req_id)
             return original(req_id)
 
         return _remove_request
@@ -49,6 +49,7 @@ def drive_v2(runner: Any, runtime: SteeringRuntime, settings: SteeringSettings, 
     def wrap_prepare(original: Any) -> Any:
         def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
             batch = original(*args, **kwargs)
+            members.settle()
             runtime.step(
                 batch.req_ids,
                 batch.num_computed_tokens_np,
