@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -261,3 +262,9 @@ def test_a_refusal_is_a_value_error_of_one_readable_line() -> None:
         Steering.parse(json.dumps(add(vector={"post_block": packed(data="A" * 100_000)})))
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 300
+
+
+def test_a_refusal_survives_the_way_between_processes() -> None:
+    error = SteeringError("interventions[0].scale", "got nan, want a number")
+    copy = ForkingPickler.loads(ForkingPickler.dumps(error))
+    assert (copy.field, copy.message, str(copy)) == (error.field, error.message, str(error))

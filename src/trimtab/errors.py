@@ -13,3 +13,6 @@ class SteeringError(ValueError):
         super().__init__(f"{field}: {message}" if field else message)
         self.field = field
         self.message = message
+
+    def __reduce__(self) -> tuple[type["SteeringError"], tuple[str, str]]:
+        return SteeringError, (self.field, self.message)  # engines send it from process to process
