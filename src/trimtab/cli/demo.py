@@ -20,6 +20,7 @@ def demo(
     quiet_transformers()
     import json
 
+    import torch
     from rich.console import Console
 
     from trimtab.demo import model_path
@@ -27,6 +28,7 @@ def demo(
     from trimtab.demo.run import run_demo, show, show_checks
     from trimtab.engines.transformers import SteeredModel
 
+    torch.set_num_threads(1)  # matrices this small gain little by a second thread, and lose much where cores are shared
     log = Console(stderr=True)
     result = run_demo(output, seed, log)
     told = "training a probe and generating behind a gate"
