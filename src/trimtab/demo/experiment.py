@@ -21,8 +21,8 @@ LAYERS = (2,)
 PAIRS = 96
 STRENGTH = {"sentiment": 0.6, "formality": 0.25}  # in mean differences
 SWEEP = (-1.5, -1.25, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # in multiples of STRENGTH
-COPIES = 12  # of each header in every column
-SWEEP_COPIES = 4  # of each header at every strength
+COPIES = 6  # of each header in every column
+SWEEP_COPIES = 2  # of each header at every strength
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 40}
 
 Direction = tuple[float, float]  # multiples of the sentiment vector and of the formality vector
