@@ -136,9 +136,11 @@ def test_a_request_whose_prompt_grows_is_refused_if_it_is_steered(front_end):
     doors.admit_params(front_end, SamplingParams(), resumable=True)
 
 
-def test_vllms_own_parser_knows_the_flags_and_ends_with_a_message_for_bad_ones(capsys):
+def test_vllms_own_parser_knows_the_flags_and_ends_with_a_message_for_bad_ones(capsys, tmp_path):
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    args = parser.parse_args(["--enable-steering", "--steering-layers", "1-2", "--additional-config", '{"other": 1}'])
+    model = ["--model", str(tmp_path)]  # a folder that exists: nothing is looked up elsewhere
+    more = ["--steering-layers", "1-2", "--additional-config", '{"other": 1}']
+    args = parser.parse_args([*model, "--enable-steering", *more])
     assert args.additional_config == {"other": 1, "steering": {"layers": "1-2"}}
     assert AsyncEngineArgs.from_cli_args(args).additional_config == args.additional_config
     with pytest.raises(SystemExit):

@@ -16,7 +16,7 @@ SCENARIOS = Path(__file__).parent / "scenarios"
 
 
 def run_scenario(
-    script: str, *arguments: str, runner: str = "v1", cache: Path | None = None, timeout: float = 500
+    script: str, *arguments: str, runner: str = "v1", cache: Path | None = None, timeout: float = 1000
 ) -> dict[str, Any]:
     """What `scenarios/<script>.py` reported, run with `arguments` on the model runner "v1" or "v2".
 
