@@ -18,8 +18,10 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM
 demo: $(VENV)/.base
 	$(BIN)/trimtab demo --output demo-output
 
+# Two runs: vLLM changes torch's settings in every process that imports it.
 test: $(VENV)/.vllm
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/engines/vllm $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile tests/engines/vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
