@@ -24,6 +24,9 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield MODULE
     sys.modules.pop(MODULE, None)
     sys.meta_path[:] = finders
+    for finder in finders:  # one that another test's `install` left there outlives this one
+        if isinstance(finder, compat._PatchingFinder):
+            finder.patches.pop(MODULE, None)
 
 
 def patch(first: tuple[str, ...] = ("self", "name"), exact: bool = False) -> Any:
