@@ -32,7 +32,7 @@ def baseline_apply_steering(args: SteeringOpArgs, out: Tensor) -> None:
 
 @triton.jit
 def _kernel(
-    hidden, table, index, any_active, scales, vec, token_scales, row_gate, probe, params, monitor_active, decode_mask,
+    hidden, table, index, any_active, scales, vec, token_scales, row_gate, probe, site_params, monitor_active, decode_mask,
     probe_table, row_params, row_active, out, width, hidden_s, table_s, index_s, tier_s, gate_s, decode_s, probe_s,
     out_s, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -55,9 +55,9 @@ def _kernel(
                 mask = start + lanes < width
                 block = tl.load(x + start + lanes, mask=mask, other=0.0).to(tl.float32)
                 score += block * tl.load(probe + start + lanes, mask=mask, other=0.0)
-            opening = tl.sigmoid(tl.load(params + 1) * (tl.sum(score, 0) - tl.load(params)))
+            opening = tl.sigmoid(tl.load(site_params + 1) * (tl.sum(score, 0) - tl.load(site_params)))
             tier *= opening
-            if tl.load(params + 2) != 0.0:
+            if tl.load(site_params + 2) != 0.0:
                 gate *= decode * opening + (1.0 - decode)
         if tl.load(row_active) != 0:
             score = tl.zeros([BLOCK], tl.float32)

@@ -30,7 +30,7 @@ class Stack(nn.Module):
     def __init__(self, width: int, buffers: SteeringBuffers | None, probing: range) -> None:
         super().__init__()
         weights = torch.randn(LAYERS, width, width, device="cuda", dtype=DTYPE) / width**0.5
-        self.weights = nn.ParameterList(weights)
+        self.weights = nn.ParameterList([*weights])
         self.norm = nn.Parameter(torch.ones(width, device="cuda", dtype=DTYPE))
         self.sites = nn.ModuleList(nn.Module() for _ in range(LAYERS))
         for number, module in enumerate(self.sites) if buffers is not None else ():
