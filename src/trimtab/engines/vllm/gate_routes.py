@@ -1,18 +1,16 @@
-"""HTTP routes of gates: the registry of probes, and what the gates of a request did. Below those of `routes`."""
+"""HTTP routes of gates: the registry of probes, and what the gates of a request did."""
 
 import asyncio
-import json
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from trimtab.engines.vllm.frontend import FrontEnd
-from trimtab.engines.vllm.registry import check_name
-from trimtab.engines.vllm.routes import Workers, describe_probe, read_body, refusal, served_front_end
+from trimtab.engines.vllm.registration import read_registration, refusal, served_front_end
+from trimtab.engines.vllm.registry import Entry
+from trimtab.engines.vllm.worker_status import Workers
 from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate, check_served
 from trimtab.spec import Gate
@@ -41,7 +39,9 @@ async def register_probe(request: Request) -> Response:
     """Register a probe under a name. Requests that are running keep what the name meant to them."""
     front_end = served_front_end()
     try:
-        name, probe = await _read_registration(request, front_end)
+        limit = 64 * 1024 + 64 * front_end.model.hidden_size
+        wanted = "a direction at one site, and perhaps its bias"
+        name, probe = await read_registration(request, "probe", limit, Probe.load, _parse_probe, wanted)
         check_probe(probe, front_end)
         previous = await asyncio.to_thread(front_end.probes.add, name, probe)
     except SteeringError as error:
@@ -62,6 +62,19 @@ async def delete_probe(name: str) -> Response:
     return JSONResponse({"name": name, "digest": removed.digest.hex(), "deleted": True})
 
 
+def describe_probe(entry: Entry[Probe]) -> dict[str, Any]:
+    """A registered probe as the routes show it."""
+    probe = entry.content
+    return {
+        "name": entry.name,
+        "digest": probe.digest.hex(),
+        "hidden_size": probe.vector.hidden_size,
+        "site": str(probe.site),
+        "bias": probe.bias,
+        "loaded_at_start": entry.at_start,
+    }
+
+
 def check_probe(probe: Probe, front_end: FrontEnd) -> None:
     """Refuse a probe that no gate could use here. Raises `SteeringError` at `probe`."""
     model = front_end.model
@@ -71,30 +84,7 @@ def check_probe(probe: Probe, front_end: FrontEnd) -> None:
     check_served(ResolvedGate.of(probe.vector, -probe.bias, 1.0), [], model.gates)
 
 
-async def _read_registration(request: Request, front_end: FrontEnd) -> tuple[str, Probe]:
-    body = await read_body(request, limit=64 * 1024 + 64 * front_end.model.hidden_size)
-    if request.headers.get("content-type", "").split(";")[0].strip() == "application/octet-stream":
-        name = check_name(request.query_params.get("name"), "name")
-        return name, await asyncio.to_thread(_load, body)
-    try:
-        data: Any = json.loads(body)
-    except ValueError as error:
-        raise SteeringError("", f"the body is neither JSON nor application/octet-stream: {error}") from error
-    if not isinstance(data, dict) or set(data) != {"name", "probe"}:
-        raise SteeringError("", 'want {"name": ..., "probe": {...}}')
-    name = check_name(data["name"], "name")
-    if not isinstance(data["probe"], Mapping):
-        raise SteeringError("probe", "want a direction at one site, and perhaps its bias, not a name")
-    probe = Gate(**dict[str, Any](probe=data["probe"], threshold=0.0)).probe
+def _parse_probe(content: Mapping[str, Any]) -> Probe:
+    probe = Gate(**dict[str, Any](probe=content, threshold=0.0)).probe
     assert isinstance(probe, Probe)
-    return name, probe
-
-
-def _load(body: bytes) -> Probe:
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
-        file = Path(folder) / "probe.safetensors"
-        file.write_bytes(body)
-        try:
-            return Probe.load(file)
-        except SteeringError as error:
-            raise SteeringError("probe", error.message) from error
+    return probe

@@ -11,12 +11,7 @@ All stand below /v1, which vLLM guards with `--api-key`. The front end they spea
 """
 
 import asyncio
-import json
-import logging
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -24,23 +19,17 @@ from fastapi.responses import JSONResponse, Response
 
 from trimtab.engines.vllm.doors import Exchange, current_front_end, exchange, set_gate_reporter
 from trimtab.engines.vllm.frontend import FrontEnd
+from trimtab.engines.vllm.gate_routes import add_gate_routes, describe_probe
 from trimtab.engines.vllm.metrics import metrics
-from trimtab.engines.vllm.registry import Entry, check_name
+from trimtab.engines.vllm.registration import read_registration, refusal, served_front_end
+from trimtab.engines.vllm.registry import Entry
+from trimtab.engines.vllm.worker_status import Workers
 from trimtab.errors import SteeringError
 from trimtab.sites import Phase, site_order
 from trimtab.spec import Steering
-from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
 RECEIPT_HEADER = b"x-trimtab-steering"
-
-WORKER_METHOD = "trimtab_status"
-GATES_METHOD = "trimtab_gates"
-
-_STATUS_AGE = 1.0  # seconds for which a scrape of /metrics reuses the last answer of the workers
-_STATUS_TIMEOUT = 5.0  # seconds
-
-logger = logging.getLogger("vllm.trimtab")
 
 
 def endpoint_plugin() -> "EndpointPlugin":
@@ -65,8 +54,6 @@ class EndpointPlugin:
         app.add_api_route("/v1/steering/vectors", self.list_vectors, methods=["GET"])
         app.add_api_route("/v1/steering/vectors", self.register_vector, methods=["POST"])
         app.add_api_route("/v1/steering/vectors/{name}", self.delete_vector, methods=["DELETE"])
-        from trimtab.engines.vllm.gate_routes import add_gate_routes
-
         add_gate_routes(app, self.workers)
         app.add_middleware(ExchangeMiddleware, workers=self.workers)  # vLLM's authentication is added later: outside
 
@@ -109,7 +96,9 @@ class EndpointPlugin:
         """Register content under a name. Requests that are running keep what the name meant to them."""
         front_end = served_front_end()
         try:
-            name, vector = await _read_registration(request, front_end)
+            limit = 64 * 1024 + 64 * front_end.model.hidden_size * len(front_end.model.sites)
+            wanted = "packed objects or lists per hook point"
+            name, vector = await read_registration(request, "vector", limit, SteeringVector.load, _parse_vector, wanted)
             check_fits(vector, front_end)
             previous = await asyncio.to_thread(front_end.registry.add, name, vector)
         except SteeringError as error:
@@ -130,46 +119,6 @@ class EndpointPlugin:
             return refusal(SteeringError("name", f"there is no vector {name!r:.160}; registered are: {known}"), 404)
         metrics().vectors(len(front_end.registry.vectors()))
         return JSONResponse({"name": name, "digest": removed.digest.hex(), "deleted": True})
-
-
-class Workers:
-    """Asks the workers for their state, at most once a second for the metrics page."""
-
-    def __init__(self) -> None:
-        self.client: Any = None
-        self._asked = -_STATUS_AGE
-
-    async def ask(self) -> list[dict[str, Any]]:
-        """One dict per worker, of the first engine if there are several."""
-        if self.client is None:
-            return []
-        answers = await self.client.collective_rpc(WORKER_METHOD, timeout=_STATUS_TIMEOUT)
-        return [answer for answer in answers if isinstance(answer, dict)]
-
-    async def gates(self, request_id: str) -> list[dict[str, Any]]:
-        """What each gate of a request did: from the worker that evaluated it; ranks that share one count the same."""
-        if self.client is None:
-            return []
-        answers = await self.client.collective_rpc(GATES_METHOD, timeout=_STATUS_TIMEOUT, args=(request_id,))
-        uses: dict[str, dict[str, Any]] = {}
-        for use in (use for answer in answers for use in answer):
-            if use["tokens"] >= uses.get(use["gate"], {"tokens": 0})["tokens"]:
-                uses[use["gate"]] = use
-        return [uses[gate] for gate in sorted(uses)]
-
-    async def refresh_metrics(self) -> None:
-        """Bring the gauges up to date; the page is served with the old ones where the workers do not answer."""
-        if time.monotonic() - self._asked < _STATUS_AGE:
-            return
-        self._asked = time.monotonic()
-        try:
-            statuses = await asyncio.wait_for(self.ask(), _STATUS_TIMEOUT)
-        except Exception as error:  # a metrics page must not fail because an engine is stopping
-            logger.warning("steering metrics are stale: %s", error)
-            return
-        metrics().workers(statuses)
-        if (front_end := current_front_end()) is not None:
-            metrics().vectors(len(front_end.registry.vectors()))
 
 
 class ExchangeMiddleware:
@@ -213,19 +162,6 @@ def describe(entry: Entry[SteeringVector]) -> dict[str, Any]:
     }
 
 
-def describe_probe(entry: Entry[Probe]) -> dict[str, Any]:
-    """A registered probe as the routes show it."""
-    probe = entry.content
-    return {
-        "name": entry.name,
-        "digest": probe.digest.hex(),
-        "hidden_size": probe.vector.hidden_size,
-        "site": str(probe.site),
-        "bias": probe.bias,
-        "loaded_at_start": entry.at_start,
-    }
-
-
 def check_fits(vector: SteeringVector, front_end: FrontEnd) -> None:
     """Refuse a vector that no request could use here. Raises `SteeringError` at `vector`."""
     try:
@@ -244,60 +180,13 @@ def check_workers(front_end: FrontEnd, workers: Sequence[Mapping[str, Any]]) -> 
         raise SteeringError("steering", f"no worker serves these sites: {', '.join(missing[:8])}")
 
 
-async def _read_registration(request: Request, front_end: FrontEnd) -> tuple[str, SteeringVector]:
-    body = await read_body(request, limit=64 * 1024 + 64 * front_end.model.hidden_size * len(front_end.model.sites))
-    if request.headers.get("content-type", "").split(";")[0].strip() == "application/octet-stream":
-        name = check_name(request.query_params.get("name"), "name")
-        return name, await asyncio.to_thread(_load_safetensors, body)
+def _parse_vector(content: Mapping[str, Any]) -> SteeringVector:
     try:
-        data = json.loads(body)
-    except ValueError as error:
-        raise SteeringError("", f"the body is neither JSON nor application/octet-stream: {error}") from error
-    if not isinstance(data, dict) or set(data) != {"name", "vector"}:
-        raise SteeringError("", 'want {"name": ..., "vector": {...}}')
-    name = check_name(data["name"], "name")
-    if not isinstance(data["vector"], Mapping):
-        raise SteeringError("vector", "want packed objects or lists per hook point, not a name")
-    spec = {"interventions": [{"kind": "add", "vector": data["vector"]}]}
-    try:
-        vector = Steering.parse(spec).interventions[0].vector
+        vector = Steering.parse({"interventions": [{"kind": "add", "vector": content}]}).interventions[0].vector
     except SteeringError as error:
         raise SteeringError(error.field.removeprefix("interventions[0]."), error.message) from error
     assert isinstance(vector, SteeringVector)
-    return name, vector
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise SteeringError("", f"the body is larger than a vector of this model can be ({limit} bytes)")
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _load_safetensors(body: bytes) -> SteeringVector:
-    with tempfile.TemporaryDirectory(prefix="trimtab-") as folder:
-        file = Path(folder) / "vector.safetensors"
-        file.write_bytes(body)
-        try:
-            return SteeringVector.load(file)
-        except SteeringError as error:
-            raise SteeringError("vector", error.message) from error
-
-
-def served_front_end() -> FrontEnd:
-    front_end = current_front_end()
-    assert front_end is not None, "the routes are attached only where steering is on"
-    return front_end
-
-
-def refusal(error: SteeringError, status: int = 400) -> Response:
-    kind = "NotFoundError" if status == 404 else "BadRequestError"
-    content = {"error": {"message": str(error), "type": kind, "param": error.field or None, "code": status}}
-    return JSONResponse(content, status)
+    return vector
 
 
 def _plain(value: Any) -> Any:
