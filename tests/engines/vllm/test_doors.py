@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm import compat_frontend, doors
+from trimtab.engines.vllm import compat_frontend, compat_patching, doors
 from trimtab.engines.vllm.frontend import AdmittedWire, FrontEnd
 from trimtab.engines.vllm.registry import VectorRegistry
 from trimtab.errors import SteeringError
@@ -61,7 +61,7 @@ def test_every_patch_fits_this_vllm_and_is_applied_once():
     compat_frontend.install(lambda config: None)
     compat_frontend.install_doors(lambda config: None)
     assert patched == [EngineArgs.add_cli_args, EngineArgs.create_engine_config, CompletionRequest.to_sampling_params]
-    assert compat_frontend._problems == []
+    assert compat_patching.problems == []
 
 
 def test_a_vllm_that_has_changed_is_noted_and_left_alone(monkeypatch):
@@ -69,11 +69,11 @@ def test_a_vllm_that_has_changed_is_noted_and_left_alone(monkeypatch):
         def to_sampling_params(self, renamed: int) -> None: ...
 
     before = Changed.to_sampling_params
-    monkeypatch.setattr(compat_frontend, "_problems", [])
-    assert compat_frontend._take(Changed, "to_sampling_params", ["self", "max_tokens"]) is None
-    assert compat_frontend._take(Changed, "gone", ["self"]) is None
+    monkeypatch.setattr(compat_patching, "problems", [])
+    assert compat_patching.take(Changed, "to_sampling_params", ["self", "max_tokens"]) is None
+    assert compat_patching.take(Changed, "gone", ["self"]) is None
     assert Changed.to_sampling_params is before
-    assert ["renamed" in compat_frontend._problems[0], "gone" in compat_frontend._problems[1]] == [True, True]
+    assert ["renamed" in compat_patching.problems[0], "gone" in compat_patching.problems[1]] == [True, True]
 
 
 @pytest.mark.parametrize(("kind", "body"), REQUESTS)

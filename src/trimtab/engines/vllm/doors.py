@@ -1,6 +1,6 @@
 """What happens at the doors of vLLM's front end: a request's spec is found, admitted, and replaced by its wire form.
 
-`compat_frontend` puts these functions into vLLM; this module says what they do.
+`compat_frontend` and `compat_http` put these functions into vLLM; this module says what they do.
 """
 
 import copy
