@@ -3,30 +3,11 @@
 from typing import Any
 
 import pytest
-from vllm_harness import run_scenario
+from vllm_harness import outcomes_of
 
 pytestmark = pytest.mark.vllm
 
-CASES = {  # runner, mode, requests: V2's interpreted kernels take 0.1 s a step and more with each request
-    "V1 eager": ("v1", "eager", 48),
-    "V1 compiled": ("v1", "compiled", 48),
-    "V2 eager": ("v2", "eager", 32),
-    "V2 compiled": ("v2", "compiled", 32),
-}
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, Any]:
-    return {}
-
-
-@pytest.fixture(params=CASES)
-def outcome(request: pytest.FixtureRequest, outcomes: dict[str, Any]) -> dict[str, Any]:
-    if request.param not in outcomes:
-        runner, mode, requests = CASES[request.param]
-        outcomes[request.param] = run_scenario("parity", mode, str(requests), runner=runner)
-    outcomes[request.param]["case"] = request.param
-    return outcomes[request.param]
+outcome = outcomes_of("parity", {"V1 eager": 48, "V1 compiled": 48, "V2 eager": 32, "V2 compiled": 32})
 
 
 def test_a_mixed_batch_answers_as_the_embedded_engine_does(outcome: dict[str, Any]) -> None:

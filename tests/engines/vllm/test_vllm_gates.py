@@ -3,30 +3,11 @@
 from typing import Any
 
 import pytest
-from vllm_harness import run_scenario
+from vllm_harness import outcomes_of, run_scenario
 
 pytestmark = pytest.mark.vllm
 
-CASES = {  # runner, mode, requests
-    "V1 eager": ("v1", "eager", 32),
-    "V1 compiled": ("v1", "compiled", 24),
-    "V2 eager": ("v2", "eager", 8),  # its interpreted kernels take 0.1 s a step and more with each request
-    "V2 compiled": ("v2", "compiled", 8),
-}
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, Any]:
-    return {}
-
-
-@pytest.fixture(params=CASES)
-def outcome(request: pytest.FixtureRequest, outcomes: dict[str, Any]) -> dict[str, Any]:
-    if request.param not in outcomes:
-        runner, mode, requests = CASES[request.param]
-        outcomes[request.param] = {"requests": requests, **run_scenario("gates", mode, str(requests), runner=runner)}
-    outcomes[request.param]["case"] = request.param
-    return outcomes[request.param]
+outcome = outcomes_of("gates", {"V1 eager": 32, "V1 compiled": 24, "V2 eager": 8, "V2 compiled": 8})
 
 
 def test_a_mixed_batch_answers_as_the_embedded_engine_does(outcome: dict[str, Any]) -> None:

@@ -9,10 +9,20 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SCENARIOS = Path(__file__).parent / "scenarios"
+
+CASES = {  # runner, mode
+    "V1 eager": ("v1", "eager"),
+    "V1 compiled": ("v1", "compiled"),
+    "V2 eager": ("v2", "eager"),
+    "V2 compiled": ("v2", "compiled"),
+}
 
 
 def run_scenario(
@@ -48,6 +58,25 @@ def run_scenario(
         outcome: dict[str, Any] = json.loads(report.read_text())
         outcome["log"] = done.stdout + done.stderr
         return outcome
+
+
+def outcomes_of(script: str, requests: Mapping[str, int]) -> Any:
+    """A module's fixture: what a scenario reported in each of `CASES`, run once each with its number of `requests`.
+
+    Fewer on V2, whose interpreted kernels take 0.1 s a step and more with each request.
+    """
+
+    @pytest.fixture(scope="module", params=CASES)
+    def outcome(request: pytest.FixtureRequest) -> dict[str, Any]:
+        runner, mode = CASES[request.param]
+        number = requests[request.param]
+        return {
+            **run_scenario(script, mode, str(number), runner=runner),
+            "case": request.param,
+            "requests": number,
+        }
+
+    return outcome
 
 
 def _tail(done: "subprocess.CompletedProcess[str]") -> str:

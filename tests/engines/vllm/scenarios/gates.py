@@ -14,10 +14,12 @@ from support import (
     engine,
     generate,
     oracle,
+    preemptions,
     random_prompts,
     random_spec,
     report,
     status,
+    tight_engine,
     tiny_model,
 )
 
@@ -156,17 +158,13 @@ def chunked(folder, model):
 
 
 def preempted(folder, model):
-    """A KV cache too small for the batch, prefix caching on: requests are thrown out and computed anew."""
+    """A batch that the KV cache has no room for: requests are thrown out and computed anew."""
     prompts = random_prompts([60 + i for i in range(8)], seed=5)
-    block = 2 * 32 * 2 * 16 * 4 * 4  # keys and values, block size, kv heads, head size, bytes, layers
-    llm = engine(
-        folder, steering=SETTINGS, kv_cache_memory_bytes=14 * block, max_num_seqs=8, max_model_len=128,
-        enable_prefix_caching=True, disable_log_stats=False,
-    )  # fmt: skip
+    llm = tight_engine(folder, steering=SETTINGS)
     found = generate(llm, prompts, gated_specs(), 40)
     return {
         "preempted": differences(found, oracle(model, prompts, gated_specs(), 40)),
-        "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+        "preemptions": preemptions(llm),
     }
 
 

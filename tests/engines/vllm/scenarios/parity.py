@@ -8,10 +8,12 @@ from support import (
     engine,
     generate,
     oracle,
+    preemptions,
     random_prompts,
     random_spec,
     report,
     status,
+    tight_engine,
     tiny_model,
 )
 
@@ -50,19 +52,14 @@ def _chunked(folder, model, prompts, specs):
 
 
 def _preempted(folder, model):
-    """A KV cache too small for the batch, prefix caching on: requests are thrown out and computed anew."""
+    """A batch that the KV cache has no room for: requests are thrown out and computed anew."""
     prompts = random_prompts([60 + i for i in range(8)], seed=5)
     specs = [random_spec(20 + i, phase=("all", "prefill", "decode")[i % 3]) if i % 4 else None for i in range(8)]
-    block = 2 * 32 * 2 * 16 * 4 * 4  # keys and values, block size, kv heads, head size, bytes, layers
-    llm = engine(
-        folder, steering={}, kv_cache_memory_bytes=14 * block, max_num_seqs=8, max_model_len=128,
-        enable_prefix_caching=True, disable_log_stats=False,
-    )  # fmt: skip
+    llm = tight_engine(folder, steering={})
     found = generate(llm, prompts, specs, 40)
-    preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     return {
         "preempted": differences(found, oracle(model, prompts, specs, 40)),
-        "preemptions": preemptions,
+        "preemptions": preemptions(llm),
         "after preemption": status(llm),
     }
 

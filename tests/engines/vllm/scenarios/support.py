@@ -128,6 +128,20 @@ def engine(folder: str, *, steering: Any = None, mode: str = "eager", **options:
     return LLM(model=folder, **(defaults | options))
 
 
+def tight_engine(folder: str, *, steering: Any) -> Any:
+    """An engine whose KV cache is too small for eight growing requests, prefix caching on: some are thrown out."""
+    block = 2 * 32 * 2 * 16 * 4 * 4  # keys and values, block size, kv heads, head size, bytes, layers
+    return engine(
+        folder, steering=steering, kv_cache_memory_bytes=14 * block, max_num_seqs=8, max_model_len=128,
+        enable_prefix_caching=True, disable_log_stats=False,
+    )  # fmt: skip
+
+
+def preemptions(llm: Any) -> int:
+    """How often a request was thrown out and computed anew."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+
 def generate(
     llm: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int] = 8
 ) -> list[list[int]]:
