@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from trimtab.cli import main
 from trimtab.demo import model_path
 from trimtab.sites import HookPoint, Site
-from trimtab.vectors import SteeringVector, VectorMetadata
+from trimtab.vectors import Probe, SteeringVector, VectorMetadata
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -154,7 +155,7 @@ def test_extract_writes_the_mean_difference_and_inspect_shows_it(run: Run, tmp_p
     assert (code, err) == (0, "")
     shown = json.loads(out)
     assert [(site["layer"], site["hook"]) for site in shown["sites"]] == [(0, "post_block"), (1, "post_block")]
-    assert shown["digest"] == found.digest.hex()
+    assert (shown["kind"], shown["digest"]) == ("vector", found.digest.hex())
     assert shown["metadata"]["token"] == "mean"
 
 
@@ -165,6 +166,33 @@ def test_inspect_draws_norms_to_scale(run: Run, vector: Path) -> None:
     assert bars[1] == 2 * bars[0] > 0
     for text in ("a-model", "by hand", "two lengths", "hidden size 128"):
         assert text in out
+
+
+def test_inspect_shows_a_probe_with_its_bias(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "anger.safetensors"
+    about = VectorMetadata("a-model", "logistic_regression", "two files", extra={"auroc": "0.97"})
+    probe = Probe.at(Site(7, HookPoint.PRE_ATTN), [3.0, 0.0, -4.0], bias=-0.25, metadata=about)
+    probe.save(path)
+    code, out, err = run("inspect", path)
+    assert (code, err) == (0, "")
+    for text in ("a probe, bias -0.25", "hidden size 3", probe.digest.hex()[:16], "pre_attn", "auroc: 0.97", "a-model"):
+        assert text in " ".join(out.split())  # the line is as wide as the path before it
+    code, out, err = run("inspect", path, "--json")
+    assert (code, err) == (0, "")
+    shown = json.loads(out)
+    assert (shown["kind"], shown["bias"], shown["hidden_size"]) == ("probe", -0.25, 3)
+    assert shown["sites"] == [{"layer": 7, "hook": "pre_attn", "norm": 5.0}]
+    assert shown["digest"] == probe.digest.hex()
+    assert shown["metadata"]["auroc"] == "0.97"
+
+
+def test_inspect_refuses_a_file_that_is_neither_vector_nor_probe(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file({"post_block.1": np.ones(4, np.float32)}, path, {"format": "pt"})
+    code, out, err = run("inspect", path)
+    assert (code, out) == (1, "")
+    assert "metadata.format: is 'pt', want 'trimtab-steering-vector' or 'trimtab-probe'" in err
+    assert str(path) in err
 
 
 @pytest.mark.parametrize(
@@ -215,9 +243,9 @@ def test_a_refusal_of_the_installed_script_has_no_traceback(tmp_path: Path) -> N
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(run: Run, monkeypatch: pytest.MonkeyPatch, vector: Path) -> None:
-    def broken(path: Path) -> SteeringVector:
+    def broken(vector: SteeringVector) -> dict[Site, float]:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(SteeringVector, "load", staticmethod(broken))
+    monkeypatch.setattr(SteeringVector, "norms", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("inspect", vector)

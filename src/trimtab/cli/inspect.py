@@ -1,4 +1,4 @@
-"""`trimtab inspect`: what a vector file holds."""
+"""`trimtab inspect`: what a vector file or a probe file holds."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +11,15 @@ BAR = 40
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A vector in any format that trimtab reads.")],
+    file: Annotated[Path, typer.Argument(help="A vector in any format that trimtab reads, or a probe.")],
     json_: Json = False,
 ) -> None:
-    """Show a vector file: its sites, the length of each direction, and its metadata."""
-    from trimtab.vectors import SteeringVector
+    """Show a vector or a probe: its sites, the length of each direction, its metadata; of a probe its bias too."""
+    from trimtab.vectors import Probe
+    from trimtab.vectors.files import load_vector_or_probe
 
-    vector = SteeringVector.load(file)
+    found = load_vector_or_probe(file)
+    vector, bias = (found.vector, found.bias) if isinstance(found, Probe) else (found, None)
     norms = vector.norms()
     metadata = {
         "base_model": vector.metadata.base_model,
@@ -29,8 +31,9 @@ def inspect(
         import json
 
         sites = [{"layer": site.layer, "hook": site.hook.value, "norm": norm} for site, norm in norms.items()]
-        found = {"hidden_size": vector.hidden_size, "digest": vector.digest.hex(), "sites": sites, "metadata": metadata}
-        typer.echo(json.dumps(found))
+        told = {"hidden_size": vector.hidden_size, "digest": found.digest.hex(), "sites": sites, "metadata": metadata}
+        kind = {"kind": "vector"} if bias is None else {"kind": "probe", "bias": bias}
+        typer.echo(json.dumps(kind | told))
         return
 
     from rich.console import Console
@@ -38,8 +41,8 @@ def inspect(
     from rich.text import Text
 
     console = Console(highlight=False)
-    layers = f"{len(norms)} site{'s' if len(norms) > 1 else ''}"
-    console.print(Text(f"{file}: {layers}, hidden size {vector.hidden_size}, digest {vector.digest.hex()[:16]}"))
+    what = f"{len(norms)} site{'s' if len(norms) > 1 else ''}" if bias is None else f"a probe, bias {bias:.6g}"
+    console.print(Text(f"{file}: {what}, hidden size {vector.hidden_size}, digest {found.digest.hex()[:16]}"))
     for key, value in metadata.items():
         if value:
             console.print(Text(f"  {key}: {value}"))

@@ -47,6 +47,17 @@ def load_probe(path: Path) -> Probe:
         return read_probe(path)
 
 
+def load_vector_or_probe(path: Path) -> SteeringVector | Probe:
+    """What a file holds, vector or probe, in any known format. Raises `SteeringError` naming the path otherwise."""
+    with _one_error(path, "cannot be read as a steering vector or a probe"):
+        _check_exists(path)
+        if path.suffix == ".safetensors" and not path.is_dir():  # the one format that both have
+            from trimtab.vectors.native import read_either
+
+            return read_either(path)
+        return _reader(path)(path)
+
+
 def save_probe(probe: Probe, path: Path) -> None:
     """Write the native format. Raises `SteeringError` for another suffix, and where the file cannot be written."""
     from trimtab.vectors.native import write_probe

@@ -24,6 +24,12 @@ def read_vector(path: Path) -> SteeringVector:
     return _read(path, VECTOR_FORMAT)[0]
 
 
+def read_either(path: Path) -> SteeringVector | Probe:
+    """The vector or the probe in a file, whichever it says it is. Raises `SteeringError` for other content."""
+    vector, metadata = _read(path, VECTOR_FORMAT, PROBE_FORMAT)
+    return _probe(vector, metadata) if metadata["format"] == PROBE_FORMAT else vector
+
+
 def write_probe(probe: Probe, path: Path) -> None:
     """As a vector of one site, with the bias in the metadata."""
     _write(probe.vector, path, PROBE_FORMAT, {"bias": repr(probe.bias)})
@@ -31,12 +37,7 @@ def write_probe(probe: Probe, path: Path) -> None:
 
 def read_probe(path: Path) -> Probe:
     """The probe in a file. Raises `SteeringError` for other content."""
-    vector, metadata = _read(path, PROBE_FORMAT)
-    try:
-        bias = float(metadata["bias"])
-    except (KeyError, ValueError):
-        raise SteeringError("metadata.bias", f"is {metadata.get('bias')!r:.80}, want a number") from None
-    return Probe(vector, bias)
+    return _probe(*_read(path, PROBE_FORMAT))
 
 
 def site_of_key(key: str) -> Site:
@@ -66,13 +67,22 @@ def _write(vector: SteeringVector, path: Path, kind: str, more: dict[str, str]) 
     save_file({f"{site.hook.value}.{site.layer}": row for site, row in vector.directions.items()}, path, metadata)
 
 
-def _read(path: Path, kind: str) -> tuple[SteeringVector, dict[str, str]]:
+def _probe(vector: SteeringVector, metadata: dict[str, str]) -> Probe:
+    try:
+        bias = float(metadata["bias"])
+    except (KeyError, ValueError):
+        raise SteeringError("metadata.bias", f"is {metadata.get('bias')!r:.80}, want a number") from None
+    return Probe(vector, bias)
+
+
+def _read(path: Path, *kinds: str) -> tuple[SteeringVector, dict[str, str]]:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != kind:
-            raise SteeringError("metadata.format", f"is {metadata.get('format')!r:.80}, want {kind!r}")
+        if metadata.get("format") not in kinds:
+            wanted = " or ".join(map(repr, kinds))
+            raise SteeringError("metadata.format", f"is {metadata.get('format')!r:.80}, want {wanted}")
         if metadata.get("version") != VERSION:
             said = f"{metadata.get('version')!r:.80}"
             raise SteeringError("metadata.version", f"is {said}, this release reads {VERSION!r}")
