@@ -149,7 +149,8 @@ def _patch_offline_beam_search() -> None:
 
 def _patch_endpoint_plugins() -> None:
     # Why: vLLM attaches a plugin's routes only if VLLM_PLUGINS names it, because routes widen what a server exposes. A
-    # server started with steering on has been asked for them. Until: a plugin can be named by other means.
+    # server started with steering on has been asked for them; one without it gets none, and refuses requests that ask
+    # for steering. Until: a plugin can be named by other means.
     import vllm.plugins as plugins
 
     original = take(plugins, "load_endpoint_plugins", ["supported_tasks"])
@@ -159,7 +160,7 @@ def _patch_endpoint_plugins() -> None:
     @functools.wraps(original)
     def load_endpoint_plugins(*args: Any, **kwargs: Any) -> Any:
         loaded = original(*args, **kwargs)
-        if doors.current_front_end() is not None and all(plugin.name != "trimtab" for plugin in loaded):
+        if all(plugin.name != "trimtab" for plugin in loaded):
             from trimtab.engines.vllm.routes import endpoint_plugin
 
             loaded.append(endpoint_plugin())

@@ -29,6 +29,9 @@ exchange: ContextVar[Exchange | None] = ContextVar("trimtab_exchange", default=N
 # The spec of an HTTP request whose own model has no place for it, on its way to the handler behind.
 forwarded: ContextVar[Any] = ContextVar("trimtab_forwarded", default=None)
 
+# The routes that steer what they answer, for messages; `guard` has all that take a spec.
+ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/inference/v1/generate")
+
 _current: FrontEnd | None = None
 
 _gate_reporter: Callable[[str], Awaitable[list[dict[str, Any]]]] | None = None
@@ -61,7 +64,35 @@ async def receipt_of(admission: Admission, request_id: str) -> dict[str, Any]:
 def given_by(request: Any) -> Any:
     """What an HTTP request says as `steering`: at the top of its body, or in `vllm_xargs`."""
     top = (request.model_extra or {}).get(FIELD)
-    return one_of(top, (getattr(request, "vllm_xargs", None) or {}).get(FIELD), "vllm_xargs")
+    return one_of(top, in_xargs(getattr(request, "vllm_xargs", None)), "vllm_xargs")
+
+
+def in_xargs(xargs: Any) -> Any:
+    """The `steering` in a request's `vllm_xargs`, which are JSON text where they come from a form."""
+    if isinstance(xargs, str):
+        try:
+            xargs = json.loads(xargs)
+        except ValueError:
+            return None  # vLLM refuses it, or never reads it
+    return xargs.get(FIELD) if isinstance(xargs, dict) else None
+
+
+def asking(body: Any) -> str | None:
+    """Where a request's JSON asks for steering, None if it does not."""
+    if not isinstance(body, dict):
+        return None
+    if body.get(FIELD) is not None:
+        return FIELD
+    return None if in_xargs(body.get("vllm_xargs")) is None else f"vllm_xargs.{FIELD}"
+
+
+def refusal_elsewhere(where: str, place: str) -> SteeringError:
+    """What a request is told that asks, at `place` in its body, for steering `where` nothing is steered."""
+    if (front_end := current_front_end()) is not None:
+        front_end.refuse("route")
+    remedy = f"leave the field out, or ask one of {', '.join(ANSWERING)}"
+    here = "" if front_end is not None else " of a server with --enable-steering"
+    return SteeringError(place, f"{where} cannot be steered: {remedy}{here}")
 
 
 def one_of(top: Any, inner: Any, place: str) -> Any:

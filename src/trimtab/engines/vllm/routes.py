@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from trimtab.engines.vllm.doors import Exchange, current_front_end, exchange, set_gate_reporter
 from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.gate_routes import add_gate_routes, describe_probe
+from trimtab.engines.vllm.guard import guard_routes
 from trimtab.engines.vllm.metrics import metrics
 from trimtab.engines.vllm.registration import read_registration, refusal, served_front_end
 from trimtab.engines.vllm.registry import Entry
@@ -47,7 +48,8 @@ class EndpointPlugin:
         self.workers = Workers()
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the routes; nothing where steering is off."""
+        """Guard the routes that are there, and add ours where steering is on."""
+        guard_routes(app)
         if current_front_end() is None:
             return
         app.add_api_route("/v1/steering", self.status, methods=["GET"])

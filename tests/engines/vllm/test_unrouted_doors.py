@@ -1,0 +1,161 @@
+"""Audio forms, realtime sessions and lines of batches, in vLLM's own classes and without an engine."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trimtab.engines.vllm import compat_frontend, doors
+from trimtab.engines.vllm.frontend import AdmittedWire, FrontEnd
+from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.vectors.vector import SteeringVector
+
+pytest.importorskip("vllm")
+
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.entrypoints.launchers import run_batch
+from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
+from vllm.entrypoints.speech_to_text.transcription import api_router as transcription
+from vllm.entrypoints.speech_to_text.translation import api_router as translation
+
+pytestmark = pytest.mark.vllm
+
+SPEC = {"interventions": [{"kind": "add", "vector": "calm", "scale": 2.0}]}
+UNKNOWN = {"interventions": [{"kind": "add", "vector": "nobody"}]}
+PLACES = ["steering", "vllm_xargs"]
+
+
+@pytest.fixture(autouse=True)
+def front_end() -> Iterator[FrontEnd]:
+    compat_frontend.install_doors(lambda config: None)
+    calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): np.arange(1.0, 9.0)})
+    front_end = FrontEnd(ModelSites(8, 2, frozenset({Site(0, HookPoint.POST_BLOCK)})), VectorRegistry({"calm": calm}))
+    doors.set_current_front_end(front_end)
+    yield front_end
+    doors.set_current_front_end(None)
+
+
+class Audio:
+    """Stands for vLLM's audio handlers, which need a model that hears: makes sampling parameters as they do."""
+
+    def __init__(self) -> None:
+        self.made: list[Any] = []
+
+    async def create(self, audio: bytes, request: Any, raw_request: Any) -> Any:
+        make = request.to_beam_search_params if request.use_beam_search else request.to_sampling_params
+        self.made.append(make(5, {}))
+        return ErrorResponse(error=ErrorInfo(message="no model", type="Test", code=418))
+
+    create_transcription = create_translation = create
+
+
+@pytest.fixture
+def audio() -> Audio:
+    return Audio()
+
+
+@pytest.fixture
+def client(audio: Audio) -> TestClient:
+    app = FastAPI()
+    app.include_router(transcription.router)
+    app.include_router(translation.router)
+    init_exception_handler(app)
+    app.state.openai_serving_transcription = app.state.openai_serving_translation = audio
+    app.state.enable_server_load_tracking = False
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    return TestClient(app)
+
+
+def form(place: str, spec: Any) -> dict[str, str]:
+    return {place: json.dumps(spec if place == "steering" else {"steering": json.dumps(spec)})}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/v1/audio/translations"])
+class TestAudioForms:
+    def send(self, client: TestClient, path: str, fields: dict[str, str]) -> Any:
+        return client.post(path, data={"model": "m", **fields}, files={"file": ("a.wav", b"RIFF")})
+
+    def test_a_spec_in_a_form_is_admitted(self, client: TestClient, audio: Audio, path: str, place: str) -> None:
+        assert self.send(client, path, form(place, SPEC)).status_code == 418
+        assert self.send(client, path, {}).status_code == 418
+        steered, plain = audio.made
+        assert isinstance(steered.extra_args["steering"], AdmittedWire)
+        assert not plain.extra_args
+
+    def test_a_bad_one_is_a_400_before_any_stream(
+        self, client: TestClient, audio: Audio, path: str, place: str
+    ) -> None:
+        answer = self.send(client, path, {"stream": "true", **form(place, UNKNOWN)})
+        assert (answer.status_code, audio.made) == (400, [])
+        assert answer.json()["error"]["param"] == "steering.interventions[0].vector"
+
+    def test_beam_search_is_refused(self, client: TestClient, audio: Audio, path: str, place: str) -> None:
+        answer = self.send(client, path, {"use_beam_search": "true", **form(place, SPEC)})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "use_beam_search")
+
+
+@pytest.mark.parametrize(
+    ("more", "place"),
+    [
+        ({"steering": SPEC}, "steering"),
+        ({"vllm_xargs": {"steering": json.dumps(SPEC)}}, "vllm_xargs.steering"),
+        ({"session": {"steering": SPEC}}, "steering"),
+    ],
+)
+def test_a_realtime_session_is_told_that_it_cannot_be_steered(more: dict[str, Any], place: str) -> None:
+    sent: list[str] = []
+
+    class Connection(RealtimeConnection):
+        def __init__(self) -> None:
+            self._is_model_validated = False
+
+        def _check_model(self, model: str | None) -> None:
+            return None
+
+        async def send_error(self, message: str, code: str | None = None) -> None:
+            sent.append(message)
+
+    connection = Connection()
+    update = {"type": "session.update", "model": "m"}
+    asyncio.run(connection.handle_event(update | more))
+    assert sent[0].startswith(f"{place}: a realtime session cannot be steered")
+    assert not connection._is_model_validated
+    asyncio.run(connection.handle_event(update))
+    assert (len(sent), connection._is_model_validated) == (1, True)
+
+
+class TestBatches:
+    def run(self, url: str, body: dict[str, Any]) -> Any:
+        async def answer(request: Any) -> Any:
+            if hasattr(request, "to_sampling_params"):
+                request.to_sampling_params(5, {})
+            return ErrorResponse(error=ErrorInfo(message="no model", type="Test", code=418))
+
+        line = run_batch.BatchRequestInput(custom_id="1", method="POST", url=url, body={"model": "m", **body})
+        return asyncio.run(run_batch.run_request(answer, line, run_batch.BatchProgressTracker())).response.status_code
+
+    @pytest.mark.parametrize("more", [{"steering": SPEC}, {"vllm_xargs": {"steering": json.dumps(SPEC)}}])
+    def test_a_line_that_is_not_sampled_is_refused(self, more: dict[str, Any]) -> None:
+        for url, body in {
+            "/v1/embeddings": {"input": "x"},
+            "/v1/score": {"text_1": "x", "text_2": "y"},
+            "/v1/rerank": {"query": "x", "documents": ["y"]},
+        }.items():
+            assert self.run(url, body) == 418
+            assert self.run(url, body | more) == 400
+
+    def test_a_line_that_is_sampled_is_admitted_or_refused_by_its_spec(self) -> None:
+        chat = {"messages": [{"role": "user", "content": "x"}]}
+        heard = {"file_url": "data:audio/wav;base64,AAAA"}
+        for url, body in {"/v1/chat/completions": chat, "/v1/audio/transcriptions": heard}.items():
+            assert self.run(url, body | {"steering": SPEC}) == 418
+            assert self.run(url, body | {"steering": UNKNOWN}) == 400
