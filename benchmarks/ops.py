@@ -3,6 +3,9 @@
     PYTHONPATH=src python3 benchmarks/ops.py --json benchmarks/results/ops.json
     PYTHONPATH=src python3 benchmarks/ops.py --tune --json tune.json     # times choices of launch sizes instead
 
+Choices are named "w8 r64 c4": warps, bound on registers per thread, and neighbouring tokens that a program takes at a
+time.
+
 Every number is taken inside a CUDA graph of 32 calls, divided by 32. Two memory conditions: "spread" over 32 distinct
 sites (hidden states, tables, probes and outputs of their own, so little stays in a cache), and "resident", 2 sites in
 turns, all of which the second-level cache holds. Three routings: "random" over 64 rows; in decode batches "distinct", a
@@ -10,10 +13,16 @@ row for each token; in prefill batches "runs", requests of 16 to 512 tokens, eac
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
+import statistics
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +43,7 @@ from trimtab.ops import (
     steering_op_args,
 )
 from trimtab.ops.kernels.apply_steering import launch_apply_steering
-from trimtab.ops.kernels.launch import Launch, multiprocessors
+from trimtab.ops.kernels.launch import Launch, shared_out
 from trimtab.sites import HookPoint, Site
 
 CALLS, RESIDENT_SITES = 32, 2
@@ -108,7 +117,15 @@ class Bench:
         torch.testing.assert_close(apply(*self.args[0]), self.out[0], rtol=2**-6, atol=1e-5)
 
     def each(self, call: Callable[[int], object]) -> torch.cuda.CUDAGraph:
-        return captured(lambda: [call(number % self.sites) for number in range(CALLS)])
+        """A graph of calls, site after site. Of what they return each site's last is held, so it has its own memory."""
+        held: dict[int, object] = {}
+
+        def calls() -> None:
+            held.clear()
+            for number in range(CALLS):
+                held[number % self.sites] = call(number % self.sites)
+
+        return captured(calls)
 
 
 def operator_rows(widths: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -153,37 +170,72 @@ def _monitor_rows(bench: Bench, width: int) -> list[dict[str, Any]]:
     return [record | {"scenario": "steering_monitor idle"} | idle, record | {"scenario": "steering_monitor"} | active]
 
 
+ELEMENTS_AND_REGISTERS = ((32, 128), (32, 96), (16, 64), (16, 72), (16, 80), (8, 40), (8, 48))  # per thread
+CHUNKS = (1, 2, 3, 4, 8)
+TUNING = [  # memory condition, sites, widths, tokens
+    ("resident", RESIDENT_SITES, (4096,), (1, 64, 256)),
+    ("spread", CALLS, (4096,), (64, 256, 2048, 8192)),
+    ("resident", RESIDENT_SITES, (2048, 8192), (1, 256)),
+    ("spread", CALLS, (2048, 8192), (2048, 8192)),
+]
+
+
+def choices(width: int, tokens: int, row_monitor: bool, device: torch.device) -> dict[str, Launch]:
+    """The launches to compare, by name. Two choices that come to the same launch are one."""
+    found: dict[str, Launch] = {}
+    for (per_thread, registers), most in itertools.product(ELEMENTS_AND_REGISTERS, CHUNKS):
+        warps = width // (32 * per_thread)
+        if width != 4096 and (registers, most) not in itertools.product((128, 64), (1, 2, 4)):
+            continue
+        sizes = shared_out(tokens, Launch(width, warps, registers, 1), most, device)
+        if sizes not in found.values():
+            found[f"w{warps} r{registers} c{sizes.chunk}"] = sizes
+    return found
+
+
+def compile_choice(width: int, row_monitor: bool, in_place: bool, sizes: Launch) -> None:
+    """Leave a variant in Triton's cache on disk, by running it on two tokens."""
+    bench = Bench(width, 2, row_monitor=row_monitor, sites=1)
+    launch_apply_steering(bench.args[0], bench.args[0].hidden_states if in_place else bench.out[0], sizes)
+    torch.cuda.synchronize()
+
+
+def compile_choices() -> None:
+    """All variants that `tuning_rows` runs, in several processes: one alone would mostly compile."""
+    device = torch.device("cuda", 0)
+    variants = {}
+    for width, row_monitor, in_place in itertools.product(WIDTHS, (False, True), (False, True)):
+        for sizes in choices(width, 8192, row_monitor, device).values():
+            variants[width, row_monitor, in_place, sizes.num_warps, sizes.registers] = dataclasses.replace(
+                sizes, programs=2, chunk=1
+            )
+    workers = min(12, os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pending = [pool.submit(compile_choice, *key[:3], sizes) for key, sizes in variants.items()]
+    for error in filter(None, (done.exception() for done in pending)):
+        print(f"not compiled ahead of time: {error}", file=sys.stderr)
+
+
 def tuning_rows() -> list[dict[str, Any]]:
-    """Every choice of warps, register bound and programs per multiprocessor, for the widths and sizes that matter."""
+    """One record per memory condition, width, number of tokens and scenario: the time of the copy and of each choice."""
     records = []
-    many = multiprocessors(torch.device("cuda", 0))
-    for width, tokens in itertools.product(WIDTHS, (1, 64, 256, 2048, 8192)):
-        for row_monitor in (False, True):
-            bench = Bench(width, tokens, row_monitor=row_monitor)
-            graphs = {}
-            for per_thread, registers, resident, in_place in itertools.product(
-                (8, 16, 32), (None, 64), (32, 64, None), (True, False)
-            ):
-                warps = width // per_thread // 32
-                if warps < 2 or (registers and per_thread != 16) or (warps == 32 and per_thread == 32):
-                    continue
-                programs = tokens if resident is None else min(tokens, many * max(1, resident // warps))
-                if resident is not None and programs == tokens and resident != 64:
-                    continue  # the same launch as another choice
-                if resident is None and tokens <= many * max(1, 64 // warps):
-                    continue
-                sizes = Launch(width, warps, registers, programs)
-                name = f"{'in' if in_place else 'out'} w{warps} r{registers or '-'} p{resident or 'all'}"
-                graphs[name] = bench.each(
-                    lambda s, b=bench, z=sizes, i=in_place: launch_apply_steering(
-                        b.args[s], b.args[s].hidden_states if i else b.out[s], z
+    for memory, sites, widths, sizes in TUNING:
+        for width, tokens, row_monitor in itertools.product(widths, sizes, (False, True)):
+            bench = Bench(width, tokens, row_monitor=row_monitor, sites=sites)
+            scenarios = ("row monitor",) if row_monitor else ("idle", "rows")
+            graphs = {"copy": bench.each(lambda s, b=bench: b.out[s].copy_(b.hidden[s]))}
+            for name, launch in choices(width, tokens, row_monitor, bench.hidden.device).items():
+                for in_place in (True, False):
+                    graphs[f"{'in' if in_place else 'out'} {name}"] = bench.each(
+                        lambda s, b=bench, z=launch, i=in_place: launch_apply_steering(
+                            b.args[s], b.args[s].hidden_states if i else b.out[s], z
+                        )
                     )
-                )
-            graphs["copy"] = bench.each(lambda s, b=bench: b.out[s].copy_(b.hidden[s]))
-            for scenario in ROW_MONITOR_SCENARIOS if row_monitor else ("idle", "rows", "rows, random"):
+            for scenario in scenarios:
                 bench.set(scenario)
-                timed = microseconds(graphs, CALLS, rounds=3, budget_ms=0.7)
-                records.append({"H": width, "N": tokens, "scenario": scenario, "choices": timed})
+                timed = microseconds(graphs, CALLS, rounds=5 if tokens <= DECODE else 3, budget_ms=0.7)
+                record = {"H": width, "N": tokens, "memory": memory, "scenario": scenario, "routing": bench.routing}
+                records.append(record | {"choices": timed})
             del graphs, bench
             torch.cuda.empty_cache()
     return records
@@ -281,13 +333,28 @@ def print_traced(records: list[dict[str, Any]]) -> None:
 
 
 def print_tuning(records: list[dict[str, Any]]) -> None:
+    """Of each record the choices in order, the six best and the worst; then how far each is from the best over all."""
+    behind: dict[tuple[Any, ...], list[float]] = {}
     for r in records:
-        choices = dict(r["choices"])
-        copy = choices.pop("copy")
+        copy = r["choices"]["copy"]
         for form in ("in", "out"):
-            best = sorted((t, name) for name, t in choices.items() if name.startswith(form + " "))
-            line = "  ".join(f"{name.split(' ', 1)[1]}={t:.2f}" for t, name in best[:4])
-            print(f"H={r['H']} N={r['N']} {r['scenario']} [{form}] copy={copy:.2f}: {line} .. {best[-1][0]:.2f}")
+            times = {n.removeprefix(form + " "): t for n, t in r["choices"].items() if n.startswith(form + " ")}
+            ranked = sorted(times, key=times.__getitem__)
+            shown = "  ".join(f"{name}={times[name]:.2f}" for name in [*ranked[:6], "..", ranked[-1]] if name in times)
+            print(f"{r['memory']:>9} H={r['H']} N={r['N']} {r['scenario']} [{form}] copy={copy:.2f}: {shown}")
+            if r["scenario"] == "idle" and form == "out":
+                continue
+            size = "small" if r["N"] <= DECODE else "large"
+            for name, taken in times.items():
+                key = (r["H"], size, r["scenario"], form, name if size == "large" else name.rpartition(" ")[0])
+                behind.setdefault(key, []).append(taken / times[ranked[0]])
+    for group in dict.fromkeys(key[:4] for key in behind):
+        rates = {key[4]: rate for key, rate in behind.items() if key[:4] == group}
+        most = max(map(len, rates.values()))
+        means = {name: statistics.geometric_mean(rate) for name, rate in rates.items() if len(rate) == most}
+        ranked = sorted(means, key=means.__getitem__)
+        shown = "  ".join(f"{name} {means[name]:.3f}" for name in ranked[:6])
+        print(f"H={group[0]} {group[1]} {group[2]} [{group[3]}], time over the best's, mean: {shown}")
 
 
 def main() -> int:
@@ -304,12 +371,15 @@ def main() -> int:
     result: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv)}
     print(result["machine"])
     if options.tune:
+        started = time.perf_counter()
+        compile_choices()
+        print(f"compiled in {time.perf_counter() - started:.0f} s")
         result["tuning"] = tuning_rows()
         print_tuning(result["tuning"])
     else:
         result["operators"] = operator_rows(WIDTHS[1:2] if options.quick else WIDTHS)
         print_operators(result["operators"])
-    if not options.no_traced:
+    if not options.tune and not options.no_traced:
         result["traced"] = traced_rows(4096, (64, 256))
         print_traced(result["traced"])
     if options.json:

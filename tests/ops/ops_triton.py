@@ -66,13 +66,22 @@ def recorded(module: Any, name: str) -> Iterator[RecordedKernel]:
         setattr(module, name, kernel)
 
 
+def machine_code(compiled: Any) -> list[str]:
+    """The instructions of the cubin."""
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?) *;", _cuobjdump(compiled, "-sass"))
+
+
 def resource_usage(compiled: Any) -> dict[str, int]:
     """Registers, stack and local bytes per thread, read from the cubin."""
+    report = _cuobjdump(compiled, "-res-usage")
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    assert set(usage) == {"REG", "STACK", "LOCAL"}, report
+    return usage
+
+
+def _cuobjdump(compiled: Any, option: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
-    assert set(usage) == {"REG", "STACK", "LOCAL"}, report
-    return usage
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout

@@ -1,8 +1,8 @@
 """What every kernel launch shares: arguments by name, sizes of the launch, and the device it runs on."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,15 +18,19 @@ MAX_WIDTH = 16384
 REGISTERS = 65536
 """Registers of a multiprocessor."""
 
+MOST_CHUNK = 4
+"""Neighbouring tokens that a program of `apply_steering` takes at a time where there are enough for all programs."""
 
-@dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True)
 class Launch:
-    """Sizes of one launch. All but `programs` select a compiled variant."""
+    """Sizes of one launch. All but `programs` and `chunk` select a compiled variant."""
 
     block: int  # elements of a row held at once, a power of two
     num_warps: int
     registers: int | None  # upper bound per thread; None leaves it to the compiler
-    programs: int  # among which the tokens are shared out
+    programs: int  # among which the tokens are shared out; each has at least one
+    chunk: int = 1  # neighbouring tokens that a program takes at a time
 
 
 def launch_sizes(width: int, tokens: int, device: torch.device) -> Launch:
@@ -46,17 +50,22 @@ def steering_launch_sizes(args: SteeringOpArgs) -> Launch:
 
     16 elements per thread: at 8 the loads of a token's few numbers, which every warp repeats, weigh too much. A wide
     row with its float32 probe takes 32, so that fewer threads share the registers. The bound on registers is the least
-    without spills, and the grid what is then resident at once: each program gets an equal run of tokens.
+    without spills, and the grid what is then resident at once.
     """
     tokens, width = args.hidden_states.shape
     block = triton.next_power_of_2(width)
     per_thread = 32 if block > (4096 if args.has_row_monitor else 8192) else 16
     num_warps = max(1, block // (32 * per_thread))
-    registers = 128 if per_thread == 32 else 64
-    if args.has_row_monitor and per_thread == 16:
-        registers = 96 if args.hidden_states.element_size() == 4 else 72
-    resident = REGISTERS // (32 * registers * num_warps)
-    return Launch(block, num_warps, registers, min(tokens, resident * multiprocessors(args.hidden_states.device)))
+    registers = (4 if args.hidden_states.element_size() == 2 else 6) * per_thread
+    return shared_out(tokens, Launch(block, num_warps, registers, 1), MOST_CHUNK, args.hidden_states.device)
+
+
+def shared_out(tokens: int, sizes: Launch, most_chunk: int, device: torch.device) -> Launch:
+    """`sizes` with the programs that `device` holds at once, and chunks of up to `most_chunk` if these get as many."""
+    assert sizes.registers is not None
+    resident = multiprocessors(device) * max(1, REGISTERS // (32 * sizes.num_warps * sizes.registers))
+    chunk = min(most_chunk, triton.cdiv(tokens, resident))
+    return dataclasses.replace(sizes, programs=min(triton.cdiv(tokens, chunk), resident), chunk=chunk)
 
 
 def named_arguments(kernel: Any, args: NamedTuple, **more: Tensor) -> dict[str, Any]:
