@@ -217,7 +217,7 @@ def compile_choices() -> None:
 
 
 def tuning_rows() -> list[dict[str, Any]]:
-    """One record per memory condition, width, number of tokens and scenario: the time of the copy and of each choice."""
+    """One record per memory condition, width, number of tokens and scenario: the times of the copy and all choices."""
     records = []
     for memory, sites, widths, sizes in TUNING:
         for width, tokens, row_monitor in itertools.product(widths, sizes, (False, True)):
