@@ -63,20 +63,36 @@ class Metrics:
         """How many names are registered."""
         self._vectors.set(number)
 
-    def workers(self, statuses: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what the workers report: the largest value, for late variants the sum."""
+    def workers(self, engines: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Take over what the workers of each engine report.
+
+        The ranks of an engine do the same: of an engine the largest value counts, except that kernels are compiled by
+        each rank for itself. Engines do different things, which add up.
+        """
         for key, gauge in self._gauges.items():
-            values = [status[key] for status in statuses if status.get(key) is not None]
-            if values:
-                gauge.set(sum(values) if key == "late_variants" else max(values))
-        # Ranks of one stage evaluate the same gates: the one that has counted most is up to date.
-        uses: dict[str, Mapping[str, Any]] = {}
-        for use in (use for status in statuses for use in status.get("gates") or ()):
-            if use["tokens"] >= uses.get(use["probe"], {"tokens": 0})["tokens"]:
-                uses[use["probe"]] = use
-        for probe, use in list(uses.items())[:MOST_PROBES]:
+            values = [[status[key] for status in workers if status.get(key) is not None] for workers in engines]
+            if any(values):
+                gauge.set(sum(sum(own) if key == "late_variants" else max(own) for own in values if own))
+        totals: dict[str, dict[str, float]] = {}
+        for workers in engines:
+            for probe, use in _gate_uses(workers).items():
+                total = totals.setdefault(probe, {"tokens": 0, "above_half": 0, "mean": 0.0})
+                tokens = total["tokens"] + use["tokens"]
+                if tokens:
+                    total["mean"] += (use["mean"] - total["mean"]) * use["tokens"] / tokens
+                total["tokens"], total["above_half"] = tokens, total["above_half"] + use["above_half"]
+        for probe, total in list(totals.items())[:MOST_PROBES]:
             for key, gauge in self._gates.items():
-                gauge.labels(probe).set(use[key])
+                gauge.labels(probe).set(total[key])
+
+
+def _gate_uses(workers: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What an engine's gates did, by probe. Ranks of one stage evaluate the same: who counted most is up to date."""
+    uses: dict[str, Mapping[str, Any]] = {}
+    for use in (use for status in workers for use in status.get("gates") or ()):
+        if use["tokens"] >= uses.get(use["probe"], {"tokens": 0})["tokens"]:
+            uses[use["probe"]] = use
+    return uses
 
 
 _metrics: Metrics | None = None

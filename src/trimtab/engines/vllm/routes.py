@@ -71,8 +71,7 @@ class EndpointPlugin:
     async def status(self) -> Response:
         """What this server steers, and the state of each worker."""
         front_end = served_front_end()
-        workers = await self.workers.ask()
-        digests = {worker.get("digest") for worker in workers}
+        engines = await self.workers.ask()
         sites = sorted(front_end.model.sites, key=site_order)
         return JSONResponse(
             {
@@ -85,8 +84,8 @@ class EndpointPlugin:
                     "probe_sites": list(map(str, sorted(front_end.model.gates.probe_sites, key=site_order))),
                 },
                 "default": None if front_end.default is None else front_end.default.model_dump(mode="json"),
-                "workers": [_plain(worker) for worker in workers],
-                "workers_agree": len(digests) == 1,
+                "workers": [{"engine": engine, **_plain(worker)} for engine in engines for worker in engines[engine]],
+                "workers_agree": all(len({worker.get("digest") for worker in own}) == 1 for own in engines.values()),
             }
         )
 
@@ -172,14 +171,13 @@ def check_fits(vector: SteeringVector, front_end: FrontEnd) -> None:
         raise SteeringError(error.field.removeprefix("interventions[0].") or "vector", error.message) from error
 
 
-def check_workers(front_end: FrontEnd, workers: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `SteeringError` if there are sites that requests may name and that no worker serves."""
+def check_workers(front_end: FrontEnd, engines: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
+    """Raise `SteeringError` if there are sites that requests may name and that no worker of an engine serves."""
     expected = {str(site) for site in front_end.model.sites}
-    served: set[str] = set()
-    for worker in workers:
-        served.update(worker.get("sites") or ())
-    if workers and (missing := sorted(expected - served)):
-        raise SteeringError("steering", f"no worker serves these sites: {', '.join(missing[:8])}")
+    for workers in engines.values():
+        served = {site for worker in workers for site in worker.get("sites") or ()}
+        if workers and (missing := sorted(expected - served)):
+            raise SteeringError("steering", f"no worker serves these sites: {', '.join(missing[:8])}")
 
 
 def _parse_vector(content: Mapping[str, Any]) -> SteeringVector:

@@ -18,26 +18,22 @@ logger = logging.getLogger("vllm.trimtab")
 
 
 class Workers:
-    """Asks the workers for their state, at most once a second for the metrics page."""
+    """Asks the workers of every engine for their state, at most once a second for the metrics page."""
 
     def __init__(self) -> None:
         self.client: Any = None
         self._asked = -_STATUS_AGE
 
-    async def ask(self) -> list[dict[str, Any]]:
-        """One dict per worker, of the first engine if there are several."""
-        if self.client is None:
-            return []
-        answers = await self.client.collective_rpc(WORKER_METHOD, timeout=_STATUS_TIMEOUT)
-        return [answer for answer in answers if isinstance(answer, dict)]
+    async def ask(self) -> dict[int, list[dict[str, Any]]]:
+        """The state of each worker, by the data-parallel rank of its engine: 0 where there is one engine."""
+        answers = await self._call(WORKER_METHOD)
+        return {engine: [state for state in states if isinstance(state, dict)] for engine, states in answers.items()}
 
     async def gates(self, request_id: str) -> list[dict[str, Any]]:
         """What each gate of a request did: from the worker that evaluated it; ranks that share one count the same."""
-        if self.client is None:
-            return []
-        answers = await self.client.collective_rpc(GATES_METHOD, timeout=_STATUS_TIMEOUT, args=(request_id,))
+        answers = await self._call(GATES_METHOD, request_id)
         uses: dict[str, dict[str, Any]] = {}
-        for use in (use for answer in answers for use in answer):
+        for use in (use for workers in answers.values() for worker in workers for use in worker):
             if use["tokens"] >= uses.get(use["gate"], {"tokens": 0})["tokens"]:
                 uses[use["gate"]] = use
         return [uses[gate] for gate in sorted(uses)]
@@ -48,10 +44,23 @@ class Workers:
             return
         self._asked = time.monotonic()
         try:
-            statuses = await asyncio.wait_for(self.ask(), _STATUS_TIMEOUT)
+            engines = await asyncio.wait_for(self.ask(), _STATUS_TIMEOUT)
         except Exception as error:  # a metrics page must not fail because an engine is stopping
             logger.warning("steering metrics are stale: %s", error)
             return
-        metrics().workers(statuses)
+        metrics().workers(list(engines.values()))
         if (front_end := current_front_end()) is not None:
             metrics().vectors(len(front_end.registry.vectors()))
+
+    async def _call(self, method: str, *args: Any) -> dict[int, list[Any]]:
+        """What each worker answers, by engine."""
+        if self.client is None:
+            return {}
+        core = self.client.engine_core
+        # Why not `collective_rpc`: it asks every engine, and returns what the first one answers. Until: it returns all.
+        calls = [
+            core._call_utility_async("collective_rpc", method, _STATUS_TIMEOUT, args, None, engine=engine)
+            for engine in core.core_engines
+        ]
+        ranks = [int.from_bytes(engine, "little") for engine in core.core_engines]  # vLLM names an engine by its rank
+        return dict(zip(ranks, await asyncio.gather(*calls), strict=True))

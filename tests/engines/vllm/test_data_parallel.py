@@ -1,0 +1,103 @@
+"""Two data-parallel engines behind one server: both are steered, and status, receipts and metrics know both."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from vllm_server import WIDTH, Oracle, Server, make_model
+
+from trimtab import Probe
+from trimtab.sites import HookPoint, Site
+
+pytestmark = pytest.mark.vllm
+
+RNG = np.random.default_rng(23)
+ROWS = RNG.normal(size=(8, WIDTH)).astype(np.float32)
+ANGER = Probe.at(Site(0, HookPoint.POST_BLOCK), RNG.normal(size=WIDTH))
+
+PROMPT = "w17 w203 w88 w41"
+
+COUNT = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data-parallel")
+    make_model(folder / "model")
+    ANGER.save(folder / "anger.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[httpx.Client]:
+    server = Server(
+        folder / "model", "--enable-steering", "--steering-probes", f"anger={folder / 'anger.safetensors'}",
+        "--data-parallel-size", "2", "--api-server-count", "1", log=folder / "server.log",
+    )  # fmt: skip
+    server.wait()
+    with server.client() as client:
+        yield client
+    server.stop()
+
+
+def ask(client: httpx.Client, engine: int, row: int, **more: Any) -> dict[str, Any]:
+    step = {"kind": "add", "vector": {"post_block": {"1": ROWS[row].tolist()}}, **more}
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0}
+    answer = client.post(
+        "/v1/completions",
+        json=body | {"steering": {"interventions": [step]}},
+        headers={"X-data-parallel-rank": str(engine)},
+    )
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def uploads(client: httpx.Client) -> dict[int, int]:
+    workers = client.get("/v1/steering").json()["workers"]
+    assert [(worker["engine"], worker["rank"]) for worker in workers] == [(0, 0), (1, 0)]
+    return {worker["engine"]: worker["row_uploads"] for worker in workers}
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    time.sleep(1.1)  # the page reuses what workers said for a second
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+def test_an_engine_steers_and_the_status_shows_which_one(client, folder, engine: int):
+    before = uploads(client)
+    expected = Oracle(folder / "model").words(PROMPT, COUNT, {1: ROWS[engine]}, {1: ROWS[engine]})
+    assert ask(client, engine, engine)["choices"][0]["text"].strip() == expected
+    after = uploads(client)
+    assert after[engine] > before[engine]
+    assert after[1 - engine] == before[1 - engine]
+
+
+def test_engines_that_saw_different_requests_are_in_order(client):
+    ask(client, 0, 2)
+    ask(client, 1, 3)
+    status = client.get("/v1/steering").json()
+    assert len({worker["digest"] for worker in status["workers"]}) == 2
+    assert status["workers_agree"] is True  # each engine's own, which is one here
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+def test_gates_report_from_the_engine_that_evaluated_them(client, engine: int):
+    tokens = metric(client, "trimtab_gate_tokens_total")
+    answer = ask(client, engine, 4, gate={"probe": "anger", "threshold": 0.5})
+    (told,) = answer["steering"]["gates"]
+    assert told["tokens"] == len(PROMPT.split()) + COUNT - 1
+    assert client.get(f"/v1/steering/gates/{answer['id']}").json()["gates"] == [told]
+    assert metric(client, "trimtab_gate_tokens_total") == tokens + told["tokens"]
+
+
+def test_metrics_add_up_over_engines(client):
+    workers = client.get("/v1/steering").json()["workers"]
+    assert metric(client, "trimtab_row_capacity") == sum(worker["capacity"] for worker in workers)
+    assert metric(client, "trimtab_row_uploads_total") == sum(uploads(client).values())
+    assert metric(client, "trimtab_rows_in_use") == 0
