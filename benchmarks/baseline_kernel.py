@@ -32,9 +32,9 @@ def baseline_apply_steering(args: SteeringOpArgs, out: Tensor) -> None:
 
 @triton.jit
 def _kernel(
-    hidden, table, index, any_active, scales, vec, token_scales, row_gate, probe, site_params, monitor_active, decode_mask,
-    probe_table, row_params, row_active, out, width, hidden_s, table_s, index_s, tier_s, gate_s, decode_s, probe_s,
-    out_s, BLOCK: tl.constexpr,
+    hidden, table, index, any_active, scales, vec, token_scales, row_gate, probe, site_params, monitor_active,
+    decode_mask, probe_table, row_params, row_active, out, width, hidden_s, table_s, index_s, tier_s, gate_s, decode_s,
+    probe_s, out_s, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)

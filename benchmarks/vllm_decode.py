@@ -1,10 +1,12 @@
-"""What steering costs in vLLM: a stock and a steered engine on one GPU, interleaved and repeated.
+"""What steering costs in vLLM: stock and steered engines on one GPU, interleaved and repeated.
 
-    python benchmarks/vllm_decode.py --shape llama-8b --output benchmarks/results/vllm_decode_h100.json
+    python benchmarks/vllm_decode.py --shape llama-8b --output benchmarks/results/vllm_decode_h200.json
+    python benchmarks/vllm_decode.py --gates --batches 1 256 --output benchmarks/results/vllm_gates_h200.json
 
-Per batch size, every repeat runs stock, then one steered case, then stock again, and so on through the cases; a ratio
-is taken against the two stock runs around it and the median over repeats is reported with its spread, so that drift of
-the machine cancels. GPU time is the sum of kernel times of traced steps, in separate runs.
+Per batch size, every repeat runs stock, then one other case, then stock again, and so on through the cases; a ratio is
+taken against the two stock runs around it and the median over repeats is reported with its spread, so that drift of the
+machine cancels. What remains of chance is shown by the case "stock, second engine": the same engine started twice.
+GPU time is the sum of kernel times of traced steps, in separate runs.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,12 @@ import numpy as np
 from vllm_engine import SHAPES, Case, EngineProcess, Measured, as_json
 
 DISTINCT = (1, 8, 64, 256)
+# Small enough to round away: with dummy weights, whose activations are tiny too, a vector that changes them makes all
+# requests alike, and a chip that works on equal numbers draws less power and clocks higher.
+STRENGTH = 1e-7
+PROBES = 64
+
+Run = tuple["EngineProcess", Case]
 
 
 def make_vectors(folder: Path, shape: str, count: int) -> dict[str, str]:
@@ -37,7 +46,7 @@ def make_vectors(folder: Path, shape: str, count: int) -> dict[str, str]:
     paths = {}
     for i in range(count):
         directions = {
-            Site(layer, HookPoint.POST_BLOCK): 0.02 * rng.standard_normal(hidden).astype(np.float32)
+            Site(layer, HookPoint.POST_BLOCK): STRENGTH * rng.standard_normal(hidden).astype(np.float32)
             for layer in range(layers)
         }
         path = folder / f"v{i}.safetensors"
@@ -46,8 +55,42 @@ def make_vectors(folder: Path, shape: str, count: int) -> dict[str, str]:
     return paths
 
 
+def make_probes(folder: Path, shape: str) -> dict[str, str]:
+    """Random probes at `post_block` of `probe_layer`, saved in the native format; name -> path."""
+    from trimtab.sites import HookPoint, Site
+    from trimtab.vectors.probe import Probe
+
+    rng = np.random.default_rng(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for i in range(PROBES):
+        direction = rng.standard_normal(SHAPES[shape]["hidden_size"]).astype(np.float32)
+        paths[f"p{i}"] = str(folder / f"p{i}.safetensors")
+        Probe.at(Site(probe_layer(shape), HookPoint.POST_BLOCK), direction).save(paths[f"p{i}"])
+    return paths
+
+
+def probe_layer(shape: str) -> int:
+    return min(12, int(SHAPES[shape]["num_hidden_layers"]) // 2)
+
+
 def named(i: int, scale: float = 1.0) -> dict[str, Any]:
     return {"interventions": [{"kind": "add", "vector": f"v{i}", "scale": scale}]}
+
+
+def gated(i: int, gates: int, layers: range) -> dict[str, Any]:
+    """Spec number `i`: `gates` vectors from the probes' layer on, each behind a gate of its own."""
+    return {
+        "interventions": [
+            {
+                "kind": "add",
+                "vector": f"v{(i + 64 * gate) % max(DISTINCT)}",
+                "layers": list(layers),
+                "gate": {"probe": f"p{(i + gate) % PROBES}", "threshold": i / 1e3, "sharpness": 1.0 + gate},
+            }
+            for gate in range(gates)
+        ]
+    }
 
 
 def steered_cases(batch: int, prompt: int, new: int) -> list[Case]:
@@ -62,41 +105,56 @@ def steered_cases(batch: int, prompt: int, new: int) -> list[Case]:
 
 
 class Comparison:
-    """Runs one workload on both engines, `repeats` times, and keeps every measurement."""
+    """Runs one workload on all engines, `repeats` times, and keeps every measurement."""
 
-    def __init__(self, stock: EngineProcess, steered: EngineProcess, repeats: int) -> None:
-        self.stock, self.steered, self.repeats = stock, steered, repeats
+    def __init__(self, engines: dict[str, EngineProcess], repeats: int) -> None:
+        self.engines, self.repeats = engines, repeats
+        self.stock = engines["stock"]
         self.records: list[dict[str, Any]] = []
 
     def decode(self, batch: int, prompt: int, new: int, *, trace: bool) -> None:
         base = Case("stock", batch, prompt, new)
-        cases = steered_cases(batch, prompt, new)
-        self._interleave(f"decode {batch}", base, cases, _median_step, trace)
+        self._interleave(f"decode {batch}", base, self._runs(base, steered_cases(batch, prompt, new)), _step, trace)
 
-    def prefill(self, tokens: int, *, trace: bool) -> None:
+    def prefill(self, tokens: int) -> None:
         base = Case("stock", 1, tokens, 1)
         cases = [Case("idle", 1, tokens, 1), Case("1 vectors", 1, tokens, 1, (named(0),))]
-        self._interleave(f"prefill {tokens}", base, cases, lambda m: m.first_step_ms, False)
+        self._interleave(f"prefill {tokens}", base, self._runs(base, cases), lambda m: m.first_step_ms, False)
 
     def throughput(self, requests: int, prompt: int, new: int) -> None:
         base = Case("stock", requests, prompt, new)
-        self._interleave(
-            f"throughput {requests}", base, steered_cases(requests, prompt, new), lambda m: m.total_s * 1e3, False
-        )
+        runs = self._runs(base, steered_cases(requests, prompt, new))
+        self._interleave(f"throughput {requests}", base, runs, lambda m: m.total_s * 1e3, False)
 
-    def _interleave(self, workload: str, base: Case, cases: list[Case], value: Any, trace: bool) -> None:
+    def gates(self, batch: int, prompt: int, new: int, layers: range, *, trace: bool) -> None:
+        base = Case("stock", batch, prompt, new)
+        runs = self._runs(base, [])
+        for limit in (1, 4):
+            engine = self.engines[f"gates {limit}"]
+            runs.append((engine, Case(f"gates {limit}, none used", batch, prompt, new)))
+            for used in (1, limit) if limit > 1 else (1,):
+                specs = tuple(gated(i, used, layers) for i in range(batch))
+                runs.append((engine, Case(f"gates {limit}, {used} used", batch, prompt, new, specs)))
+        self._interleave(f"decode {batch}", base, runs, _step, trace)
+
+    def _runs(self, base: Case, cases: list[Case]) -> list[Run]:
+        second = self.engines.get("second")
+        control = [(second, replace(base, name="stock, second engine"))] if second else []
+        return [*control, *((self.engines["steered"], case) for case in cases)]
+
+    def _interleave(self, workload: str, base: Case, runs: list[Run], value: Any, trace: bool) -> None:
         self.stock.run(base)
-        for case in cases:
-            self.steered.run(case)
-        ratios: dict[str, list[float]] = {case.name: [] for case in cases}
+        for engine, case in runs:
+            engine.run(case)
+        ratios: dict[str, list[float]] = {case.name: [] for _, case in runs}
         values: dict[str, list[float]] = {name: [] for name in ("stock", *ratios)}
         last: dict[str, Measured] = {}
         for repeat in range(self.repeats):
-            order = cases[repeat % len(cases) :] + cases[: repeat % len(cases)]
+            turn = repeat % len(runs)
             before = value(self.stock.run(base))
             values["stock"].append(before)
-            for case in order:
-                last[case.name] = self.steered.run(case)
+            for engine, case in runs[turn:] + runs[:turn]:
+                last[case.name] = engine.run(case)
                 values[case.name].append(value(last[case.name]))
                 last["stock"] = self.stock.run(base)
                 after = value(last["stock"])
@@ -105,8 +163,7 @@ class Comparison:
                 before = after
         gpu: dict[str, tuple[float | None, dict[str, list[float]]]] = {}
         if trace:
-            traced = {"stock": self.stock.run(base, trace=True)}
-            traced |= {case.name: self.steered.run(case, trace=True) for case in cases}
+            traced = {case.name: engine.run(case, trace=True) for engine, case in [(self.stock, base), *runs]}
             gpu = {name: (m.gpu_ms, m.kernels) for name, m in traced.items()}
         for name in values:
             record = {
@@ -122,7 +179,7 @@ class Comparison:
         rows = [r for r in self.records if r["workload"] == workload]
         stock_gpu = rows[0]["gpu_ms"]
         heads = ("ms", "overhead", "least", "most", "GPU ms", "GPU +", "plan us", "admit us")
-        print(f"\n{workload:16}" + "".join(f"{head:>10}" for head in heads))
+        print(f"\n{workload:22}" + "".join(f"{head:>10}" for head in heads))
         for r in rows:
             ratios, gpu, last = r["all_ratios"] or [1.0], r["gpu_ms"], r["last"]
             cells = [
@@ -130,10 +187,10 @@ class Comparison:
                 f"{gpu:.3f}" if gpu else "", f"{gpu / stock_gpu - 1:+.2%}" if gpu and stock_gpu else "",
                 f"{last['plan_us']:.1f}" if last["plan_us"] else "", f"{last['admit_us']:.1f}",
             ]  # fmt: skip
-            print(f"{r['case']:16}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+            print(f"{r['case']:22}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
 
 
-def _median_step(measured: Measured) -> float:
+def _step(measured: Measured) -> float:
     return statistics.median(measured.step_ms)
 
 
@@ -157,10 +214,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=16384, help="prompt length of the prefill case; 0 for none")
     parser.add_argument("--throughput", action="store_true", help="256 requests of 96 + 128 tokens, whole run")
+    parser.add_argument("--gates", action="store_true", help="engines with 1 and 4 gates per token instead")
+    parser.add_argument("--control", action="store_true", help="also a second stock engine, to see what chance does")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trace", action="store_true", help="also measure GPU time per step")
     parser.add_argument("--layers", default=None, help="steer only these layers, e.g. 8-24")
-    parser.add_argument("--cache-gib", type=int, default=12, help="KV cache of each of the two engines")
+    parser.add_argument("--cache-gib", type=int, default=8, help="KV cache of each engine")
     parser.add_argument("--attention", default="FLASH_ATTN", help="attention backend; empty for vLLM's choice")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -172,7 +231,7 @@ def main() -> None:
             "max_num_seqs": max([*arguments.batches, 256 if arguments.throughput else 1]),
             "max_num_batched_tokens": max(8192, arguments.prefill), "max_model_len": max(4096, arguments.prefill + 64),
             # a fixed cache: two engines that start together must not size theirs from the memory they see free
-            "kv_cache_memory_bytes": arguments.cache_gib << 30, "gpu_memory_utilization": 0.4,
+            "kv_cache_memory_bytes": arguments.cache_gib << 30, "gpu_memory_utilization": 0.3,
             "enable_prefix_caching": False,
         }  # fmt: skip
         if arguments.attention:
@@ -180,25 +239,38 @@ def main() -> None:
         steering: dict[str, Any] = {"vectors": vectors, "hook_points": ["post_block"]}
         if arguments.layers:
             steering["layers"] = arguments.layers
-        stock = EngineProcess("stock", arguments.shape, Path(folder), common)
-        steered = EngineProcess(
-            "steered", arguments.shape, Path(folder), common | {"additional_config": {"steering": steering}}
-        )
-        starts = {"stock_s": stock.wait_ready(), "steered_s": steered.wait_ready()}
+        gated_layers = range(probe_layer(arguments.shape), SHAPES[arguments.shape]["num_hidden_layers"])
+        configured: dict[str, dict[str, Any] | None] = {"stock": None}
+        if arguments.control:
+            configured["second"] = None
+        if arguments.gates:
+            probes = make_probes(Path(folder) / "probes", arguments.shape)
+            configured |= {f"gates {limit}": steering | {"gates": limit, "probes": probes} for limit in (1, 4)}
+        else:
+            configured["steered"] = steering
+        engines = {}
+        for name, settings in configured.items():
+            extra = {} if settings is None else {"additional_config": {"steering": settings}}
+            engines[name] = EngineProcess(name, arguments.shape, Path(folder), common | extra)
+        starts = {f"{name}_s": engine.wait_ready() for name, engine in engines.items()}
         print("started:", starts, flush=True)
-        comparison = Comparison(stock, steered, arguments.repeats)
+        comparison = Comparison(engines, arguments.repeats)
         try:
             for batch in arguments.batches:
-                comparison.decode(batch, arguments.prompt, arguments.new, trace=arguments.trace)
+                if arguments.gates:
+                    comparison.gates(batch, arguments.prompt, arguments.new, gated_layers, trace=arguments.trace)
+                else:
+                    comparison.decode(batch, arguments.prompt, arguments.new, trace=arguments.trace)
                 save(arguments, starts, comparison, started)
-            if arguments.prefill:
-                comparison.prefill(arguments.prefill - 64, trace=arguments.trace)
+            if arguments.prefill and not arguments.gates:
+                comparison.prefill(arguments.prefill - 64)
+                save(arguments, starts, comparison, started)
             if arguments.throughput:
                 comparison.throughput(256, 96, 128)
         finally:
             save(arguments, starts, comparison, started)
-            stock.close()
-            steered.close()
+            for engine in engines.values():
+                engine.close()
 
 
 def save(arguments: argparse.Namespace, starts: dict[str, float], comparison: Comparison, started: float) -> None:

@@ -17,8 +17,12 @@ from trimtab.ops.gates import GateBuffers
 from trimtab.ops.reference import ALL_TERMS, Terms
 from trimtab.sites import HookPoint, Site, site_order
 
-TOKEN_BYTES = 24
-"""Bytes of one token in the slab: int64 index, then float32 row gate, token scale, decode mask and one spare."""
+TOKEN_BYTES = 64
+"""Bytes of one token in the slab: int64 index, then float32 row gate, token scale and decode mask, 16 bytes apart.
+
+Compiled graphs and kernels take their inputs to be aligned. A compiled graph copies an input that is not, at every
+call: in vLLM, whose graphs are cut at each attention layer, that is one copy per layer and step.
+"""
 
 MONITOR_OFF = "steering_monitor_off"
 """Buffer that stands in for `steering_monitor_active` in cross-layer mode. Nothing ever writes it."""
@@ -177,7 +181,7 @@ class SteeringBuffers:
     row_probes: Tensor  # [S, R, H] float32 with the row monitor, else dummies [S, 1, 1]
     row_params: Tensor  # [S, R, 2] float32 with the row monitor, else dummies [S, 1, 2]
     row_monitor_active: Tensor  # [S, 1] bool
-    token_slab: Tensor  # [T, 24] uint8, contiguous: copying the first N rows sets all per-token values of a step
+    token_slab: Tensor  # [T, 64] uint8, contiguous: copying the first N rows sets all per-token values of a step
     index: Tensor  # [T] int64, a view of the slab like the three below
     row_gate: Tensor  # [T] float32
     token_scales: Tensor  # [T] float32
@@ -266,13 +270,13 @@ class SteeringBuffers:
 
 
 def token_views(slab: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Views of a [T, 24] uint8 slab: index (int64), row gate, token scale and decode mask (float32), each [T].
+    """Views of a [T, 64] uint8 slab: index (int64), row gate, token scale and decode mask (float32), each [T].
 
     Each has a storage object of its own over the slab's memory. Compilers track aliasing by storage, and these four
     never overlap: inside one storage, a graph in which the monitor multiplies two of them could not be compiled.
     """
     floats = slab.view(torch.float32)
-    views = slab.view(torch.int64)[:, 0], floats[:, 2], floats[:, 3], floats[:, 4]
+    views = slab.view(torch.int64)[:, 0], floats[:, 4], floats[:, 8], floats[:, 12]
     index, row_gate, token_scales, decode_mask = (torch.from_dlpack(view) for view in views)  # type: ignore[attr-defined]
     return index, row_gate, token_scales, decode_mask
 

@@ -32,7 +32,7 @@ def emit(
             reference.steering_monitor(monitor_op_args(module, hook, tokens))
         gates = traced_gates(module, hook, rest, probing=mode.probing) if gate_count(module) else None
         terms = mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer)
-        out = reference.apply_steering(args, terms, gates)
+        out = _stored(reference.apply_steering(args, terms, gates))
     else:
         if mode.cross_layer:
             torch.ops.trimtab.steering_monitor(*monitor_op_args(module, hook, tokens))
@@ -41,6 +41,17 @@ def emit(
         if gated:
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, out, tokens, rest))
     return out if hidden.dim() == 2 else out.reshape(hidden.shape)
+
+
+def _stored(out: Tensor) -> Tensor:
+    """`out`, which the compiler now computes once and stores in the model's dtype.
+
+    It would otherwise repeat the whole sum wherever it is used, or keep a float32 copy for that. A view by strides is
+    the one operation whose input a compiler must have in memory. It also lets the sum be computed where its inputs are
+    made, behind the norm that reads them too, instead of in front of the next one.
+    """
+    tokens, width = out.shape  # one by one: vLLM, which cuts the graph, would hand on a whole size as several arguments
+    return torch.as_strided(out, (tokens, width), (width, 1))
 
 
 def _operator(args: SteeringOpArgs, in_place: bool) -> Tensor:

@@ -13,8 +13,9 @@ from trimtab.ops.args import GateOpArgs, GateReads
 from trimtab.ops.reference import Gates
 from trimtab.sites import HookPoint, Site
 
-GATE_BYTES = 32
-"""Bytes of one gate of one token: int64 row, int32 probe and site, four float32 as in `GateReads.gate_params`."""
+GATE_BYTES = 64
+"""Bytes of one gate of one token: int64 row, int32 probe, int32 site and four float32 as in `GateReads.gate_params`,
+16 bytes apart for the reason that `TOKEN_BYTES` in `buffers` gives."""
 
 _SHARED = ("gate_rows", "gate_probes", "gate_sites", "gate_params", "gate_probe_table")
 
@@ -22,7 +23,7 @@ _SHARED = ("gate_rows", "gate_probes", "gate_sites", "gate_params", "gate_probe_
 class GateBuffers:
     """Device state of an engine's gates: G gates per token, T tokens, P probe rows, hidden size H."""
 
-    slab: Tensor  # [T, G * 32] uint8, contiguous: copying the first N rows sets the gates of a step
+    slab: Tensor  # [T, G * 64] uint8, contiguous: copying the first N rows sets the gates of a step
     rows: Tensor  # [T, G] int64, a view of the slab like the three below
     probes: Tensor  # [T, G] int32
     sites: Tensor  # [T, G] int32, counted from 1 in forward order
@@ -45,10 +46,11 @@ class GateBuffers:
         self.count = count
         self._numbers = {site: position + 1 for position, site in enumerate(sites)}
         self.slab = torch.zeros(max_tokens, count * GATE_BYTES, dtype=torch.uint8, device=device)
-        words = self.slab.view(torch.int64).view(max_tokens, count, 4)
-        halves = self.slab.view(torch.int32).view(max_tokens, count, 8)
-        floats = self.slab.view(torch.float32).view(max_tokens, count, 8)
-        self.rows, self.probes, self.sites, self.params = words[..., 0], halves[..., 2], halves[..., 3], floats[..., 4:]
+        words = self.slab.view(torch.int64).view(max_tokens, count, 8)
+        halves = self.slab.view(torch.int32).view(max_tokens, count, 16)
+        floats = self.slab.view(torch.float32).view(max_tokens, count, 16)
+        self.rows, self.probes, self.sites = words[..., 0], halves[..., 4], halves[..., 8]
+        self.params = floats[..., 12:]
         self.values = torch.zeros(count, -(-max_tokens // 4) * 4, dtype=torch.float32, device=device)
         # A storage object of its own per gate: compilers track what is written by storage, see `token_views`.
         self._values_of = [torch.from_dlpack(value) for value in self.values]  # type: ignore[attr-defined]

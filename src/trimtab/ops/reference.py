@@ -75,7 +75,7 @@ def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates 
     if terms.row_scales:
         row_gain = args.steering_scales[rows] * row_gain
 
-    out = x + args.steering_table[rows].float() * row_gain[:, None]
+    out = x + _table_rows(args.steering_table, rows) * row_gain[:, None]
     if terms.tier:
         out = out + args.steering_dynamic_vec.float() * token_gain[:, None]
     if gates is not None:
@@ -112,7 +112,7 @@ def add_gated(
             y = torch.where(invert > 0, 1.0 - y, y)
             factor = torch.where(at_probe, y, factor)
             stored.copy_(torch.where(at_probe, y, stored))
-        out = out + reads.steering_table[reads.gate_rows[:tokens, slot]].float() * (coefficient * factor)[:, None]
+        out = out + _table_rows(reads.steering_table, reads.gate_rows[:tokens, slot]) * (coefficient * factor)[:, None]
     return out
 
 
@@ -131,6 +131,19 @@ def steering_monitor(args: MonitorOpArgs) -> None:
     row_factor = torch.where(args.params[2] != 0, _decode_only(gate, args.steering_decode_mask[:tokens]), 1.0)
     args.steering_token_scales[:tokens].mul_(gate)
     args.steering_row_gate[:tokens].mul_(row_factor)
+
+
+def _table_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """`table[rows]` as float32 [N, H].
+
+    In a compiled graph tokens on row 0, which is zero, load nothing: a plain gather reads that row for each of them,
+    and waits for it.
+    """
+    if not torch.compiler.is_compiling():
+        return table[rows].float()
+    lanes = torch.arange(table.shape[1], device=table.device)
+    steered: Tensor = torch.ops.aten._unsafe_masked_index(table, (rows > 0)[:, None], [rows[:, None], lanes[None]], 0)
+    return steered.float()
 
 
 def _gate(x: Tensor, probe: Tensor, params: Tensor) -> Tensor:

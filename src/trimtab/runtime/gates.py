@@ -21,17 +21,13 @@ from trimtab.vectors.values import FloatArray
 
 # One gate of one token in `GateBuffers.slab`. A token without gates has zeros.
 GATE = np.dtype(
-    [
-        ("row", np.int64),
-        ("probe", np.int32),
-        ("site", np.int32),
-        ("coefficient", np.float32),
-        ("threshold", np.float32),
-        ("sharpness", np.float32),
-        ("invert", np.float32),
-    ]
+    {
+        "names": ["row", "probe", "site", "coefficient", "threshold", "sharpness", "invert"],
+        "formats": [np.int64, np.int32, np.int32, np.float32, np.float32, np.float32, np.float32],
+        "offsets": [0, 16, 32, 48, 52, 56, 60],
+        "itemsize": GATE_BYTES,
+    }
 )
-assert GATE.itemsize == GATE_BYTES
 
 
 class GateLanes:

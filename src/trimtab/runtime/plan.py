@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimtab.ops.buffers import TOKEN_BYTES
+
 IntArray = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int64]  # token records seen as 8-byte words: gathering and repeating words is a plain memcpy
 
 # One token's line of `SteeringBuffers.token_slab`. A row and its coefficient are one lane.
 TOKEN = np.dtype(
-    [
-        ("index", np.int64),
-        ("row_gate", np.float32),
-        ("token_scale", np.float32),
-        ("decode_mask", np.float32),
-        ("spare", np.float32),
-    ]
+    {
+        "names": ["index", "row_gate", "token_scale", "decode_mask"],
+        "formats": [np.int64, np.float32, np.float32, np.float32],
+        "offsets": [0, 16, 32, 48],
+        "itemsize": TOKEN_BYTES,
+    }
 )
 TOKEN_WORDS = TOKEN.itemsize // 8
 
