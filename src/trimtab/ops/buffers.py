@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trimtab.ops.args import NO_THRESHOLD, MonitorOpArgs, SteeringOpArgs
 from trimtab.ops.gates import GateBuffers
+from trimtab.ops.gather import teach_inductor
 from trimtab.ops.reference import ALL_TERMS, Terms
 from trimtab.sites import HookPoint, Site, site_order
 
@@ -38,11 +39,14 @@ class Emission(NamedTuple):
     traced: bool = False  # the reference's math inside a compiled graph, instead of the opaque operator
     terms: Terms = ALL_TERMS  # what the traced form computes
     cross_layer: bool = False  # a site's probe gates that site and everything after it, instead of that site alone
+    monitor_at: HookPoint | None = None  # the one hook point that evaluates its probe for that; None is every one
     probing: bool = True  # whether the traced form reads gates' probes here, or only what earlier sites read
 
 
 def set_emission(module: nn.Module, mode: Emission) -> None:
     """Choose how `module` steers. To be called before the module is first traced."""
+    if mode.traced:
+        teach_inductor()
     module._steering_emission = mode  # type: ignore[assignment]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trimtab.ops.args import GateReads, MonitorOpArgs, SteeringOpArgs, check_monitor_args, check_steering_args
+from trimtab.ops.gather import table_rows
 
 
 class Terms(NamedTuple):
@@ -75,7 +76,7 @@ def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates 
     if terms.row_scales:
         row_gain = args.steering_scales[rows] * row_gain
 
-    out = x + _table_rows(args.steering_table, rows) * row_gain[:, None]
+    out = x + table_rows(args.steering_table, rows).float() * row_gain[:, None]
     if terms.tier:
         out = out + args.steering_dynamic_vec.float() * token_gain[:, None]
     if gates is not None:
@@ -112,38 +113,32 @@ def add_gated(
             y = torch.where(invert > 0, 1.0 - y, y)
             factor = torch.where(at_probe, y, factor)
             stored.copy_(torch.where(at_probe, y, stored))
-        out = out + _table_rows(reads.steering_table, reads.gate_rows[:tokens, slot]) * (coefficient * factor)[:, None]
+        out = (
+            out
+            + table_rows(reads.steering_table, reads.gate_rows[:tokens, slot]).float() * (coefficient * factor)[:, None]
+        )
     return out
 
 
-def steering_monitor(args: MonitorOpArgs) -> None:
+def steering_monitor(args: MonitorOpArgs, terms: Terms = ALL_TERMS) -> None:
     """Multiply the site's gate into the first N per-token factors, in place.
 
         y = sigmoid(sharpness * (hidden[i] . probe - threshold))
         token_scales[i] *= y;    row_gate[i] *= m * y + (1 - m)  where gate_rows,    m = decode_mask[i]
 
-    so a prefill token's row keeps its full strength. Nothing changes where `monitor_active` is False.
+    so a prefill token's row keeps its full strength. Nothing changes where `monitor_active` is False, nor for a token
+    whose scale and mask are 0, whatever its hidden state: padding may hold anything, and factors outlast a step.
     """
     check_monitor_args(args)
     tokens = args.hidden_states.shape[0]
     gate = _gate(args.hidden_states.float(), args.probe, args.params)
     gate = torch.where(args.monitor_active, gate, 1.0)
-    row_factor = torch.where(args.params[2] != 0, _decode_only(gate, args.steering_decode_mask[:tokens]), 1.0)
-    args.steering_token_scales[:tokens].mul_(gate)
-    args.steering_row_gate[:tokens].mul_(row_factor)
-
-
-def _table_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """`table[rows]` as float32 [N, H].
-
-    In a compiled graph tokens on row 0, which is zero, load nothing: a plain gather reads that row for each of them,
-    and waits for it.
-    """
-    if not torch.compiler.is_compiling():
-        return table[rows].float()
-    lanes = torch.arange(table.shape[1], device=table.device)
-    steered: Tensor = torch.ops.aten._unsafe_masked_index(table, (rows > 0)[:, None], [rows[:, None], lanes[None]], 0)
-    return steered.float()
+    decode = args.steering_decode_mask[:tokens]
+    gates_row = (args.params[2] != 0) & (decode != 0)
+    args.steering_row_gate[:tokens].mul_(torch.where(gates_row, _decode_only(gate, decode), 1.0))
+    if terms.tier:
+        scales = args.steering_token_scales[:tokens]
+        scales.mul_(torch.where(scales != 0, gate, 1.0))
 
 
 def _gate(x: Tensor, probe: Tensor, params: Tensor) -> Tensor:

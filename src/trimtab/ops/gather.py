@@ -1,0 +1,68 @@
+"""Rows of a table by number inside compiled graphs, where row 0 is zero and never read.
+
+    torch.ops.trimtab.table_rows(Tensor table, Tensor rows) -> Tensor      table [R, H], rows [N] int64 -> [N, H]
+
+An operator of its own, because of what a compiler makes of PyTorch's: a plain gather reads row 0 for every token that
+nobody steers and waits for it, and a masked one reads the number of the row once per element, so that it cannot load
+neighbouring elements together. `teach_inductor` says how to do it; it stays fused with everything around it.
+"""
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("trimtab")
+
+_library = torch.library.Library("trimtab", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("table_rows(Tensor table, Tensor rows) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("table_rows", lambda table, rows: table[rows], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+def _fake(table: Tensor, rows: Tensor) -> Tensor:
+    return table.new_empty(rows.shape[0], table.shape[1])
+
+
+torch.library.register_fake("trimtab::table_rows", _fake, lib=_library)
+
+
+def table_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """`table[rows]` [N, H], where row 0 must be zero."""
+    if not torch.compiler.is_compiling():
+        return table[rows]
+    found: Tensor = torch.ops.trimtab.table_rows(table, rows)
+    return found
+
+
+@cache
+def teach_inductor() -> None:
+    """Make torch.compile generate code for `table_rows`. To be called before a steered module is first compiled.
+
+    Where this torch has another Inductor than the one known here, the operator stays opaque to it: right, but slower.
+    """
+    try:
+        from torch._inductor.ir import Pointwise
+        from torch._inductor.lowering import register_lowering
+        from torch._inductor.virtualized import ops
+    except ImportError as error:
+        logger.warning("Steering will be slower than it could be: this torch's Inductor is not known (%s)", error)
+        return
+
+    def lower(table: Any, rows: Any) -> Any:
+        load_value, load_row = table.make_loader(), rows.make_loader()
+        max_rows, width = table.get_size()
+
+        def value(place: Any) -> Any:
+            token, lane = place
+            row = load_row([token])  # outside the mask: once per token
+            at = ops.indirect_indexing(row, max_rows, check=False, wrap_neg=False)
+            steered = ops.gt(row, ops.constant(0, torch.int64))
+            return ops.masked(steered, lambda: load_value([at, lane]), 0.0)
+
+        return Pointwise.create(
+            device=table.get_device(), dtype=table.get_dtype(), inner_fn=value, ranges=[rows.get_size()[0], width]
+        )
+
+    register_lowering(torch.ops.trimtab.table_rows.default, type_promotion_kind=None)(lower)
