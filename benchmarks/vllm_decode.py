@@ -1,7 +1,7 @@
 """What steering costs in vLLM: stock and steered engines on one GPU, interleaved and repeated.
 
-    python benchmarks/vllm_decode.py --shape llama-8b --output benchmarks/results/vllm_decode_h200.json
-    python benchmarks/vllm_decode.py --gates --batches 1 256 --output benchmarks/results/vllm_gates_h200.json
+    python benchmarks/vllm_decode.py --engines steered second --output benchmarks/results/vllm_decode_h200.json
+    python benchmarks/vllm_decode.py --engines steered gates v1 --few --output benchmarks/results/vllm_gates_h200.json
 
 Per batch size, every repeat runs stock, then one other case, then stock again, and so on through the cases; a ratio is
 taken against the two stock runs around it and the median over repeats is reported with its spread, so that drift of the
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import tempfile
@@ -31,6 +30,7 @@ DISTINCT = (1, 8, 64, 256)
 # requests alike, and a chip that works on equal numbers draws less power and clocks higher.
 STRENGTH = 1e-7
 PROBES = 64
+GATES = 4  # per token, the engine's default
 
 Run = tuple["EngineProcess", Case]
 
@@ -93,57 +93,67 @@ def gated(i: int, gates: int, layers: range) -> dict[str, Any]:
     }
 
 
-def steered_cases(batch: int, prompt: int, new: int) -> list[Case]:
-    """Idle, 1 to 256 distinct vectors (as far as the batch holds them), and one vector at distinct scales."""
+def steered_cases(batch: int, prompt: int, new: int, few: bool = False) -> list[Case]:
+    """Idle, 1 to 256 distinct vectors (as far as the batch holds them), and one vector at distinct scales.
+
+    `few` leaves out all but the first and the most vectors.
+    """
     cases = [Case("idle", batch, prompt, new)]
-    for count in DISTINCT:
-        if count <= batch:
-            cases.append(Case(f"{count} vectors", batch, prompt, new, tuple(named(i) for i in range(count))))
-    if batch > 1:
+    fitting = [count for count in DISTINCT if count <= batch]
+    for count in fitting[-1:] if few else fitting:
+        cases.append(Case(f"{count} vectors", batch, prompt, new, tuple(named(i) for i in range(count))))
+    if batch > 1 and not few:
         cases.append(Case("scales", batch, prompt, new, tuple(named(0, 1 + i / batch) for i in range(batch))))
+    return cases
+
+
+def gated_cases(batch: int, prompt: int, new: int, layers: range) -> list[Case]:
+    """None, one and four gates per request, every request with specs of its own."""
+    cases = [Case("gates, none used", batch, prompt, new)]
+    for used in (1, GATES):
+        specs = tuple(gated(i, used, layers) for i in range(batch))
+        cases.append(Case(f"gates, {used} used", batch, prompt, new, specs))
     return cases
 
 
 class Comparison:
     """Runs one workload on all engines, `repeats` times, and keeps every measurement."""
 
-    def __init__(self, engines: dict[str, EngineProcess], repeats: int) -> None:
-        self.engines, self.repeats = engines, repeats
-        self.stock = engines["stock"]
+    def __init__(self, engines: dict[str, EngineProcess], arguments: argparse.Namespace) -> None:
+        self.engines, self.repeats, self.trace, self.few = engines, arguments.repeats, arguments.trace, arguments.few
+        self.layers = range(probe_layer(arguments.shape), SHAPES[arguments.shape]["num_hidden_layers"])
         self.records: list[dict[str, Any]] = []
 
-    def decode(self, batch: int, prompt: int, new: int, *, trace: bool) -> None:
+    def decode(self, batch: int, prompt: int, new: int) -> None:
         base = Case("stock", batch, prompt, new)
-        self._interleave(f"decode {batch}", base, self._runs(base, steered_cases(batch, prompt, new)), _step, trace)
+        runs = self._runs(base, steered_cases(batch, prompt, new, self.few))
+        if "gates" in self.engines:
+            runs += [(self.engines["gates"], case) for case in gated_cases(batch, prompt, new, self.layers)]
+        self._interleave(f"decode {batch}", base, runs, _step, trace=self.trace)
+        if "v1" in self.engines:
+            runs = [(self.engines["v1"], case) for case in steered_cases(batch, prompt, new, self.few)]
+            self._interleave(f"V1 decode {batch}", base, runs, _step, trace=self.trace, stock="v1 stock")
 
     def prefill(self, tokens: int) -> None:
         base = Case("stock", 1, tokens, 1)
         cases = [Case("idle", 1, tokens, 1), Case("1 vectors", 1, tokens, 1, (named(0),))]
-        self._interleave(f"prefill {tokens}", base, self._runs(base, cases), lambda m: m.first_step_ms, False)
+        self._interleave(f"prefill {tokens}", base, self._runs(base, cases), lambda m: m.first_step_ms)
 
     def throughput(self, requests: int, prompt: int, new: int) -> None:
         base = Case("stock", requests, prompt, new)
         runs = self._runs(base, steered_cases(requests, prompt, new))
-        self._interleave(f"throughput {requests}", base, runs, lambda m: m.total_s * 1e3, False)
-
-    def gates(self, batch: int, prompt: int, new: int, layers: range, *, trace: bool) -> None:
-        base = Case("stock", batch, prompt, new)
-        runs = self._runs(base, [])
-        for limit in (1, 4):
-            engine = self.engines[f"gates {limit}"]
-            runs.append((engine, Case(f"gates {limit}, none used", batch, prompt, new)))
-            for used in (1, limit) if limit > 1 else (1,):
-                specs = tuple(gated(i, used, layers) for i in range(batch))
-                runs.append((engine, Case(f"gates {limit}, {used} used", batch, prompt, new, specs)))
-        self._interleave(f"decode {batch}", base, runs, _step, trace)
+        self._interleave(f"throughput {requests}", base, runs, lambda m: m.total_s * 1e3)
 
     def _runs(self, base: Case, cases: list[Case]) -> list[Run]:
         second = self.engines.get("second")
         control = [(second, replace(base, name="stock, second engine"))] if second else []
-        return [*control, *((self.engines["steered"], case) for case in cases)]
+        return [*control, *((self.engines["steered"], case) for case in cases if "steered" in self.engines)]
 
-    def _interleave(self, workload: str, base: Case, runs: list[Run], value: Any, trace: bool) -> None:
-        self.stock.run(base)
+    def _interleave(
+        self, workload: str, base: Case, runs: list[Run], value: Any, *, trace: bool = False, stock: str = "stock"
+    ) -> None:
+        reference = self.engines[stock]
+        reference.run(base)
         for engine, case in runs:
             engine.run(case)
         ratios: dict[str, list[float]] = {case.name: [] for _, case in runs}
@@ -151,19 +161,19 @@ class Comparison:
         last: dict[str, Measured] = {}
         for repeat in range(self.repeats):
             turn = repeat % len(runs)
-            before = value(self.stock.run(base))
+            before = value(reference.run(base))
             values["stock"].append(before)
             for engine, case in runs[turn:] + runs[:turn]:
                 last[case.name] = engine.run(case)
                 values[case.name].append(value(last[case.name]))
-                last["stock"] = self.stock.run(base)
+                last["stock"] = reference.run(base)
                 after = value(last["stock"])
                 values["stock"].append(after)
                 ratios[case.name].append(values[case.name][-1] / ((before + after) / 2))
                 before = after
         gpu: dict[str, tuple[float | None, dict[str, list[float]]]] = {}
         if trace:
-            traced = {case.name: engine.run(case, trace=True) for engine, case in [(self.stock, base), *runs]}
+            traced = {case.name: engine.run(case, trace=True) for engine, case in [(reference, base), *runs]}
             gpu = {name: (m.gpu_ms, m.kernels) for name, m in traced.items()}
         for name in values:
             record = {
@@ -202,7 +212,7 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
         "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
-        "vllm": vllm.__version__, "runner": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "default"),
+        "vllm": vllm.__version__,
     }  # fmt: skip
 
 
@@ -214,8 +224,11 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--prefill", type=int, default=16384, help="prompt length of the prefill case; 0 for none")
     parser.add_argument("--throughput", action="store_true", help="256 requests of 96 + 128 tokens, whole run")
-    parser.add_argument("--gates", action="store_true", help="engines with 1 and 4 gates per token instead")
-    parser.add_argument("--control", action="store_true", help="also a second stock engine, to see what chance does")
+    parser.add_argument(
+        "--engines", nargs="+", choices=("steered", "second", "gates", "v1"), default=["steered"],
+        help="beside stock: steered; a second stock one, to see what chance does; with gates; both on the V1 runner",
+    )  # fmt: skip
+    parser.add_argument("--few", action="store_true", help="only idle and the most distinct vectors")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trace", action="store_true", help="also measure GPU time per step")
     parser.add_argument("--layers", default=None, help="steer only these layers, e.g. 8-24")
@@ -231,7 +244,7 @@ def main() -> None:
             "max_num_seqs": max([*arguments.batches, 256 if arguments.throughput else 1]),
             "max_num_batched_tokens": max(8192, arguments.prefill), "max_model_len": max(4096, arguments.prefill + 64),
             # a fixed cache: two engines that start together must not size theirs from the memory they see free
-            "kv_cache_memory_bytes": arguments.cache_gib << 30, "gpu_memory_utilization": 0.3,
+            "kv_cache_memory_bytes": arguments.cache_gib << 30, "gpu_memory_utilization": 0.12,
             "enable_prefix_caching": False,
         }  # fmt: skip
         if arguments.attention:
@@ -239,30 +252,25 @@ def main() -> None:
         steering: dict[str, Any] = {"vectors": vectors, "hook_points": ["post_block"]}
         if arguments.layers:
             steering["layers"] = arguments.layers
-        gated_layers = range(probe_layer(arguments.shape), SHAPES[arguments.shape]["num_hidden_layers"])
-        configured: dict[str, dict[str, Any] | None] = {"stock": None}
-        if arguments.control:
-            configured["second"] = None
-        if arguments.gates:
-            probes = make_probes(Path(folder) / "probes", arguments.shape)
-            configured |= {f"gates {limit}": steering | {"gates": limit, "probes": probes} for limit in (1, 4)}
-        else:
-            configured["steered"] = steering
+        probed = steering | {"probes": make_probes(Path(folder) / "probes", arguments.shape), "gates": GATES}
+        v1, v2 = ({"VLLM_USE_V2_MODEL_RUNNER": value} for value in "01")
+        configured: dict[str, tuple[dict[str, Any] | None, dict[str, str]]] = {"stock": (None, v2)}
+        choices = {"steered": (steering, v2), "second": (None, v2), "gates": (probed, v2), "v1": (steering, v1)}
+        configured |= {name: choices[name] for name in arguments.engines}
+        if "v1" in arguments.engines:
+            configured["v1 stock"] = (None, v1)
         engines = {}
-        for name, settings in configured.items():
+        for name, (settings, environment) in configured.items():
             extra = {} if settings is None else {"additional_config": {"steering": settings}}
-            engines[name] = EngineProcess(name, arguments.shape, Path(folder), common | extra)
-        starts = {f"{name}_s": engine.wait_ready() for name, engine in engines.items()}
-        print("started:", starts, flush=True)
-        comparison = Comparison(engines, arguments.repeats)
+            engines[name] = EngineProcess(name, arguments.shape, Path(folder), common | extra, environment)
+        starts = {name: engine.wait_ready() for name, engine in engines.items()}
+        print("seconds to start:", starts, flush=True)
+        comparison = Comparison(engines, arguments)
         try:
             for batch in arguments.batches:
-                if arguments.gates:
-                    comparison.gates(batch, arguments.prompt, arguments.new, gated_layers, trace=arguments.trace)
-                else:
-                    comparison.decode(batch, arguments.prompt, arguments.new, trace=arguments.trace)
+                comparison.decode(batch, arguments.prompt, arguments.new)
                 save(arguments, starts, comparison, started)
-            if arguments.prefill and not arguments.gates:
+            if arguments.prefill:
                 comparison.prefill(arguments.prefill - 64)
                 save(arguments, starts, comparison, started)
             if arguments.throughput:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import traceback
@@ -73,11 +74,14 @@ class Measured:
 class EngineProcess:
     """Handle of an engine in its own process; `run` and `close` block until it has answered."""
 
-    def __init__(self, name: str, shape: str, folder: Path, engine_args: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, shape: str, folder: Path, engine_args: dict[str, Any], environment: dict[str, str]
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, shape, str(folder), engine_args), name=name)
+        arguments = (theirs, shape, str(folder), engine_args, environment)
+        self._process = context.Process(target=_serve, args=arguments, name=name)
         self._process.start()
 
     def wait_ready(self) -> float:
@@ -103,7 +107,8 @@ class EngineProcess:
         return answer
 
 
-def _serve(pipe: Connection, shape: str, folder: str, engine_args: dict[str, Any]) -> None:
+def _serve(pipe: Connection, shape: str, folder: str, engine_args: dict[str, Any], environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # before vLLM is imported
     try:
         started = time.perf_counter()
         engine = _Engine(shape, Path(folder), engine_args)

@@ -1,0 +1,60 @@
+"""Runs another scenario on a CUDA device: `python on_gpu.py parity V2 graphs 48`. Prints one line per finding.
+
+Arguments: scenario (parity or gates); runner (V1 or V2); eager, graphs (full CUDA graphs for decode) or piecewise;
+number of requests. The oracle stays on the CPU in float32, so attention must multiply in float32 on the device too.
+"""
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main(scenario: str, runner: str, mode: str, requests: int) -> int:
+    scratch = Path(tempfile.mkdtemp(prefix="trimtab-gpu-"))
+    os.environ |= {
+        "TRIMTAB_TEST_SCRATCH": str(scratch),
+        "TRIMTAB_TEST_REPORT": str(scratch / "report.json"),
+        "TRITON_F32_DEFAULT": "ieee",
+        "VLLM_CACHE_ROOT": str(scratch / "cache"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "V2" else "0",
+    }
+    import support
+
+    support._COMMON.update(num_attention_heads=2, num_key_value_heads=1)  # kernels want heads of 32 values and more
+    engine = support.engine
+
+    def on_device(folder, *, mode="eager", **options):
+        options = {"attention_config": {"backend": "TRITON_ATTN"}, "gpu_memory_utilization": 0.03, **options}
+        if mode == "piecewise":
+            options["compilation_config"] = {"mode": 3, "cudagraph_mode": "PIECEWISE"}
+        return engine(folder, mode=mode, **options)
+
+    support.engine = on_device
+    module = importlib.import_module(scenario)
+    module.engine = on_device
+    module.main(mode, requests)
+    return _told(scenario, runner, mode, json.loads((scratch / "report.json").read_text()))
+
+
+def _told(scenario: str, runner: str, mode: str, outcome: dict) -> int:
+    """Print what was found; 1 if an answer differed."""
+    compared = ("mixed", "unsteered", "again", "alone", "reloaded", "chunked", "preempted")
+    found = {name: len(outcome[name]) for name in compared if name in outcome}
+    counts = {name: outcome[name] for name in outcome if name.startswith("differs") or name.startswith("steered")}
+    totals = outcome.get("totals") == outcome.get("tokens")
+    late = outcome["status"][0]["late_variants"]
+    print(
+        f"{scenario:7} {runner} {mode:9} answers that differ from the embedded engine's: {found}; {counts}; "
+        f"preemptions {outcome.get('preemptions', '-')}; gate totals {'right' if totals else 'WRONG'}; "
+        f"late variants {late}",
+        flush=True,
+    )
+    return int(any(found.values()) or not totals or late > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:4], int(sys.argv[4])))
