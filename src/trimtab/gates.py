@@ -129,6 +129,16 @@ def check_served(gate: ResolvedGate, sites: Iterable[Site], limits: GateLimits) 
             )
 
 
+def check_monitor(gate: ResolvedGate) -> None:
+    """Raise `SteeringError` at `hard` where a gate cannot be a monitor.
+
+    A monitor is a gate of an engine instead of an intervention: on decode tokens, and from its probe's site on, it
+    multiplies all steering that stands behind no gate of its own. It is part of the identity of what it acts on.
+    """
+    if gate.hard:
+        raise SteeringError("hard", "a monitor opens gradually: leave `hard` out, and give a large `sharpness`")
+
+
 def rows_needed(max_requests: int, gates: int) -> int:
     """Rows of each table for any `max_requests` requests: a row per phase and one per gate and phase, and row 0."""
     return 1 + 2 * max_requests * (1 + gates)

@@ -201,18 +201,34 @@ def _distinct(gates: Iterable[ResolvedGate]) -> list[ResolvedGate]:
 
 @dataclass(frozen=True)
 class ResolvedSteering:
-    """A request's steering with every name resolved: one program for prefill tokens, one for decode tokens."""
+    """A request's steering with every name resolved: one program for prefill tokens, one for decode tokens.
+
+    `monitor` is the hex digest of the engine's monitor, "" where it has none.
+    """
 
     prefill: PhaseProgram
     decode: PhaseProgram
+    monitor: str = ""
 
     def program(self, phase: Phase) -> PhaseProgram:
         """The program of one phase."""
         return self.prefill if phase == Phase.PREFILL else self.decode
 
     def identity(self, phase: Phase) -> str:
-        """Hex digest of all that changes the KV of that phase's tokens; "" where they are not steered."""
-        return self.program(Phase(phase)).identity
+        """Hex digest of all that changes the KV of that phase's tokens; "" where they are not steered.
+
+        A monitor acts on decode tokens alone, so behind one equal programs of both phases are not equal steering.
+        """
+        identity = self.program(Phase(phase)).identity
+        if Phase(phase) == Phase.PREFILL or not self.monitored:
+            return identity
+        whole = b"trimtab monitored program 1\0" + bytes.fromhex(self.monitor) + bytes.fromhex(identity)
+        return hashlib.sha256(whole).hexdigest()
+
+    @property
+    def monitored(self) -> bool:
+        """Whether the engine's monitor acts on this: on what decode tokens receive behind no gate of its own."""
+        return bool(self.monitor and self.decode.terms)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:

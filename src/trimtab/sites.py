@@ -55,12 +55,14 @@ class GateLimits:
 
 @dataclass(frozen=True)
 class ModelSites:
-    """What an engine can steer: the model's width and depth, the sites that its graph really reads, and its gates."""
+    """What an engine can steer: the model's width and depth, the sites that its graph really reads, its gates, and the
+    hex digest of its monitor, if all of it stands behind one (see `trimtab.gates.check_monitor`)."""
 
     hidden_size: int
     num_layers: int
     sites: frozenset[Site]
     gates: GateLimits = GateLimits()
+    monitor: str = ""
 
     @property
     def hook_points(self) -> tuple[HookPoint, ...]:

@@ -189,7 +189,7 @@ class Steering(_Model):
             if term.gate is not None:
                 with _below(f"interventions[{index}].gate"):
                     check_served(term.gate, term.vector.sites, model.gates)
-        resolved = self._programs(terms)
+        resolved = replace(self._programs(terms), monitor=model.monitor)
         resolved.check_gate_count(model.gates, "interventions")
         return resolved
 
@@ -199,7 +199,10 @@ class Steering(_Model):
         vectors: Mapping[str, SteeringVector] | None = None,
         probes: Mapping[str, Probe] | None = None,
     ) -> str:
-        """Hex digest of all that changes the KV of that phase's tokens; "" where the spec leaves them unsteered."""
+        """Hex digest of all that changes the KV of that phase's tokens; "" where the spec leaves them unsteered.
+
+        In an engine with a monitor the identity of decode tokens is another: see `ResolvedSteering.identity`.
+        """
         return self._programs(self._terms(vectors or {}, probes)).identity(Phase(phase))
 
     def _terms(self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, Probe] | None) -> list[Term]:

@@ -17,9 +17,10 @@ def emit(
 
     A module without buffers for the hook returns `hidden` itself, and a compiled graph then holds nothing of ours.
     How the module steers is set by its `Emission` (see `trimtab.ops.buffers`). `rest`, of the same shape, is what must
-    be added to `hidden` to make the stream that a gate's probe reads, where the model keeps it in two parts. `in_place`
-    lets the operator write into `hidden`, so an idle site costs a launch and no copy; callers must use the returned
-    tensor in either case.
+    be added to `hidden` to make the stream that a probe reads, where the model keeps it in two parts: for gates and for
+    the monitor in cross-layer mode; the monitors that are part of the operator read `hidden` alone. `in_place` lets the
+    operator write into `hidden`, so an idle site costs a launch and no copy; callers must use the returned tensor in
+    either case.
     """
     if not has_steering(module, hook):
         return hidden
@@ -27,15 +28,18 @@ def emit(
     rest = None if rest is None else rest.reshape(tokens.shape)
     mode = emission(module)
     args = steering_op_args(module, hook, tokens)
+    monitor = None
+    if mode.cross_layer and mode.monitor_at in (None, hook):
+        monitor = monitor_op_args(module, hook, tokens if rest is None else tokens.float() + rest.float())
     if mode.traced and torch.compiler.is_compiling():
-        if mode.cross_layer:
-            reference.steering_monitor(monitor_op_args(module, hook, tokens))
+        if monitor is not None:
+            reference.steering_monitor(monitor, mode.terms)
         gates = traced_gates(module, hook, rest, probing=mode.probing) if gate_count(module) else None
         terms = mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer)
         out = _stored(reference.apply_steering(args, terms, gates))
     else:
-        if mode.cross_layer:
-            torch.ops.trimtab.steering_monitor(*monitor_op_args(module, hook, tokens))
+        if monitor is not None:
+            torch.ops.trimtab.steering_monitor(*monitor)
         gated = gate_count(module) > 0
         out = _operator(args, in_place and not gated)  # probes read what the tensor was before
         if gated:

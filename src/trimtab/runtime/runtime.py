@@ -5,20 +5,22 @@ all that reaches the device are the rows, flags and token records that changed s
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.gates import probes_needed, rows_needed
+from trimtab.gates import ResolvedGate, probes_needed, rows_needed
 from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.runtime.gates import GateLanes
 from trimtab.runtime.meters import GateUse
+from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, row_probes
 from trimtab.runtime.plan import TOKEN, StepPlanner, as_ints
 from trimtab.runtime.rows import RowAllocator
 from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
+from trimtab.sites import Site
 from trimtab.vectors.values import FloatArray
 
 
@@ -67,6 +69,8 @@ class SteeringRuntime:
         self._unwritten: dict[int, PhaseProgram] = {}  # held rows whose content the device has not seen
         self._row_uploads = 0
         self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests)
+        self._monitors = SiteMonitors(buffers)
+        self._row_monitors = RowMonitors(buffers) if buffers.row_probes.shape == buffers.table.shape else None
 
     @property
     def capacity(self) -> int:
@@ -83,19 +87,41 @@ class SteeringRuntime:
         """Rows written to the device since construction."""
         return self._row_uploads
 
-    def admit(self, request_id: str, steering: ResolvedSteering | None) -> None:
+    @property
+    def monitors(self) -> Mapping[Site, ResolvedGate]:
+        """The monitor of each site that has one; for reading."""
+        return self._monitors.gates
+
+    def set_monitor(self, gate: ResolvedGate) -> None:
+        """Let `gate` multiply the rows of all decode tokens at its probe's site, from the next `step` on.
+
+        Where the site's module emits across layers (`Emission.cross_layer`), it multiplies them at all later sites too,
+        and what the device holds of a plan is written anew in each step. Sums behind gates are not touched. Replaces
+        the site's monitor. Raises SteeringError for a hard gate, a site that the buffers lack, or another width.
+        """
+        self._monitors.set(gate)
+
+    def clear_monitor(self, site: Site) -> None:
+        """Leave `site` without a monitor from the next `step` on. One that has none is no error."""
+        self._monitors.clear(site)
+
+    def admit(self, request_id: str, steering: ResolvedSteering | None, *, probes: Sequence[ResolvedGate] = ()) -> None:
         """Hold the rows of both phases for `request_id`; replaces what it held. None or empty steering holds nothing.
 
-        Raises SteeringError if a vector's width is not the model's, or if `max_requests` others are admitted already.
-        The request then keeps what it held before.
+        `probes` are the row monitor of its decode tokens: each multiplies their row at its own site, and only there.
+        They need buffers with `row_monitor=True`. Admit again, without them, to clear them.
+
+        Raises SteeringError if a vector's width is not the model's, if `max_requests` others are admitted already, or
+        if the buffers cannot hold the probes. The request then keeps what it held before.
         """
         if steering is None or not (steering.prefill.identity or steering.decode.identity):
             self.release(request_id)
             return
         self._check(request_id, steering)
+        behind = row_probes(probes, self._buffers)
         self.release(request_id)
         phases = (steering.prefill, steering.decode)
-        prefill_row, decode_row = (self._acquire(program) for program in phases)
+        prefill_row, decode_row = self._acquire(steering.prefill), self._acquire(steering.decode, behind)
         prefill_coefficient, decode_coefficient = (
             program.coefficient if program.row_key else 1.0 for program in phases
         )
@@ -140,7 +166,10 @@ class SteeringRuntime:
             self._rows.write(self._unwritten)
             self._row_uploads += len(self._unwritten)
             self._unwritten.clear()
+        if self._row_monitors is not None:
+            self._row_monitors.write()
         self._flags.write(self._site_rows > 0)
+        worn = self._monitors.write()
         words = NO_TOKENS
         gated = None
         if self._planner.steers(request_ids):
@@ -155,7 +184,7 @@ class SteeringRuntime:
                 words = planned
             if gates is not None and gates.in_batch(self._planner.batch):
                 gated = self._planner.counts
-        self._tokens.write(words)
+        self._tokens.write(words, worn=worn)
         if gates is not None:
             gates.write(self._planner.batch, gated)
 
@@ -204,10 +233,12 @@ class SteeringRuntime:
     def _compose(self, program: PhaseProgram) -> FloatArray:
         return program.row(self._buffers.sites)
 
-    def _acquire(self, program: PhaseProgram) -> int:
+    def _acquire(self, program: PhaseProgram, probes: RowProbes = ()) -> int:
         if not program.row_key:
             return 0
-        row, fresh = self._allocator.acquire(program.row_key)
+        row, fresh = self._allocator.acquire(program.row_key + b"".join(gate.digest for gate in probes))
+        if fresh and self._row_monitors is not None:
+            self._row_monitors.fill(row, probes)
         if fresh:
             self._unwritten[row] = program
             self._row_sites[row] = False

@@ -150,10 +150,13 @@ class TokenUploader:
         """The records [tokens, B / 8] of that plan."""
         return self._held[: self._tokens]
 
-    def write(self, words: Words) -> None:
-        """Make `words` [N, B / 8] the device's plan, in one copy, or in none if it holds it already."""
+    def write(self, words: Words, *, worn: bool = False) -> None:
+        """Make `words` [N, B / 8] the device's plan, in one copy, or in none if it holds it already.
+
+        `worn` says that it may not hold the last plan any more, where that had tokens.
+        """
         count = len(words)
-        if count == self._tokens and np.array_equal(words, self._held[:count]):
+        if count == self._tokens and not (worn and count) and np.array_equal(words, self._held[:count]):
             return
         upto = max(count, self._tokens)  # a shorter plan also cleans what the longer one before it left behind
         self._held[:count] = words

@@ -1,5 +1,6 @@
 """The extra keys of one block, by the tokens it holds."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +15,12 @@ MODEL = ModelSites(4, 2, frozenset({Site(0, HookPoint.POST_BLOCK), Site(1, HookP
 BLOCK = 16
 
 
-def request(phase: str | None, prompt: int = 40, scale: float = 1.0) -> Any:
+def request(phase: str | None, prompt: int = 40, scale: float = 1.0, monitor: str = "") -> Any:
     extra = None
     if phase is not None:
         vector = {"post_block": {"1": [1.0, 2.0, 3.0, 4.0]}}
         spec = {"interventions": [{"kind": "add", "vector": vector, "phase": phase, "scale": scale}]}
-        steering = Steering.parse(spec).resolve({}, MODEL)
+        steering = Steering.parse(spec).resolve({}, replace(MODEL, monitor=monitor))
         extra = {"steering": DecodedWire(steering.to_wire(), steering)}
     return SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra), num_prompt_tokens=prompt)
 
@@ -53,6 +54,17 @@ def test_steering_of_both_phases_alike_has_no_boundary() -> None:
     first, *rest = keys(request("all"))
     assert [tag for tag, _ in first] == ["trimtab_prefill"]
     assert rest == [()] * 5
+
+
+def test_behind_a_monitor_an_answer_steered_like_its_prompt_is_not_found_as_a_prompt() -> None:
+    monitored = request("all", monitor="ab" * 32)
+    identity = monitored.sampling_params.extra_args["steering"].steering.identity(Phase.DECODE)
+    first, second, boundary, after, *_ = keys(monitored)
+    assert first == keys(request("all"))[0]
+    assert second == ()
+    assert boundary == (("trimtab_decode", f"{identity}@8"),)
+    assert after == (("trimtab_decode", f"{identity}@0"),)
+    assert keys(request("prefill", monitor="ab" * 32)) == keys(request("prefill"))
 
 
 def test_a_prompt_that_ends_with_its_block_leaves_that_block_pure() -> None:
