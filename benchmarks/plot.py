@@ -229,25 +229,30 @@ def _by_tokens(result: dict[str, Any], condition: str, width: int, scenario: str
 # vLLM
 
 CASE_STYLES = {
-    "idle": (GREEN, "o"), "1 vectors": (BLUE, "s"), "8 vectors": (SKY, "^"), "64 vectors": (ORANGE, "v"),
-    "256 vectors": (RED, "D"), "scales": (PURPLE, "P"),
+    "stock, second engine": ("#888888", "x"), "idle": (GREEN, "o"), "1 vectors": (BLUE, "s"), "8 vectors": (SKY, "^"),
+    "64 vectors": (ORANGE, "v"), "256 vectors": (RED, "D"), "scales": (PURPLE, "P"), "gates, none used": (GREEN, "*"),
+    "gates, 1 used": (BLUE, "*"), "gates, 4 used": (RED, "*"),
 }  # fmt: skip
-CASE_LABELS = {"idle": "no steering asked", "1 vectors": "1 vector", "scales": "1 vector, as many scales"}
+CASE_LABELS = {
+    "stock, second engine": "stock, started twice", "idle": "no steering asked", "1 vectors": "1 vector",
+    "scales": "1 vector, as many scales",
+}  # fmt: skip
 
 
 def draw_vllm(result: dict[str, Any], path: Path) -> None:
     """Overhead of a decode step per case and batch: the median of paired runs, with the least and the most."""
-    steps: Records = [r for r in result["records"] if r["workload"].startswith("decode") and r["all_ratios"]]
-    batches = sorted({int(r["workload"].split()[1]) for r in steps})
+    steps: Records = [r for r in result["records"] if "decode" in r["workload"] and r["all_ratios"]]
+    stock = {r["workload"]: r["ms"] for r in result["records"] if r["case"] == "stock" and "decode" in r["workload"]}
+    workloads = sorted(stock, key=lambda name: (name.startswith("V1"), int(name.split()[-1])))
     cases = [case for case in CASE_STYLES if any(r["case"] == case for r in steps)]
-    figure, panel = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure, panel = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for number, case in enumerate(cases):
         color, marker = CASE_STYLES[case]
         at, middle, below, above = [], [], [], []
         for r in steps:
             if r["case"] == case:
                 ratios = [100 * (ratio - 1) for ratio in r["all_ratios"]]
-                at.append(batches.index(int(r["workload"].split()[1])) + (number - (len(cases) - 1) / 2) * 0.12)
+                at.append(workloads.index(r["workload"]) + (number - (len(cases) - 1) / 2) * 0.8 / len(cases))
                 middle.append(100 * (r["ratio"] - 1))
                 below.append(middle[-1] - min(ratios))
                 above.append(max(ratios) - middle[-1])
@@ -255,13 +260,12 @@ def draw_vllm(result: dict[str, Any], path: Path) -> None:
             at, middle, yerr=[below, above], fmt=marker, color=color, capsize=3, markersize=5.5, linewidth=1,
             label=CASE_LABELS.get(case, case),
         )  # fmt: skip
-    stock = {int(r["workload"].split()[1]): r["ms"] for r in result["records"] if r["case"] == "stock"
-             and r["workload"].startswith("decode")}  # fmt: skip
-    panel.set_xticks(range(len(batches)), [f"batch {b}\n({stock[b]:.2f} ms)" for b in batches])
+    labels = [f"{name.replace('decode', 'batch')}\n({stock[name]:.2f} ms)" for name in workloads]
+    panel.set_xticks(range(len(workloads)), labels)
     panel.axhline(0, color=BLACK, linewidth=0.8)
     panel.grid(True, axis="y", color="#dddddd", linewidth=0.6)
     panel.set_ylabel("decode step against stock vLLM, %")
-    panel.legend(frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    panel.legend(frameon=False, fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     machine = result["machine"]
     panel.set_title(f"{result['settings']['shape']}, vLLM {machine['vllm']}, {machine['gpu']}", fontsize=11)
     _save(figure, path)
@@ -270,18 +274,20 @@ def draw_vllm(result: dict[str, Any], path: Path) -> None:
 def vllm_text(result: dict[str, Any], stem: str) -> str:
     """The table of one run of `vllm_decode.py`."""
     machine, settings = result["machine"], result["settings"]
-    rows, stock_gpu = [], None
+    rows, stock = [], result["records"][0]
     for r in result["records"]:
         if r["case"] == "stock":
-            stock_gpu = r["gpu_ms"]
+            stock = r
         ratios = [ratio - 1 for ratio in r["all_ratios"]]
+        traced = ratios and stock["gpu_ms"] and r["gpu_ms"]
         rows.append((
             r["workload"], CASE_LABELS.get(r["case"], r["case"]), f"{r['ms']:.3f}",
             f"{r['ratio'] - 1:+.2%}" if ratios else "",
             f"{min(ratios):+.2%} to {max(ratios):+.2%}" if ratios else "",
-            f"{r['gpu_ms'] / stock_gpu - 1:+.2%}" if ratios and stock_gpu and r["gpu_ms"] else "",
+            f"{r['gpu_ms'] / stock['gpu_ms'] - 1:+.2%}" if traced else "",
+            f"{(_fused_ms(r) - _fused_ms(stock)) / stock['gpu_ms']:+.2%}" if traced else "",
         ))  # fmt: skip
-    heads = ("workload", "case", "ms", "against stock", "spread of repeats", "GPU time")
+    heads = ("workload", "case", "ms", "against stock", "spread of repeats", "all GPU time", "fused kernels")
     return "\n\n".join([
         f"Machine: {machine['gpu']}, vLLM {machine['vllm']}, torch {machine['torch']}, triton {machine['triton']}. "
         f"Shape `{settings['shape']}`, prompts of {settings['prompt']} tokens, {settings['new']} new ones, "
@@ -289,6 +295,12 @@ def vllm_text(result: dict[str, Any], stem: str) -> str:
         f"![overhead per case and batch](images/{stem}.svg)",
         _table(heads, rows),
     ]) + "\n"  # fmt: skip
+
+
+def _fused_ms(record: dict[str, Any]) -> float:
+    """Milliseconds per step in kernels that the compiler generated: all that steering can change on the GPU."""
+    kernels: dict[str, tuple[float, float]] = record["gpu_kernels"]
+    return sum(us for name, (_, us) in kernels.items() if name.startswith("triton_")) / 1e3
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
