@@ -3,8 +3,7 @@
     PYTHONPATH=src python3 benchmarks/ops.py --json benchmarks/results/ops.json
     PYTHONPATH=src python3 benchmarks/ops.py --tune --json tune.json     # times choices of launch sizes instead
 
-Choices are named "w8 r64 c4": warps, bound on registers per thread, and neighbouring tokens that a program takes at a
-time.
+Choices are named "w8 r64": warps, and bound on registers per thread.
 
 Every number is taken inside a CUDA graph of 32 calls, divided by 32. Two memory conditions: "spread" over 32 distinct
 sites (hidden states, tables, probes and outputs of their own, so little stays in a cache), and "resident", 2 sites in
@@ -13,7 +12,6 @@ row for each token; in prefill batches "runs", requests of 16 to 512 tokens, eac
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -43,7 +41,7 @@ from trimtab.ops import (
     steering_op_args,
 )
 from trimtab.ops.kernels.apply_steering import launch_apply_steering
-from trimtab.ops.kernels.launch import Launch, shared_out
+from trimtab.ops.kernels.launch import Launch, resident
 from trimtab.sites import HookPoint, Site
 
 CALLS, RESIDENT_SITES = 32, 2
@@ -170,8 +168,7 @@ def _monitor_rows(bench: Bench, width: int) -> list[dict[str, Any]]:
     return [record | {"scenario": "steering_monitor idle"} | idle, record | {"scenario": "steering_monitor"} | active]
 
 
-ELEMENTS_AND_REGISTERS = ((32, 128), (32, 96), (16, 64), (16, 72), (16, 80), (8, 40), (8, 48))  # per thread
-CHUNKS = (1, 2, 3, 4, 8)
+ELEMENTS_AND_REGISTERS = ((32, 128), (32, 96), (16, 64), (16, 80), (8, 40))  # per thread
 TUNING = [  # memory condition, sites, widths, tokens
     ("resident", RESIDENT_SITES, (4096,), (1, 64, 256)),
     ("spread", CALLS, (4096,), (64, 256, 2048, 8192)),
@@ -180,16 +177,12 @@ TUNING = [  # memory condition, sites, widths, tokens
 ]
 
 
-def choices(width: int, tokens: int, row_monitor: bool, device: torch.device) -> dict[str, Launch]:
-    """The launches to compare, by name. Two choices that come to the same launch are one."""
+def choices(width: int, tokens: int, device: torch.device) -> dict[str, Launch]:
+    """The launches to compare, by name."""
     found: dict[str, Launch] = {}
-    for (per_thread, registers), most in itertools.product(ELEMENTS_AND_REGISTERS, CHUNKS):
+    for per_thread, registers in ELEMENTS_AND_REGISTERS:
         warps = width // (32 * per_thread)
-        if width != 4096 and (registers, most) not in itertools.product((128, 64), (1, 2, 4)):
-            continue
-        sizes = shared_out(tokens, Launch(width, warps, registers, 1), most, device)
-        if sizes not in found.values():
-            found[f"w{warps} r{registers} c{sizes.chunk}"] = sizes
+        found[f"w{warps} r{registers}"] = resident(tokens, Launch(width, warps, registers, 1), device)
     return found
 
 
@@ -203,15 +196,14 @@ def compile_choice(width: int, row_monitor: bool, in_place: bool, sizes: Launch)
 def compile_choices() -> None:
     """All variants that `tuning_rows` runs, in several processes: one alone would mostly compile."""
     device = torch.device("cuda", 0)
-    variants = {}
-    for width, row_monitor, in_place in itertools.product(WIDTHS, (False, True), (False, True)):
-        for sizes in choices(width, 8192, row_monitor, device).values():
-            variants[width, row_monitor, in_place, sizes.num_warps, sizes.registers] = dataclasses.replace(
-                sizes, programs=2, chunk=1
-            )
+    variants = [
+        (width, row_monitor, in_place, sizes)
+        for width, row_monitor, in_place in itertools.product(WIDTHS, (False, True), (False, True))
+        for sizes in choices(width, 2, device).values()
+    ]
     workers = min(12, os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = [pool.submit(compile_choice, *key[:3], sizes) for key, sizes in variants.items()]
+        pending = [pool.submit(compile_choice, *variant) for variant in variants]
     for error in filter(None, (done.exception() for done in pending)):
         print(f"not compiled ahead of time: {error}", file=sys.stderr)
 
@@ -224,7 +216,7 @@ def tuning_rows() -> list[dict[str, Any]]:
             bench = Bench(width, tokens, row_monitor=row_monitor, sites=sites)
             scenarios = ("row monitor",) if row_monitor else ("idle", "rows")
             graphs = {"copy": bench.each(lambda s, b=bench: b.out[s].copy_(b.hidden[s]))}
-            for name, launch in choices(width, tokens, row_monitor, bench.hidden.device).items():
+            for name, launch in choices(width, tokens, bench.hidden.device).items():
                 for in_place in (True, False):
                     graphs[f"{'in' if in_place else 'out'} {name}"] = bench.each(
                         lambda s, b=bench, z=launch, i=in_place: launch_apply_steering(
@@ -333,27 +325,24 @@ def print_traced(records: list[dict[str, Any]]) -> None:
 
 
 def print_tuning(records: list[dict[str, Any]]) -> None:
-    """Of each record the choices in order, the six best and the worst; then how far each is from the best over all."""
+    """Of each record the choices in order; then how far each is from the best over all."""
     behind: dict[tuple[Any, ...], list[float]] = {}
     for r in records:
         copy = r["choices"]["copy"]
         for form in ("in", "out"):
             times = {n.removeprefix(form + " "): t for n, t in r["choices"].items() if n.startswith(form + " ")}
             ranked = sorted(times, key=times.__getitem__)
-            shown = "  ".join(f"{name}={times[name]:.2f}" for name in [*ranked[:6], "..", ranked[-1]] if name in times)
+            shown = "  ".join(f"{name}={times[name]:.2f}" for name in ranked)
             print(f"{r['memory']:>9} H={r['H']} N={r['N']} {r['scenario']} [{form}] copy={copy:.2f}: {shown}")
             if r["scenario"] == "idle" and form == "out":
                 continue
             size = "small" if r["N"] <= DECODE else "large"
             for name, taken in times.items():
-                key = (r["H"], size, r["scenario"], form, name if size == "large" else name.rpartition(" ")[0])
-                behind.setdefault(key, []).append(taken / times[ranked[0]])
+                behind.setdefault((r["H"], size, r["scenario"], form, name), []).append(taken / times[ranked[0]])
     for group in dict.fromkeys(key[:4] for key in behind):
         rates = {key[4]: rate for key, rate in behind.items() if key[:4] == group}
-        most = max(map(len, rates.values()))
-        means = {name: statistics.geometric_mean(rate) for name, rate in rates.items() if len(rate) == most}
-        ranked = sorted(means, key=means.__getitem__)
-        shown = "  ".join(f"{name} {means[name]:.3f}" for name in ranked[:6])
+        means = {name: statistics.geometric_mean(rate) for name, rate in rates.items()}
+        shown = "  ".join(f"{name} {means[name]:.3f}" for name in sorted(means, key=means.__getitem__))
         print(f"H={group[0]} {group[1]} {group[2]} [{group[3]}], time over the best's, mean: {shown}")
 
 

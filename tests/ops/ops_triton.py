@@ -71,6 +71,23 @@ def machine_code(compiled: Any) -> list[str]:
     return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?) *;", _cuobjdump(compiled, "-sass"))
 
 
+def loads_before_a_wait(code: list[str]) -> int:
+    """Loads after the first branch, up to the next branch or to an instruction that reads what one of them brings."""
+    first = next(number for number, line in enumerate(code) if " BRA " in line)
+    count, loaded = 0, set[int]()
+    for line in code[first + 1 :]:
+        if "BRA" in line:
+            break
+        target, _, sources = line.partition(",")
+        if loaded & {int(number) for number in re.findall(r"\bR(\d+)", sources)}:
+            break
+        if "LDG" in line:
+            count += 1
+            register = int(target.rpartition(" R")[2])
+            loaded |= set(range(register, register + (4 if ".128" in target else 1)))
+    return count
+
+
 def resource_usage(compiled: Any) -> dict[str, int]:
     """Registers, stack and local bytes per thread, read from the cubin."""
     report = _cuobjdump(compiled, "-res-usage")

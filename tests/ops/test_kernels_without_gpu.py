@@ -13,18 +13,17 @@ from ops_cases import monitor_case, steering_case
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from ops_triton import RecordedKernel, machine_code, recorded, resource_usage
+from ops_triton import RecordedKernel, loads_before_a_wait, machine_code, recorded, resource_usage
 
 from trimtab.ops import MonitorOpArgs, SteeringOpArgs
 from trimtab.ops.kernels import apply_steering as apply_module
 from trimtab.ops.kernels import steering_monitor as monitor_module
+from trimtab.ops.kernels.launch import REGISTERS, Launch, steering_launch_sizes
 
 HERE = Path(__file__).parent
 ARCHITECTURES = [80, 90, 100]
-# A multiprocessor has 64K registers: at 64 a thread half of its 2048 threads are resident, which keeps enough loads in
-# flight. A row of more than 4096 elements with its float32 probe, and any of 16384, is held at 32 elements per thread.
-MOST_REGISTERS = {1: 64, 100: 64, 2048: 64, 2880: 64, 4096: 64, 8192: 64, 16384: 128}
-MOST_REGISTERS_ROW_MONITOR = MOST_REGISTERS | {8192: 128}
+WIDTHS = [1, 100, 2048, 2880, 4096, 8192, 16384]
+WIDEST = 16384  # too much of it is held by each of 512 threads for float32: there some registers may spill
 
 
 def test_interpreted_kernels_equal_the_oracle() -> None:
@@ -52,20 +51,52 @@ def launched_monitor(args: MonitorOpArgs) -> RecordedKernel:
     return kernel
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("width", "row_monitor", "num_warps", "registers"),
+    [
+        (100, False, 1, (64, 80)),
+        (2048, False, 4, (64, 80)),
+        (2880, False, 8, (64, 80)),
+        (4096, False, 8, (64, 80)),
+        (8192, False, 16, (64, 80)),
+        (16384, False, 16, (128, 128)),
+        (100, True, 1, (128, 160)),
+        (2048, True, 2, (128, 160)),
+        (4096, True, 4, (128, 160)),
+        (8192, True, 8, (128, 160)),
+        (16384, True, 16, (128, 128)),
+    ],
+)
+def test_launches_fill_the_registers_of_a_multiprocessor_with_resident_programs(
+    width: int, row_monitor: bool, num_warps: int, registers: tuple[int, int], dtype: torch.dtype
+) -> None:
+    bound = registers[dtype == torch.float32]
+    most = REGISTERS // (32 * num_warps * bound)
+    assert most >= 1
+    block = 1 << (width - 1).bit_length()
+    for tokens, programs in ((1, 1), (most + 1, most)):
+        sizes = steering_launch_sizes(steering_case(tokens, width, dtype=dtype, row_monitor=row_monitor))
+        assert sizes == Launch(block, num_warps, bound, programs)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("width", MOST_REGISTERS)
-def test_every_variant_compiles_without_spills_and_within_its_registers(architecture: int, width: int) -> None:
-    for row_monitor in (False, True):
-        args = steering_case(4, width, dtype=torch.bfloat16, row_monitor=row_monitor)
-        for in_place in (False, True):
-            kernel = launched(args, in_place=in_place)
-            usage = resource_usage(kernel.build(kernel.launches[0], architecture))
-            most = (MOST_REGISTERS_ROW_MONITOR if row_monitor else MOST_REGISTERS)[width]
-            assert usage["REG"] <= most, (row_monitor, in_place)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_variant_compiles_without_spills_and_within_its_registers(
+    dtype: torch.dtype, width: int, architecture: int
+) -> None:
+    for row_monitor, in_place in itertools.product([False, True], repeat=2):
+        kernel = launched(steering_case(4, width, dtype=dtype, row_monitor=row_monitor), in_place=in_place)
+        given = kernel.launches[0]
+        usage = resource_usage(kernel.build(given, architecture))
+        assert usage["REG"] <= given["maxnreg"], (row_monitor, in_place)
+        assert given["maxnreg"] * given["num_warps"] * 32 <= REGISTERS, (row_monitor, in_place)  # or it cannot start
+        if (width, dtype) != (WIDEST, torch.float32):
             assert usage["STACK"] == usage["LOCAL"] == 0, (row_monitor, in_place)
-    monitor = launched_monitor(monitor_case(4, width, dtype=torch.bfloat16))
+    monitor = launched_monitor(monitor_case(4, width, dtype=dtype))
     usage = resource_usage(monitor.build(monitor.launches[0], architecture))
-    assert usage["REG"] <= MOST_REGISTERS[width]
+    assert usage["REG"] <= (128 if width == WIDEST else 64)
     assert usage["STACK"] == usage["LOCAL"] == 0
 
 
@@ -86,15 +117,19 @@ def test_rows_are_loaded_and_stored_sixteen_bytes_at_a_time_and_once_per_token(d
         assert len(vectors) - len(stores) == 2 * rows + 2 * wide + (wide + rows if row_monitor else 0)
 
 
+@pytest.mark.parametrize("width", [2048, 4096, 8192])
 @pytest.mark.parametrize("row_monitor", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_all_loads_of_a_token_start_before_one_is_waited_for(row_monitor: bool, in_place: bool) -> None:
-    kernel = launched(steering_case(4, 4096, dtype=torch.bfloat16, row_monitor=row_monitor), in_place=in_place)
-    code = machine_code(kernel.build(kernel.launches[0], 90))
-    vectors = [number for number, line in enumerate(code) if "LDG.E.128" in line]
-    per_thread = 4096 // (kernel.launches[0]["num_warps"] * 32) // 8
-    first = vectors[2 * per_thread + (2 * per_thread if row_monitor else 0) - 1]  # hidden, row, its probe
-    assert not [line for line in code[vectors[0] : first] if "PRMT" in line]  # which takes a pair of bfloat16 apart
+def test_all_loads_of_a_steered_token_start_before_one_is_waited_for(
+    width: int, row_monitor: bool, in_place: bool
+) -> None:
+    kernel = launched(steering_case(4, width, dtype=torch.bfloat16, row_monitor=row_monitor), in_place=in_place)
+    given = kernel.launches[0]
+    rows = width // (given["num_warps"] * 32) // 8  # loads of 16 bytes per thread, to cover one of bfloat16
+    # The hidden row in place (otherwise its load has started before), the table's, and the scale; with the row monitor
+    # the probe, its threshold and sharpness, and the decode mask.
+    expected = rows * (2 if in_place else 1) + 1 + (2 * rows + 3 if row_monitor else 0)
+    assert loads_before_a_wait(machine_code(kernel.build(given, 90))) == expected
 
 
 def test_kernels_name_every_tensor_of_their_tuple() -> None:

@@ -1,11 +1,10 @@
 """Triton kernel of `trimtab::apply_steering`, out of place and in place.
 
-A program takes chunks of neighbouring tokens, one token after the other: programs that run side by side then work on
-memory side by side, and neighbours, which mostly belong to one request and so to one row of the table, find that row in
-their multiprocessor's own cache. A hidden row is loaded once; it stays in registers, serves both probe scores, and
-becomes the result. What decides whether a token is steered at all (the site's flag, the token's row, gate and token
-scale) is loaded first and together, and everything else before anything waits: a token costs two dependent loads and a
-store, an unsteered one of the in-place form one small load.
+A program takes one token at a time, so programs that run side by side work on memory side by side. A hidden row is
+loaded once; it stays in registers, serves both probe scores, and becomes the result. What decides whether a token is
+steered at all (the site's flag, the token's row, gate and token scale) is loaded first and together, and everything
+else before anything waits: a token costs two dependent loads and a store, an unsteered one of the in-place form one
+small load.
 """
 
 import triton
@@ -28,7 +27,6 @@ def launch_apply_steering(args: SteeringOpArgs, out: Tensor, sizes: Launch | Non
         apply_steering_kernel[(sizes.programs,)](
             **named_arguments(apply_steering_kernel, args, out=out),
             tokens=tokens,
-            chunk=sizes.chunk,
             WIDTH=width,
             BLOCK=sizes.block,
             IN_PLACE=out is args.hidden_states,
@@ -44,7 +42,6 @@ def launch_apply_steering(args: SteeringOpArgs, out: Tensor, sizes: Launch | Non
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=[
         "tokens",
-        "chunk",
         "steering_index_stride_0",
         "steering_scales_stride_0",
         "steering_token_scales_stride_0",
@@ -85,7 +82,6 @@ def apply_steering_kernel(  # type: ignore[no-untyped-def]
     p_steering_monitor_row_active,
     p_out,
     tokens,
-    chunk,
     hidden_states_stride_0,
     hidden_states_stride_1,
     steering_table_stride_0,
@@ -110,8 +106,7 @@ def apply_steering_kernel(  # type: ignore[no-untyped-def]
     ROW_MONITOR: tl.constexpr,
 ):
     # Numbers of tokens and rows stay 32-bit in registers; every offset made of them is 64-bit.
-    token = tl.program_id(0) * chunk
-    end = token + chunk
+    token = tl.program_id(0)
     i_row = tl.load(p_steering_index + offset(token, steering_index_stride_0)).to(tl.int32)
     active = tl.load(p_any_active)
     tier = tl.load(p_steering_token_scales + offset(token, steering_token_scales_stride_0))
@@ -143,9 +138,12 @@ def apply_steering_kernel(  # type: ignore[no-untyped-def]
                 at_probe += offset(i_row, steering_monitor_probe_table_stride_0)
                 b_probe = tl.load(at_probe, mask=in_row & row_monitor, other=0.0)
                 at_params = p_steering_monitor_row_params + offset(i_row, steering_monitor_row_params_stride_0)
-                threshold = tl.load(at_params)
-                sharpness = tl.load(at_params + steering_monitor_row_params_stride_1)
-                decode = tl.load(p_steering_decode_mask + offset(token, steering_decode_mask_stride_0))
+                at_sharpness = at_params + steering_monitor_row_params_stride_1
+                at_decode = p_steering_decode_mask + offset(token, steering_decode_mask_stride_0)
+                # Unmasked, these would start only inside the branch, after the row has come.
+                threshold = tl.load(at_params, mask=row_monitor, other=0.0)
+                sharpness = tl.load(at_sharpness, mask=row_monitor, other=0.0)
+                decode = tl.load(at_decode, mask=row_monitor, other=0.0)
                 if row_monitor:
                     b_scored = tl.load(at_hidden, mask=in_row, other=0.0).to(tl.float32)
                     y = opening(tl.sum(b_scored * b_probe.to(tl.float32), 0), threshold, sharpness)
@@ -168,10 +166,7 @@ def apply_steering_kernel(  # type: ignore[no-untyped-def]
             tl.store(at_out, b_x.to(p_out.dtype.element_ty), mask=in_row)
         elif not IN_PLACE:
             tl.store(at_out, b_hidden.to(p_out.dtype.element_ty), mask=in_row)
-        token += 1
-        if token == end:
-            token += (tl.num_programs(0) - 1) * chunk
-            end = token + chunk
+        token += tl.num_programs(0)
         more = token < tokens
         if IN_PLACE:
             more = more & active  # an idle site leaves at its first token

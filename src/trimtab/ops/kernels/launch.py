@@ -18,19 +18,15 @@ MAX_WIDTH = 16384
 REGISTERS = 65536
 """Registers of a multiprocessor."""
 
-MOST_CHUNK = 4
-"""Neighbouring tokens that a program of `apply_steering` takes at a time where there are enough for all programs."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Sizes of one launch. All but `programs` and `chunk` select a compiled variant."""
+    """Sizes of one launch. All but `programs` select a compiled variant."""
 
     block: int  # elements of a row held at once, a power of two
     num_warps: int
     registers: int | None  # upper bound per thread; None leaves it to the compiler
     programs: int  # among which the tokens are shared out; each has at least one
-    chunk: int = 1  # neighbouring tokens that a program takes at a time
 
 
 def launch_sizes(width: int, tokens: int, device: torch.device) -> Launch:
@@ -48,24 +44,25 @@ def launch_sizes(width: int, tokens: int, device: torch.device) -> Launch:
 def steering_launch_sizes(args: SteeringOpArgs) -> Launch:
     """The launch of `apply_steering`, by measurement on an H200 (`benchmarks/ops.py --tune`).
 
-    16 elements per thread: at 8 the loads of a token's few numbers, which every warp repeats, weigh too much. A wide
-    row with its float32 probe takes 32, so that fewer threads share the registers. The bound on registers is the least
-    without spills, and the grid what is then resident at once.
+    16 elements per thread: at 8 the loads of a token's few numbers, which every warp repeats, weigh too much. With the
+    row monitor 32, so that fewer warps wait for one another in the sum, and at 16384 too, because more threads than 512
+    would leave each too few registers. The bound on registers is what does not spill (4 per element, 5 in float32; of a
+    16384-wide float32 row some do), and there are as many programs as are then resident at once.
     """
     tokens, width = args.hidden_states.shape
     block = triton.next_power_of_2(width)
-    per_thread = 32 if block > (4096 if args.has_row_monitor else 8192) else 16
+    per_thread = 32 if args.has_row_monitor or block > 8192 else 16
     num_warps = max(1, block // (32 * per_thread))
-    registers = (4 if args.hidden_states.element_size() == 2 else 6) * per_thread
-    return shared_out(tokens, Launch(block, num_warps, registers, 1), MOST_CHUNK, args.hidden_states.device)
+    per_element = 4 if args.hidden_states.element_size() == 2 else 5
+    registers = min(per_element * per_thread, REGISTERS // (32 * num_warps))
+    return resident(tokens, Launch(block, num_warps, registers, 1), args.hidden_states.device)
 
 
-def shared_out(tokens: int, sizes: Launch, most_chunk: int, device: torch.device) -> Launch:
-    """`sizes` with the programs that `device` holds at once, and chunks of up to `most_chunk` if these get as many."""
+def resident(tokens: int, sizes: Launch, device: torch.device) -> Launch:
+    """`sizes` with as many programs as `device` holds at once, but no more than there are `tokens`."""
     assert sizes.registers is not None
-    resident = multiprocessors(device) * max(1, REGISTERS // (32 * sizes.num_warps * sizes.registers))
-    chunk = min(most_chunk, triton.cdiv(tokens, resident))
-    return dataclasses.replace(sizes, programs=min(triton.cdiv(tokens, chunk), resident), chunk=chunk)
+    programs = multiprocessors(device) * max(1, REGISTERS // (32 * sizes.num_warps * sizes.registers))
+    return dataclasses.replace(sizes, programs=min(tokens, programs))
 
 
 def named_arguments(kernel: Any, args: NamedTuple, **more: Tensor) -> dict[str, Any]:
