@@ -5,10 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.errors import SteeringError
+from trimtab.gates import ResolvedGate, check_monitor
 from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
 from trimtab.sites import GateLimits
-from trimtab.spec import Steering
+from trimtab.spec import Gate, Steering
+from trimtab.spec_errors import join
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
@@ -27,11 +29,30 @@ REFUSED_OPTIONS = {
 
 @dataclass(frozen=True)
 class Names:
-    """What specs may name, and how many gates a phase of theirs may have."""
+    """What specs may name, how many gates a phase of theirs may have, and the monitor that stands before them all."""
 
     vectors: Mapping[str, SteeringVector]
     probes: Mapping[str, Probe]
     gates: int
+    monitor: ResolvedGate | None = None
+
+
+def resolve_monitor(monitor: Any, probes: Mapping[str, Probe], hook_map: HookMap) -> ResolvedGate | None:
+    """The monitor that a caller describes as a gate is described, or None. Raises SteeringError below `monitor`."""
+    if monitor is None:
+        return None
+    if not isinstance(monitor, Mapping) or not all(isinstance(key, str) for key in monitor):
+        raise SteeringError("monitor", f'is a {type(monitor).__name__}; want {{"probe": ..., "threshold": ...}}')
+    try:
+        gate = Gate(**monitor).resolve(probes)
+        check_monitor(gate)
+    except SteeringError as error:
+        raise SteeringError(join("monitor", error.field), error.message) from None
+    if (reason := hook_map.refusal(gate.site)) is not None:
+        raise SteeringError("monitor.probe", f"is read at {gate.site}: {reason}")
+    if gate.probe.hidden_size != (width := hook_map.sites.hidden_size):
+        raise SteeringError("monitor.probe", f"has width {gate.probe.hidden_size}; this model needs {width}")
+    return gate
 
 
 def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> list[ResolvedSteering | None]:
@@ -79,8 +100,10 @@ def end_tokens(options: Mapping[str, Any], default_config: Any) -> frozenset[int
 
 def _resolve(spec: Any, prefix: str, names: Names, hook_map: HookMap) -> ResolvedSteering:
     limits = GateLimits(names.gates, hook_map.sites.sites)
+    monitor = "" if names.monitor is None else names.monitor.digest.hex()
+    sites = replace(hook_map.sites, gates=limits, monitor=monitor)
     try:
-        return Steering.parse(spec).resolve(names.vectors, replace(hook_map.sites, gates=limits), names.probes)
+        return Steering.parse(spec).resolve(names.vectors, sites, names.probes)
     except SteeringError as error:
         field = f"{prefix}.{error.field}".strip(".")
         raise SteeringError(field, error.message + _reason(error, hook_map)) from None

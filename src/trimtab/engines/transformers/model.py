@@ -10,7 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from trimtab.engines.transformers.arguments import Names, check_options, end_tokens, option, resolve_all
+from trimtab.engines.transformers.arguments import (
+    Names,
+    check_options,
+    end_tokens,
+    option,
+    resolve_all,
+    resolve_monitor,
+)
 from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
 from trimtab.engines.transformers.results import Generation, new_tokens, receipt
 from trimtab.engines.transformers.session import SteeringSession
@@ -40,12 +47,15 @@ class SteeredModel:
         vectors: Mapping[str, SteeringVector] | None = None,
         probes: Mapping[str, Probe] | None = None,
         gates: int = 4,
+        monitor: Mapping[str, Any] | None = None,
     ) -> None:
         """Find and prove the hook points of `model`, a Transformers causal LM (see docs/hook-points.md).
 
         `tokenizer` may be None where all prompts are token ids. `vectors` and `probes` are the names that specs may
-        use, `gates` is how many different gates a phase of one spec may have.
-        Raises SteeringError where the decoder layers cannot be found, or lie on several devices.
+        use, `gates` is how many different gates a phase of one spec may have. `monitor`, written as a gate is, stands
+        before all steering of new tokens that is behind no gate, from its probe's site on (see docs/gates.md).
+        Raises SteeringError where the decoder layers cannot be found or lie on several devices, and for a monitor that
+        cannot be one.
         """
         self._map = map_hook_points(model)
         devices = {str(parameter.device) for layer in self._map.decoder for parameter in layer.parameters()}
@@ -62,6 +72,7 @@ class SteeredModel:
             self.register(name, vector)
         for name, probe in (probes or {}).items():
             self.register(name, probe)
+        self._monitor = resolve_monitor(monitor, self._probes, self._map)
 
     @classmethod
     def from_pretrained(
@@ -72,6 +83,7 @@ class SteeredModel:
         vectors: Mapping[str, SteeringVector] | None = None,
         probes: Mapping[str, Probe] | None = None,
         gates: int = 4,
+        monitor: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load model and tokenizer with Transformers. `kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
@@ -81,7 +93,7 @@ class SteeredModel:
             shared = {name: kwargs[name] for name in SHARED_WITH_TOKENIZER if name in kwargs}
             tokenizer = AutoTokenizer.from_pretrained(path_or_name, **shared)
         model = AutoModelForCausalLM.from_pretrained(path_or_name, **kwargs)
-        return cls(model, tokenizer, vectors=vectors, probes=probes, gates=gates)
+        return cls(model, tokenizer, vectors=vectors, probes=probes, gates=gates, monitor=monitor)
 
     @property
     def model(self) -> Any:
@@ -144,7 +156,8 @@ class SteeredModel:
         self._check_open()
         check_options(generation_kwargs)
         rows = encode(prompts, self._tokenizer, self._vocabulary)
-        resolved = resolve_all(steering, len(rows), Names(self._vectors, self._probes, self._gates), self._map)
+        names = Names(self._vectors, self._probes, self._gates, self._monitor)
+        resolved = resolve_all(steering, len(rows), names, self._map)
         defaults = self._model.generation_config
         ends = end_tokens(generation_kwargs, defaults)
         filler = self._pad_token(option("pad_token_id", generation_kwargs, defaults), ends)
@@ -234,6 +247,7 @@ class SteeredModel:
                 end_tokens=ends if beams == 1 else frozenset(),
                 dtype=self._model.dtype,
                 device=self._device,
+                monitor=self._monitor,
             )
             with session.steering(self._decoder):
                 output = self._model.generate(**arguments)

@@ -15,13 +15,15 @@ class Receipt:
 
     `steered_tokens` counts by position: every prompt token where the prefill was steered, and every new token but the
     last where the decode was: the last one is never fed back, so nothing of it was computed. `gates` says what each
-    gate did on those tokens; with beam search, on those of all beams of the prompt.
+    gate did on those tokens; with beam search, on those of all beams of the prompt. `monitor` is the digest of the
+    monitor that stood before what the decode received, "" where none did.
     """
 
     identity: Mapping[Phase, str]
     sites: tuple[Site, ...]
     steered_tokens: Mapping[Phase, int]
     gates: tuple[GateUse, ...] = ()
+    monitor: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ def receipt(
     identity = {phase: "" if steering is None else steering.identity(phase) for phase in Phase}
     counts = {phase: fed[phase] if identity[phase] else 0 for phase in Phase}
     sites = () if steering is None else steering.sites
-    return Receipt(MappingProxyType(identity), sites, MappingProxyType(counts), gates)
+    monitor = steering.monitor if steering is not None and steering.monitored else ""
+    return Receipt(MappingProxyType(identity), sites, MappingProxyType(counts), gates, monitor)
 
 
 def new_tokens(row: Sequence[int], end_tokens: frozenset[int], strip: int | None = None) -> list[int]:

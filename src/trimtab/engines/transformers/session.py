@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from trimtab.engines.transformers.prompts import PromptBatch
+from trimtab.gates import ResolvedGate
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.taps import Transform
-from trimtab.ops import SteeringBuffers, emit
+from trimtab.ops import Emission, SteeringBuffers, emit, set_emission
 from trimtab.program import ResolvedSteering
 from trimtab.runtime import GateUse, SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import Phase, Site
@@ -25,6 +26,7 @@ class SteeringSession:
     """Steers the forward passes of one batch. `steering[b]` belongs to row b of `batch`: all its beams or samples.
 
     `end_tokens` are the tokens after which a row's input is padding; empty where rows change places (beam search).
+    `monitor` gates what decode tokens receive, from its site on.
     Buffers are made at the first forward pass, when the number of rows is known, and hold only the sites in use.
     """
 
@@ -37,13 +39,19 @@ class SteeringSession:
         end_tokens: frozenset[int],
         dtype: torch.dtype,
         device: torch.device,
+        monitor: ResolvedGate | None = None,
     ) -> None:
         self._map, self._batch, self._steering, self._end_tokens = hook_map, batch, steering, end_tokens
         self._dtype, self._device = dtype, device
         steered = [item for item in steering if item is not None]
-        self._sites = sorted({site for item in steered for site in (*item.sites, *(gate.site for gate in item.gates))})
+        self._monitor = monitor if any(item.monitored for item in steered) else None
+        read = () if self._monitor is None else (self._monitor.site,)
+        used = {site for item in steered for site in (*item.sites, *(gate.site for gate in item.gates))}
+        self._sites = sorted({*used, *read})
         self._gates = max((len(item.program(phase).gated) for item in steered for phase in Phase), default=0)
         self._holders = {site.layer: nn.Module() for site in self._sites}
+        for layer, hook in read:
+            set_emission(self._holders[layer], Emission(cross_layer=True, monitor_at=hook))
         self._runtime: SteeringRuntime | None = None
         self._capacity = (0, 0)  # rows, tokens
         self._planned: tuple[int, int] | None = None
@@ -148,6 +156,8 @@ class SteeringSession:
         for site in self._sites:
             buffers.attach(self._holders[site.layer], site)
         self._runtime = SteeringRuntime(buffers, max_requests=rows)
+        if self._monitor is not None:
+            self._runtime.set_monitor(self._monitor)
         copies = rows // len(self._steering)
         for row in range(rows):
             self._runtime.admit(str(row), self._steering[row // copies])
