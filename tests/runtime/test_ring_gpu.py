@@ -44,7 +44,7 @@ def test_staging_is_not_overwritten_while_a_copy_waits_for_the_device():
     assert int(canaries[0][0]) != 0, "the device was never behind, so this run proves nothing"
     for step, (one, (table, slab, flags)) in enumerate(zip(vectors, seen, strict=True)):
         index = slab.view(torch.int64)[: step + 1, 0].cpu()
-        gates = slab.view(torch.float32)[: step + 1, 2].cpu()
+        gates = slab.view(torch.float32)[: step + 1, 4].cpu()
         assert len(set(index.tolist())) == 1
         assert (gates == 1.0 + step).all()
         assert not slab.view(torch.int64)[step + 1 :, 0].any()
