@@ -1,7 +1,7 @@
 """What gates did: tokens evaluated, mean factor, and how many exceeded one half, per request and per probe.
 
 The factors of a forward pass are copied to the host behind it, in stream order, and read once the copy has finished,
-which is seen without waiting: a step or two later on a GPU. Only `report` waits, and it is called between steps.
+which is seen without waiting: a step or two later on a GPU. `report` and `totals` wait, and are called between steps.
 """
 
 from collections import OrderedDict, deque
@@ -133,7 +133,8 @@ class GateMeters:
         return {owner for owner, _ in self._owner.values()} | self._finished.keys()
 
     def totals(self) -> tuple[GateUse, ...]:
-        """What was done since start per probe, by name, as far as it is known without waiting."""
+        """What was done since start per probe, by name; waits for the pass under way."""
+        self.settle()
         totals = dict(self._totals)
         for gate, sums in _each((gates, self._sums[meter]) for meter, (_, gates) in self._owner.items()):
             totals[gate.name] = totals.get(gate.name, 0.0) + sums

@@ -198,7 +198,7 @@ class SteeringRuntime:
         return set() if self._gates is None else self._gates.meters.known
 
     def gate_totals(self) -> tuple[GateUse, ...]:
-        """What the gates of each probe have done since start, as far as it is known without waiting."""
+        """What the gates of each probe have done since start; waits for the pass under way."""
         return () if self._gates is None else self._gates.meters.totals()
 
     def digest(self) -> str:
