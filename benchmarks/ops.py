@@ -357,7 +357,7 @@ def main() -> int:
         print("no CUDA device: nothing to measure", file=sys.stderr)
         return 1
     torch.manual_seed(0)
-    result: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv)}
+    result: dict[str, Any] = {"machine": machine(), "command": " ".join(Path(word).name for word in sys.argv)}
     print(result["machine"])
     if options.tune:
         started = time.perf_counter()

@@ -3,8 +3,8 @@
     python benchmarks/plot.py               draws docs/images/*.svg
     python benchmarks/plot.py --markdown    also fills docs/performance.md between its markers
 
-Reads `ops*.json` (of `ops.py`), `vllm*.json` (of `vllm_decode.py`) and `gpu-tests.txt` (of `make test-gpu`) in
-benchmarks/results. What has no result is left as it is.
+Reads `ops*.json` (of `ops.py`), `vllm*.json` (of `vllm_decode.py`), `gpu-tests.txt` (of `make test-gpu`) and
+`vllm-parity.txt` (of `gpu_vllm.sh`) in benchmarks/results. What has no result is left as it is.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     options.images.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "trimtab", "figure.dpi": 110})
 
-    texts: dict[str, list[str]] = {"ops": [], "vllm": [], "tests": []}
+    texts: dict[str, list[str]] = {"ops": [], "vllm": [], "tests": [], "parity": []}
     for path in sorted(options.results.glob("ops*.json")):
         result = json.loads(path.read_text())
         if "operators" not in result:
@@ -56,6 +56,9 @@ def main() -> None:
             line.strip("= ") for line in summary.read_text().splitlines() if re.search(r"\d (passed|failed)", line)
         ]
         texts["tests"].append(f"Last run: `{counts[-1]}`.")
+    parity = options.results / "vllm-parity.txt"
+    if parity.exists():
+        texts["parity"].append(f"```\n{parity.read_text().strip()}\n```")
     if options.markdown:
         page = options.page.read_text()
         for mark, parts in texts.items():
@@ -240,34 +243,33 @@ CASE_LABELS = {
 
 
 def draw_vllm(result: dict[str, Any], path: Path) -> None:
-    """Overhead of a decode step per case and batch: the median of paired runs, with the least and the most."""
+    """What a decode step costs more than stock's, per case and batch: wall time, and the fused kernels alone."""
     steps: Records = [r for r in result["records"] if "decode" in r["workload"] and r["all_ratios"]]
-    stock = {r["workload"]: r["ms"] for r in result["records"] if r["case"] == "stock" and "decode" in r["workload"]}
+    stock = {r["workload"]: r for r in result["records"] if r["case"] == "stock" and "decode" in r["workload"]}
     workloads = sorted(stock, key=lambda name: (name.startswith("V1"), int(name.split()[-1])))
     cases = [case for case in CASE_STYLES if any(r["case"] == case for r in steps)]
-    figure, panel = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    figure, (wall, fused) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for number, case in enumerate(cases):
         color, marker = CASE_STYLES[case]
-        at, middle, below, above = [], [], [], []
-        for r in steps:
-            if r["case"] == case:
-                ratios = [100 * (ratio - 1) for ratio in r["all_ratios"]]
-                at.append(workloads.index(r["workload"]) + (number - (len(cases) - 1) / 2) * 0.8 / len(cases))
-                middle.append(100 * (r["ratio"] - 1))
-                below.append(middle[-1] - min(ratios))
-                above.append(max(ratios) - middle[-1])
-        panel.errorbar(
-            at, middle, yerr=[below, above], fmt=marker, color=color, capsize=3, markersize=5.5, linewidth=1,
-            label=CASE_LABELS.get(case, case),
-        )  # fmt: skip
-    labels = [f"{name.replace('decode', 'batch')}\n({stock[name]:.2f} ms)" for name in workloads]
-    panel.set_xticks(range(len(workloads)), labels)
-    panel.axhline(0, color=BLACK, linewidth=0.8)
-    panel.grid(True, axis="y", color="#dddddd", linewidth=0.6)
-    panel.set_ylabel("decode step against stock vLLM, %")
-    panel.legend(frameon=False, fontsize=9, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        of_case = [r for r in steps if r["case"] == case]
+        at = [workloads.index(r["workload"]) + (number - (len(cases) - 1) / 2) * 0.8 / len(cases) for r in of_case]
+        middle = [100 * (r["ratio"] - 1) for r in of_case]
+        low, high = ([100 * (end(r["all_ratios"]) - 1) for r in of_case] for end in (min, max))
+        style = {"fmt": marker, "color": color, "markersize": 5.5, "label": CASE_LABELS.get(case, case)}
+        spread = [[m - x for m, x in zip(middle, low, strict=True)], [x - m for m, x in zip(middle, high, strict=True)]]
+        wall.errorbar(at, middle, yerr=spread, capsize=3, linewidth=1, **style)
+        parts = [_added(r, stock[r["workload"]]) for r in of_case]
+        fused.errorbar(at, [float("nan") if part is None else 100 * part for part in parts], **style)
+    labels = [f"{name.replace('decode', 'batch')}\n({stock[name]['ms']:.2f} ms)" for name in workloads]
+    for panel, title in ((wall, "wall time, least to most of the repeats"), (fused, "the fused kernels alone")):
+        panel.set_xticks(range(len(workloads)), labels)
+        panel.axhline(0, color=BLACK, linewidth=0.8)
+        panel.grid(True, axis="y", color="#dddddd", linewidth=0.6)
+        panel.set_title(title, fontsize=10)
+    wall.set_ylabel("more than stock, % of its decode step")
+    figure.legend(*wall.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=5, loc="outside lower center")
     machine = result["machine"]
-    panel.set_title(f"{result['settings']['shape']}, vLLM {machine['vllm']}, {machine['gpu']}", fontsize=11)
+    figure.suptitle(f"{result['settings']['shape']}, vLLM {machine['vllm']}, {machine['gpu']}", fontsize=11)
     _save(figure, path)
 
 
@@ -285,7 +287,7 @@ def vllm_text(result: dict[str, Any], stem: str) -> str:
             f"{r['ratio'] - 1:+.2%}" if ratios else "",
             f"{min(ratios):+.2%} to {max(ratios):+.2%}" if ratios else "",
             f"{r['gpu_ms'] / stock['gpu_ms'] - 1:+.2%}" if traced else "",
-            f"{(_fused_ms(r) - _fused_ms(stock)) / stock['gpu_ms']:+.2%}" if traced else "",
+            f"{_added(r, stock):+.2%}" if traced else "",
         ))  # fmt: skip
     heads = ("workload", "case", "ms", "against stock", "spread of repeats", "all GPU time", "fused kernels")
     return "\n\n".join([
@@ -297,10 +299,17 @@ def vllm_text(result: dict[str, Any], stem: str) -> str:
     ]) + "\n"  # fmt: skip
 
 
-def _fused_ms(record: dict[str, Any]) -> float:
-    """Milliseconds per step in kernels that the compiler generated: all that steering can change on the GPU."""
-    kernels: dict[str, tuple[float, float]] = record["gpu_kernels"]
-    return sum(us for name, (_, us) in kernels.items() if name.startswith("triton_")) / 1e3
+def _added(record: dict[str, Any], stock: dict[str, Any]) -> float | None:
+    """What the kernels that the compiler generated, all that steering can change on the GPU, take more than stock's.
+
+    As a part of stock's GPU time; None if one of the two was not traced.
+    """
+    if not record["gpu_ms"] or not stock["gpu_ms"]:
+        return None
+    with_steering, without = (
+        sum(us for name, (_, us) in r["gpu_kernels"].items() if name.startswith("triton_")) for r in (record, stock)
+    )
+    return float((with_steering - without) / 1e3 / stock["gpu_ms"])
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -107,8 +107,8 @@ def apply_steering_kernel(  # type: ignore[no-untyped-def]
 ):
     # Numbers of tokens and rows stay 32-bit in registers; every offset made of them is 64-bit.
     token = tl.program_id(0)
-    i_row = tl.load(p_steering_index + offset(token, steering_index_stride_0)).to(tl.int32)
     active = tl.load(p_any_active)
+    i_row = tl.load(p_steering_index + offset(token, steering_index_stride_0)).to(tl.int32)
     tier = tl.load(p_steering_token_scales + offset(token, steering_token_scales_stride_0))
     gate = tl.load(p_steering_row_gate + offset(token, steering_row_gate_stride_0))
     monitor = tl.load(p_steering_monitor_active)
@@ -118,6 +118,8 @@ def apply_steering_kernel(  # type: ignore[no-untyped-def]
     o_h = i_h.to(tl.int64)
     in_row = i_h < WIDTH
     more = True  # every program has a token
+    if IN_PLACE:
+        more = active  # an idle site leaves as soon as its flag is there
     while more:
         at_hidden = p_hidden_states + o_h * hidden_states_stride_1 + offset(token, hidden_states_stride_0)
         at_out = at_hidden
@@ -168,8 +170,6 @@ def apply_steering_kernel(  # type: ignore[no-untyped-def]
             tl.store(at_out, b_hidden.to(p_out.dtype.element_ty), mask=in_row)
         token += tl.num_programs(0)
         more = token < tokens
-        if IN_PLACE:
-            more = more & active  # an idle site leaves at its first token
         if more:
             i_row = tl.load(p_steering_index + offset(token, steering_index_stride_0)).to(tl.int32)
             tier = tl.load(p_steering_token_scales + offset(token, steering_token_scales_stride_0))

@@ -46,14 +46,14 @@ def steering_launch_sizes(args: SteeringOpArgs) -> Launch:
 
     16 elements per thread: at 8 the loads of a token's few numbers, which every warp repeats, weigh too much. With the
     row monitor 32, so that fewer warps wait for one another in the sum, and at 16384 too, because more threads than 512
-    would leave each too few registers. The bound on registers is what does not spill (4 per element, 5 in float32; of a
+    would leave each too few registers. The bound on registers is what does not spill (4 per element, 6 in float32; of a
     16384-wide float32 row some do), and there are as many programs as are then resident at once.
     """
     tokens, width = args.hidden_states.shape
     block = triton.next_power_of_2(width)
     per_thread = 32 if args.has_row_monitor or block > 8192 else 16
     num_warps = max(1, block // (32 * per_thread))
-    per_element = 4 if args.hidden_states.element_size() == 2 else 5
+    per_element = 4 if args.hidden_states.element_size() == 2 else 6
     registers = min(per_element * per_thread, REGISTERS // (32 * num_warps))
     return resident(tokens, Launch(block, num_warps, registers, 1), args.hidden_states.device)
 

@@ -48,12 +48,16 @@ def _told(scenario: str, runner: str, mode: str, outcome: dict) -> int:
     totals = outcome.get("totals") == outcome.get("tokens")
     late = outcome["status"][0]["late_variants"]
     print(
-        f"{scenario:7} {runner} {mode:9} answers that differ from the embedded engine's: {found}; {counts}; "
+        f"{scenario:7} {runner} {mode:9} answers that differ: {_plain(found)}; {_plain(counts)}; "
         f"preemptions {outcome.get('preemptions', '-')}; gate totals {'right' if totals else 'WRONG'}; "
         f"late variants {late}",
         flush=True,
     )
     return int(any(found.values()) or not totals or late > 0)
+
+
+def _plain(numbers: dict) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
 if __name__ == "__main__":
