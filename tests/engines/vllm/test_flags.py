@@ -32,10 +32,12 @@ def test_the_enable_flag_alone_turns_steering_on_with_defaults():
 def test_every_flag_reaches_its_setting(tmp_path: Path):
     spec = {"interventions": [{"kind": "add", "vector": "calm"}]}
     (tmp_path / "spec.json").write_text(json.dumps(spec))
+    (tmp_path / "monitor.json").write_text('{"probe": "anger.safetensors", "threshold": 2}')
     args = parse(
         "--enable-steering", "--steering-vectors", "calm=/v/calm.safetensors", "joy=/v/a=b.gguf",
         "--steering-layers", "8-24", "--steering-hook-points", "post_block,pre_attn", "mlp_out",
         "--steering-max-rows", "64", "--steering-default", str(tmp_path / "spec.json"), "--steering-backend", "traced",
+        "--steering-monitor", str(tmp_path / "monitor.json"),
         additional_config={"other": 1},
     )  # fmt: skip
     assert apply_flags(args) is True
@@ -46,6 +48,7 @@ def test_every_flag_reaches_its_setting(tmp_path: Path):
             "layers": "8-24",
             "hook_points": ["post_block", "pre_attn", "mlp_out"],
             "max_rows": 64,
+            "monitor": {"probe": str(tmp_path / "anger.safetensors"), "threshold": 2},
             "default": spec,
             "backend": "traced",
         },
@@ -79,6 +82,7 @@ def test_relative_vector_files_become_absolute_because_workers_may_run_elsewhere
         (["--enable-steering", "--steering-vectors", "a=f", "a=g"], "--steering-vectors", "twice"),
         (["--enable-steering", "--steering-hook-points", "resid_pre"], "--steering-hook-points", "post_block"),
         (["--enable-steering", "--steering-default", "/no/such.json"], "--steering-default", "cannot be read"),
+        (["--enable-steering", "--steering-monitor", "/no/such.json"], "--steering-monitor", "cannot be read"),
     ],
 )
 def test_a_bad_flag_is_refused_by_name(flags: list[str], field: str, words: str):

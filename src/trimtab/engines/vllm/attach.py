@@ -12,6 +12,7 @@ from trimtab.engines.vllm.layers import steered_branch_class, steered_layer_clas
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, set_emission
+from trimtab.ops.buffers import emission
 from trimtab.runtime import probes_needed
 from trimtab.sites import HookPoint, Site
 
@@ -58,6 +59,9 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
     readers = {modules[site] for site in wanted.gates.probe_sites if site in modules}
     for module in modules.values():
         set_emission(module, mode._replace(probing=module in readers))
+    monitor = settings.start_monitor
+    if monitor is not None and (watched := modules.get(monitor.site)) is not None:
+        set_emission(watched, emission(watched)._replace(cross_layer=True, monitor_at=monitor.site.hook))
     return Attachment(buffers, modules)
 
 

@@ -2,7 +2,7 @@
 
 It finds what no reading of the configuration can: a stale compile artifact, a layer whose class was taken for another
 convention, a model that goes around its layers' `forward`. One forward pass tests many sites, since token i of a dummy
-batch is steered at site i alone.
+batch is steered at site i alone. Behind a monitor that is shut the same canaries must change nothing, from its site on.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,40 +15,58 @@ from torch import Tensor
 from trimtab.engines.vllm.attach import Attachment
 from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
+from trimtab.ops.args import NO_THRESHOLD
 from trimtab.sites import Site
 
 _STRENGTH = 64.0  # far above rounding in any dtype, far below float16's range
 
 
-def require_live_sites(worker: Any, attachment: Attachment, is_v2: bool) -> None:
-    """Raise `SteeringError` naming each site of this rank whose canary changes nothing. Leaves the buffers as new."""
+def require_live_sites(worker: Any, attachment: Attachment, is_v2: bool, monitor: Site | None = None) -> None:
+    """Raise `SteeringError` naming each site of this rank whose canary changes nothing, and each that an engine's
+    monitor, read at the site `monitor`, does not reach. Leaves the buffers as new.
+    """
     buffers = attachment.buffers
     if not buffers.sites:
         return
     forward = _forward_v2(worker) if is_v2 else _forward_v1(worker)
     chunk = min(int(worker.vllm_config.scheduler_config.max_num_seqs), buffers.table.shape[1] - 1)
-    dead: list[Site] = []
-    for start in range(0, len(buffers.sites), chunk):
-        dead += _dead_sites(buffers, range(start, min(start + chunk, len(buffers.sites))), forward)
+    total = len(buffers.sites)
+    chunks = [range(start, min(start + chunk, total)) for start in range(0, total, chunk)]
+    # Dummy weights may overflow, which shows nothing either way: such sites are neither dead nor unreached.
+    dead = [site for places in chunks for site, moved in _moved(buffers, places, forward) if not moved]
     if dead:
         raise SteeringError(
             "steering",
             f"steering has no effect at {', '.join(map(str, dead))}: this engine would answer unsteered and does not "
             "start. This is a fault of trimtab with this model and version of vLLM; please report it",
         )
+    if monitor not in buffers.sites:
+        return
+    behind = range(buffers.sites.index(monitor), total)
+    chunks = [range(start, min(start + chunk, total)) for start in range(behind.start, total, chunk)]
+    unreached = [site for places in chunks for site, moved in _moved(buffers, places, forward, monitor) if moved]
+    if unreached:
+        raise SteeringError(
+            "steering.monitor",
+            f"has no effect at {', '.join(map(str, unreached))}: this engine would answer as if it had none and does "
+            "not start. This is a fault of trimtab with this model and version of vLLM; please report it",
+        )
 
 
-def _dead_sites(buffers: SteeringBuffers, places: range, forward: Callable[[int], Tensor]) -> list[Site]:
+def _moved(
+    buffers: SteeringBuffers, places: range, forward: Callable[[int], Tensor], shut: Site | None = None
+) -> list[tuple[Site, bool]]:
+    """Whether the canary of each site changes what the model returns, with the monitor of a site `shut` if one is
+    given. Sites at which what it returns is not finite are left out."""
     count = len(places)
     tokens = max(count, 2)  # a batch of one token is a shape of its own to compilers
     quiet, again = forward(tokens), forward(tokens)
-    with _canaries(buffers, places):
+    with _canaries(buffers, places), _shut_monitor(buffers, shut):
         loud = forward(tokens)
     noise = 4 * (quiet - again).abs().amax(dim=-1)  # kernels may add in another order each time
     moved = (loud - quiet).abs().amax(dim=-1) > noise
-    finite = quiet.isfinite().all(dim=-1)  # dummy weights may overflow, which shows nothing either way
-    alive = (moved | ~finite).tolist()
-    return [buffers.sites[place] for token, place in enumerate(places) if not alive[token]]
+    finite = quiet.isfinite().all(dim=-1)
+    return [(buffers.sites[place], bool(moved[token])) for token, place in enumerate(places) if finite[token]]
 
 
 @contextmanager
@@ -65,6 +83,25 @@ def _canaries(buffers: SteeringBuffers, places: range) -> Iterator[None]:
         buffers.index[:count] = 0
         buffers.any_active[places.start : places.stop] = False
         buffers.table[places.start : places.stop, 1 : count + 1] = 0
+
+
+@contextmanager
+def _shut_monitor(buffers: SteeringBuffers, site: Site | None) -> Iterator[None]:
+    """Let the monitor of `site` open for no token, and count every token as decode, which it acts on."""
+    if site is None:
+        yield
+        return
+    place, params = buffers.sites.index(site), buffers.monitor_params
+    try:
+        params[place, 0], params[place, 2] = -NO_THRESHOLD, 1.0  # the probe is still zero, and so is each score
+        buffers.monitor_active[place] = True
+        buffers.decode_mask.fill_(1.0)
+        yield
+    finally:
+        params[place, 0], params[place, 2] = 0.0, 0.0
+        buffers.monitor_active[place] = False
+        buffers.decode_mask.zero_()
+        buffers.row_gate.fill_(1.0)
 
 
 def _forward_v1(worker: Any) -> Callable[[int], Tensor]:

@@ -13,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 import trimtab
 from trimtab.engines.vllm.flags import SETTINGS_KEY
+from trimtab.engines.vllm.monitor import MonitorSettings, check_reach
 from trimtab.errors import SteeringError
-from trimtab.gates import rows_needed
+from trimtab.gates import ResolvedGate, rows_needed
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
-STAMP_SCHEMA = 2  # to be raised by whoever changes what the steered layers compile to
+STAMP_SCHEMA = 3  # to be raised by whoever changes what the steered layers compile to
 
 UNREADABLE = {
     HookPoint.POST_ATTN: "vLLM adds what is steered there to the stream only later, so there is no whole stream to read"
@@ -42,6 +43,7 @@ class SteeringSettings(BaseModel):
     probes: dict[str, str] = Field(default_factory=dict)  # name -> file, loaded at start; each site is a probe site
     probe_layers: str | list[int] | None = None  # further probe sites: these layers at the hook points
     gates: int = Field(default=4, ge=0, le=16)  # different gates per phase of a request, where there is a probe site
+    monitor: MonitorSettings | None = None  # before all steering of decode tokens that stands behind no gate
     default: dict[str, Any] | None = None  # a spec that the front end adds to every request
     backend: Literal["auto", "traced", "triton"] = "auto"
     stamp: dict[str, Any] | None = None  # written by trimtab
@@ -95,10 +97,7 @@ class SteeringSettings(BaseModel):
         hooks = [hook for hook in self.hook_points if hook not in UNREADABLE]
         wanted = [(f"{SETTINGS_KEY}.probe_layers", Site(layer, hook)) for layer in layers for hook in hooks]
         for field, site in [*named.items(), *wanted]:
-            if site.hook in UNREADABLE:
-                raise SteeringError(field, f"is read at {site}: {UNREADABLE[site.hook]}")
-            if site not in sites:
-                raise SteeringError(field, f"is read at {site}, which is not among the steered layers and hook points")
+            _check_readable(field, site, sites)
         return frozenset(site for _, site in [*named.items(), *wanted])
 
     @cached_property
@@ -110,6 +109,11 @@ class SteeringSettings(BaseModel):
     def start_probes(self) -> dict[str, Probe]:
         """The probes of `probes`, loaded once. Raises `SteeringError` naming the one whose file is bad."""
         return _loaded(self.probes, Probe.load, "probes")
+
+    @cached_property
+    def start_monitor(self) -> ResolvedGate | None:
+        """The monitor of `monitor`, loaded once. Raises `SteeringError`."""
+        return None if self.monitor is None else self.monitor.load()
 
     @cached_property
     def start_vectors_by_digest(self) -> dict[bytes, SteeringVector]:
@@ -128,8 +132,16 @@ def model_sites(vllm_config: Any, settings: SteeringSettings) -> ModelSites:
     chosen = settings.chosen_layers(num_layers)
     sites = frozenset(Site(layer, hook) for layer in chosen for hook in settings.hook_points)
     readable = settings.chosen_probe_sites(num_layers, sites)
-    gates = GateLimits(settings.gates, readable, _later_stages(vllm_config, num_layers)) if readable else GateLimits()
-    return ModelSites(hidden_size, num_layers, sites, gates)
+    stages = _later_stages(vllm_config, num_layers)
+    gates = GateLimits(settings.gates, readable, stages) if readable else GateLimits()
+    if (monitor := settings.start_monitor) is None:
+        return ModelSites(hidden_size, num_layers, sites, gates)
+    field, width = f"{SETTINGS_KEY}.monitor.probe", monitor.probe.hidden_size
+    if width != hidden_size:
+        raise SteeringError(field, f"has width {width}, this model has hidden size {hidden_size}")
+    _check_readable(field, monitor.site, sites)
+    check_reach(monitor, sites, stages)
+    return ModelSites(hidden_size, num_layers, sites, gates, monitor.digest.hex())
 
 
 def table_rows(vllm_config: Any, settings: SteeringSettings) -> int:
@@ -166,11 +178,20 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> dict[str, Any]:
         "layers": sorted({site.layer for site in model.sites}),
         "gates": model.gates.count,
         "probe_sites": sorted(map(str, model.gates.probe_sites)),
+        "monitor": model.monitor,
         "rows": table_rows(vllm_config, settings),
         "vectors": {name: vector.digest.hex() for name, vector in settings.start_vectors.items()},
         "probes": {name: probe.digest.hex() for name, probe in settings.start_probes.items()},
     }
     return plain
+
+
+def _check_readable(field: str, site: Site, sites: frozenset[Site]) -> None:
+    """Raise `SteeringError` at `field` where no probe can be read at `site` of an engine that steers `sites`."""
+    if site.hook in UNREADABLE:
+        raise SteeringError(field, f"is read at {site}: {UNREADABLE[site.hook]}")
+    if site not in sites:
+        raise SteeringError(field, f"is read at {site}, which is not among the steered layers and hook points")
 
 
 def _later_stages(vllm_config: Any, num_layers: int) -> tuple[int, ...]:

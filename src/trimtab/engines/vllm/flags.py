@@ -25,6 +25,7 @@ _DESTINATIONS = {
     "steering_probes": "probes",
     "steering_probe_layers": "probe_layers",
     "steering_gates": "gates",
+    "steering_monitor": "monitor",
     "steering_default": "default",
     "steering_backend": "backend",
 }
@@ -89,6 +90,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Different gates per phase of a request, where probes can be read. Default: 4; 0 serves none.",
     )
     group.add_argument(
+        "--steering-monitor",
+        default=None,
+        metavar="SPEC.json",
+        help="File with a monitor: one probe for the whole engine, which lets steering of new tokens through.",
+    )
+    group.add_argument(
         "--steering-default",
         default=None,
         metavar="SPEC.json",
@@ -136,7 +143,9 @@ def settings_from_flags(given: Mapping[str, Any]) -> dict[str, Any]:
     if "hook_points" in settings:
         settings["hook_points"] = _parse_hook_points(settings["hook_points"])
     if "default" in settings:
-        settings["default"] = _read_default(settings["default"])
+        settings["default"] = _read_object(settings["default"], "--steering-default", "with interventions")
+    if "monitor" in settings:
+        settings["monitor"] = _read_monitor(settings["monitor"])
     return settings
 
 
@@ -161,13 +170,20 @@ def _parse_hook_points(items: Sequence[str]) -> list[str]:
     return hooks
 
 
-def _read_default(path: str) -> dict[str, Any]:
+def _read_monitor(path: str) -> dict[str, Any]:
+    monitor = _read_object(path, "--steering-monitor", "with probe and threshold")
+    if isinstance(probe := monitor.get("probe"), str):  # beside the file that names it, wherever workers run
+        monitor["probe"] = str(Path(path).expanduser().absolute().parent / Path(probe).expanduser())
+    return monitor
+
+
+def _read_object(path: str, flag: str, content: str) -> dict[str, Any]:
     try:
         spec = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise SteeringError("--steering-default", f"{path} cannot be read: {error.strerror}") from error
+        raise SteeringError(flag, f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise SteeringError("--steering-default", f"{path} is not JSON: {error}") from error
+        raise SteeringError(flag, f"{path} is not JSON: {error}") from error
     if not isinstance(spec, dict):
-        raise SteeringError("--steering-default", f"{path} must hold a JSON object with interventions")
+        raise SteeringError(flag, f"{path} must hold a JSON object {content}")
     return spec

@@ -60,8 +60,10 @@ class Admission:
     @cached_property
     def receipt(self) -> dict[str, Any]:
         """What the caller is told, in JSON's types: the identity of each phase ("" = unsteered), the sites, the content
-        behind each vector and probe used, and whether the server's default is in it. Made when asked for.
+        behind each vector and probe used, and whether the server's default is in it; the digest of the server's monitor
+        where it stands before what decode tokens receive. Made when asked for.
         """
+        monitor = {"monitor": self.resolved.monitor} if self.resolved.monitored else {}
         used: dict[tuple[str | None, str], None] = {}
         for step in self.spec.interventions:
             name, vector = (
@@ -82,6 +84,7 @@ class Admission:
             "vectors": [{"name": name, "digest": digest} for name, digest in used],
             "probes": [{"name": name, "digest": digest} for name, digest in probes],
             "server_default": self.server_default,
+            **monitor,
         }
 
 
@@ -105,8 +108,10 @@ class FrontEnd:
         default: Any = None,
         observer: Observer | None = None,
         probes: ProbeRegistry | None = None,
+        monitor: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
+        self.monitor = monitor  # as the status route shows it
         self.registry = registry
         self.probes = ProbeRegistry({}) if probes is None else probes
         self.default = None if default is None else Steering.parse(default)
@@ -234,7 +239,9 @@ def build_front_end(vllm_config: Any) -> FrontEnd | None:
     probes = ProbeRegistry(settings.start_probes, None if directory is None else directory / "probes")
     counters = metrics()
     counters.vectors(len(registry.vectors()))
-    return FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes)
+    monitor = settings.start_monitor
+    shown = settings.monitor.describe(monitor) if settings.monitor is not None and monitor is not None else None
+    return FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes, shown)
 
 
 def merge(default: Steering, steering: Steering) -> Steering:

@@ -6,6 +6,7 @@ serialises it, but with the resolved steering at hand for block keys, and for a 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from trimtab.engines.vllm.config import SteeringSettings
@@ -49,7 +50,7 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites) -> Decode
     if isinstance(given, DecodedWire):
         return given
     if isinstance(given, Mapping) and set(given) == KEYS:
-        steering = ResolvedSteering.from_wire(given, settings.start_vectors_by_digest)
+        steering = replace(ResolvedSteering.from_wire(given, settings.start_vectors_by_digest), monitor=model.monitor)
         _check_served(steering, model)
         return DecodedWire(given, steering)
     steering = Steering.parse(given).resolve(settings.start_vectors, model, settings.start_probes)

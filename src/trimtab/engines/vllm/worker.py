@@ -44,10 +44,13 @@ def attach_worker(worker: Any) -> None:
     if attachment.modules:
         limit = int(worker.vllm_config.scheduler_config.max_num_seqs)
         runtime = SteeringRuntime(attachment.buffers, max_requests=limit)
+        monitor = settings.start_monitor
+        if monitor is not None and monitor.site in attachment.modules:
+            runtime.set_monitor(monitor)
         _account_for_memory(runner, attachment.buffers.nbytes)
         (drive_v2 if _is_v2(runner) else drive_v1)(runner, runtime, settings, limit)
     worker._trimtab = WorkerSteering(attachment, runtime)
-    _check_after_warm_up(worker)
+    _check_after_warm_up(worker, settings)
     logger.info(
         "Steering %d sites: %.1f MiB for %d rows",
         len(attachment.modules),
@@ -76,6 +79,7 @@ def trimtab_status(self: Any) -> dict[str, Any]:
         "nbytes": steering.attachment.buffers.nbytes,
         "late_variants": late_variants(),
         "gates": [asdict(use) for use in runtime.gate_totals()] if runtime else [],
+        "monitors": {str(site): gate.digest.hex() for site, gate in runtime.monitors.items()} if runtime else {},
     }
 
 
@@ -96,7 +100,7 @@ def _is_v2(runner: Any) -> bool:
     return any(base.__module__ == "vllm.v1.worker.gpu.model_runner" for base in type(runner).__mro__)
 
 
-def _check_after_warm_up(worker: Any) -> None:
+def _check_after_warm_up(worker: Any, settings: SteeringSettings) -> None:
     """After the worker's own warm-up and graph capture, which row 0 leaves unsteered: warm our kernels, then check."""
     original = worker.compile_or_warm_up_model
 
@@ -104,7 +108,8 @@ def _check_after_warm_up(worker: Any) -> None:
         steering: WorkerSteering = worker._trimtab
         warm_up_kernels(worker.vllm_config, steering.attachment)
         result = original(*args, **kwargs)
-        require_live_sites(worker, steering.attachment, _is_v2(worker.model_runner))
+        monitor = None if settings.start_monitor is None else settings.start_monitor.site
+        require_live_sites(worker, steering.attachment, _is_v2(worker.model_runner), monitor)
         return result
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model
@@ -122,6 +127,12 @@ def _require_same_vectors(settings: SteeringSettings) -> None:
                     f"steering.{kind}s.{name}",
                     f"{files[name]} holds another {kind} here than where the engine was configured",
                 )
+    monitor = settings.start_monitor
+    if monitor is not None and (settings.stamp or {}).get("monitor") != monitor.digest.hex():
+        raise SteeringError(
+            "steering.monitor.probe",
+            "the file holds another probe here than where the engine was configured",
+        )
 
 
 def _account_for_memory(runner: Any, nbytes: int) -> None:

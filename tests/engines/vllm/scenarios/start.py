@@ -2,7 +2,7 @@
 
 import traceback
 
-from support import engine, generate, random_prompts, random_spec, report, tiny_model
+from support import HIDDEN, SCRATCH, engine, generate, random_prompts, random_spec, report, tiny_model
 
 
 def main() -> None:
@@ -17,6 +17,7 @@ def main() -> None:
         "unsupported mode": lambda: engine(folder, steering={}, cpu_offload_gb=1),
         "model that is not steered": lambda: _without_attaching(folder),
         "site without effect": lambda: _without_adding(folder),
+        "monitor without effect": lambda: _without_monitoring(folder),
     }
     refused = {name: _refusal(start) for name, start in starts.items()}
     llm = engine(folder, steering={})
@@ -61,6 +62,22 @@ def _without_adding(folder):
         return engine(folder, steering={})
     finally:
         layers.SteeredLayer.forward = original
+
+
+def _without_monitoring(folder):
+    """A model that adds, but past its monitor, as one does that was compiled before there was one."""
+    from trimtab import Probe
+    from trimtab.engines.vllm import attach
+    from trimtab.sites import HookPoint, Site
+
+    path = SCRATCH / "monitor.safetensors"
+    Probe.at(Site(1, HookPoint.POST_BLOCK), [1.0] * HIDDEN).save(path)
+    original = attach.set_emission
+    attach.set_emission = lambda module, mode: original(module, mode._replace(cross_layer=False))
+    try:
+        return engine(folder, steering={"monitor": {"probe": str(path), "threshold": 0.0}})
+    finally:
+        attach.set_emission = original
 
 
 def _doors(llm):

@@ -161,14 +161,19 @@ def generate(
 
 
 def oracle(
-    model: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int] = 8, batch: int = 16
+    model: Any,
+    prompts: Sequence[list[int]],
+    specs: Sequence[Spec],
+    tokens: int | Sequence[int] = 8,
+    batch: int = 16,
+    monitor: Any = None,
 ) -> list[list[int]]:
-    """The embedded engine's greedy continuations of the same requests."""
+    """The embedded engine's greedy continuations of the same requests, behind a monitor if one is given."""
     from trimtab import SteeredModel
 
     counts = [tokens] * len(prompts) if isinstance(tokens, int) else list(tokens)
     answers: list[list[int]] = []
-    with SteeredModel(model, None) as steered:
+    with SteeredModel(model, None, monitor=monitor) as steered:
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             outputs = steered.generate(

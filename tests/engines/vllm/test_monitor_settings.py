@@ -1,0 +1,105 @@
+"""The setting of a monitor: what it comes to, and what is refused at start, on a configuration that is made up."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trimtab import Probe
+from trimtab.engines.vllm.config import SteeringSettings, model_sites, stamped
+from trimtab.engines.vllm.monitor import check_reach
+from trimtab.errors import SteeringError
+from trimtab.gates import ResolvedGate
+from trimtab.sites import HookPoint, Site
+
+WIDTH, LAYERS = 4, 6
+SITES = [Site(layer, HookPoint.POST_BLOCK) for layer in range(LAYERS)]
+
+
+def engine(width: int = WIDTH) -> Any:
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS), get_hidden_size=lambda: width
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=2),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+    )
+
+
+@pytest.fixture
+def probe(tmp_path: Path):
+    def saved(site: Site = SITES[2], bias: float = 0.5) -> str:
+        path = tmp_path / f"{site.hook.value}-{site.layer}.safetensors"
+        Probe.at(site, [1.0, -2.0, 0.5, 0.0], bias).save(path)
+        return str(path)
+
+    return saved
+
+
+def settings(monitor: Any, **more: Any) -> SteeringSettings:
+    return SteeringSettings.parse({"monitor": monitor} | more)
+
+
+def test_a_monitor_is_its_probe_with_the_numbers_of_a_gate(probe) -> None:
+    given = settings({"probe": probe(), "threshold": 2, "sharpness": 3.0, "invert": True})
+    gate = given.start_monitor
+    assert (gate.site, gate.threshold, gate.sharpness, gate.invert) == (SITES[2], 1.5, 3.0, True)
+    assert model_sites(engine(), given).monitor == gate.digest.hex()
+    assert not model_sites(engine(), given).gates.count  # of itself it serves no gates
+    assert model_sites(engine(), SteeringSettings()).monitor == ""
+
+
+def test_the_stamp_tells_engines_with_different_monitors_apart(probe) -> None:
+    path = probe()
+    first = stamped(engine(), settings({"probe": path, "threshold": 2.0}))
+    assert SteeringSettings.parse(first).start_monitor is not None
+    probe(bias=0.75)  # the same file with another content
+    other = stamped(engine(), settings({"probe": path, "threshold": 2.0}))
+    assert first["monitor"] == other["monitor"]
+    assert first["stamp"]["monitor"] != other["stamp"]["monitor"] != ""
+    assert stamped(engine(), SteeringSettings())["stamp"]["monitor"] == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        ({"threshold": None}, "steering.monitor.threshold", "want a number"),
+        ({"sharpness": 0.0}, "steering.monitor.sharpness", "above 0"),
+        ({"hard": True}, "steering.monitor.hard", "not permitted"),
+        ({"probe": "/nowhere/x.safetensors"}, "steering.monitor.probe", "cannot be loaded"),
+    ],
+)
+def test_what_a_monitor_cannot_be_is_refused_by_name(probe, change: dict[str, Any], field: str, words: str) -> None:
+    with pytest.raises(SteeringError, match=words) as caught:
+        model_sites(engine(), settings({"probe": probe(), "threshold": 0.0} | change))
+    assert caught.value.field == field
+
+
+def test_a_monitor_is_read_where_the_engine_steers_and_a_whole_stream_is(probe) -> None:
+    numbers = {"threshold": 0.0}
+    for path, more, words in (
+        (probe(), {"layers": "3-5"}, "post_block:2, which is not among the steered"),
+        (probe(Site(2, HookPoint.POST_ATTN)), {"hook_points": ["post_attn"]}, "no whole stream to read"),
+    ):
+        with pytest.raises(SteeringError, match=words) as caught:
+            model_sites(engine(), settings({"probe": path} | numbers, **more))
+        assert caught.value.field == "steering.monitor.probe"
+    with pytest.raises(SteeringError, match="has width 4, this model has hidden size 8"):
+        model_sites(engine(8), settings({"probe": probe()} | numbers))
+
+
+def test_a_monitor_that_would_miss_later_pipeline_stages_is_refused_with_the_boundary_named() -> None:
+    def monitor(layer: int) -> ResolvedGate:
+        return ResolvedGate.of(Probe.at(SITES[layer], [1.0] * WIDTH).vector, 0.0, 1.0)
+
+    stages = (2, 4)
+    check_reach(monitor(4), SITES, stages)
+    check_reach(monitor(1), SITES[:2], stages)
+    check_reach(monitor(0), SITES, ())
+    with pytest.raises(
+        SteeringError, match=r"post_block:1, and post_block:2 .* before layer 2: .* at layer 4 or later"
+    ):
+        check_reach(monitor(1), SITES, stages)
+    with pytest.raises(SteeringError, match=r"post_block:3, and post_block:4 .* before layer 4"):
+        check_reach(monitor(3), SITES, stages)

@@ -1,0 +1,68 @@
+"""A monitor in stock vLLM: the embedded engine's answers behind the same one, on both runners, eager and compiled."""
+
+from typing import Any
+
+import pytest
+from vllm_harness import outcomes_of, run_scenario
+
+pytestmark = pytest.mark.vllm
+
+outcome = outcomes_of("monitor", {"V1 eager": 40, "V1 compiled": 30, "V2 eager": 10, "V2 compiled": 10})
+
+ROWS_ONLY = [False, False, False, False]
+
+
+def test_a_mixed_batch_answers_as_the_embedded_engine_does(outcome: dict[str, Any]) -> None:
+    assert outcome["differs from unmonitored"] >= outcome["requests"] // 4  # the monitor bites
+    assert outcome["mixed"] == []
+    assert outcome["alone"] == []
+    assert outcome["unsteered"] == []
+
+
+def test_prompts_found_in_the_prefix_cache_change_no_answer(outcome: dict[str, Any]) -> None:
+    assert outcome["again"] == []
+
+
+def test_an_answer_sent_again_as_a_prompt_has_its_full_strength(outcome: dict[str, Any]) -> None:
+    assert outcome["next turn"] == []
+
+
+def test_the_worker_says_that_it_is_on(outcome: dict[str, Any]) -> None:
+    (status,) = outcome["status"]
+    assert status["runner"] == outcome["case"][:2].lower()
+    assert list(status["monitors"]) == ["post_block:1"]
+    assert status["rows_in_use"] == status["late_variants"] == 0
+
+
+def test_only_the_monitors_site_is_traced_otherwise(outcome: dict[str, Any]) -> None:
+    plain = [ROWS_ONLY, False, None]
+    for site, mode in outcome["emissions"].items():
+        own = site in ("pre_attn:1", "post_block:1")  # one module holds both; it evaluates the probe at one of them
+        assert mode == ([ROWS_ONLY, True, "post_block"] if own else plain), site
+    assert all(mode == plain for mode in outcome.get("plain emissions", {}).values())
+
+
+def test_chunked_prompts_preemption_and_other_sites_change_nothing(outcome: dict[str, Any]) -> None:
+    assert ("chunked" in outcome) == outcome["case"].endswith("eager")
+    if "chunked" in outcome:
+        assert outcome["chunked"] == []
+        assert outcome["preemptions"] > 0
+        assert outcome["preempted"] == []
+        assert outcome["pre_attn"] == []
+        assert outcome["mlp_out"] == []
+
+
+@pytest.mark.parametrize("kind", ["tp", "pp"])
+def test_ranks_together_answer_as_the_embedded_engine_does(kind: str) -> None:
+    outcome = run_scenario("monitor", kind, "12")
+    assert outcome["differs from unmonitored"] >= 3
+    assert outcome["mixed"] == []
+    first, second = outcome["status"]
+    assert first["digest"] == second["digest"]
+    if kind == "tp":
+        assert list(first["monitors"]) == list(second["monitors"]) == ["post_block:1"]
+    else:
+        assert (list(first["monitors"]), list(second["monitors"])) == ([], ["post_block:2"])
+        told = outcome["across stages"]
+        assert "steering.monitor.probe: is read at post_block:1, and post_block:2 is steered" in told
+        assert "ends before layer 2" in told
