@@ -53,6 +53,7 @@ def extract(
         typer.echo(json.dumps({"output": str(output), "digest": vector.digest.hex(), "sites": sites}))
         return
     typer.echo(
-        f"{output}: {len(norms)} site{'s' * (len(norms) != 1)}, norms {min(norms.values()):.3g} to {max(norms.values()):.3g}, "
+        f"{output}: {len(norms)} site{'s' * (len(norms) != 1)}, "
+        f"norms {min(norms.values()):.3g} to {max(norms.values()):.3g}, "
         f"from {len(wanted)} positive and {len(opposite)} negative prompts"
     )
