@@ -117,23 +117,28 @@ class Sites(nn.Module):
         return hidden, residual
 
 
-@pytest.mark.parametrize("probing", [True, False])
-def test_the_traced_form_is_the_operator(probing):
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("probed", [1, 2])
+def test_the_traced_form_is_the_operator(probed, everywhere):
+    """Probes at one site; the others decide nothing, or could (`everywhere`). An earlier pass left what it left."""
     stack = gated_stack(6, 64, gates=2, seed=5)
-    stack.buffers.gates.sites[:6].clamp_(max=1)  # all probes at the first site
+    gates = stack.buffers.gates
+    gates.sites[:6].clamp_(max=1).mul_(probed)
     for place, module in enumerate(stack.modules):
-        set_emission(module, Emission(traced=True, terms=ROWS_ONLY, probing=probing or place == 0))
+        here, first = everywhere or place == probed - 1, everywhere or place == 0
+        set_emission(module, Emission(traced=True, terms=ROWS_ONLY, probing=here, opening=first))
     model = Sites(stack.modules)
     hidden, residual = torch.randn(6, 64), torch.randn(6, 64)
     with torch.no_grad():
         expected = model(hidden, residual)
-        factors = stack.buffers.gates.values.clone()
-        stack.buffers.gates.values.zero_()
+        factors = gates.values.clone()
+        gates.values.fill_(float("nan"))
+        gates.gains.fill_(float("nan"))
         torch._dynamo.reset()
         traced = torch.compile(model, fullgraph=True, dynamic=True, backend="inductor")(hidden, residual)
     for got, want in zip(traced, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stack.buffers.gates.values, factors)
+    torch.testing.assert_close(gates.values.nan_to_num(0.0), factors)
     assert factors.any()
 
 

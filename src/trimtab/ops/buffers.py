@@ -41,6 +41,7 @@ class Emission(NamedTuple):
     cross_layer: bool = False  # a site's probe gates that site and everything after it, instead of that site alone
     monitor_at: HookPoint | None = None  # the one hook point that evaluates its probe for that; None is every one
     probing: bool = True  # whether the traced form reads gates' probes here, or only what earlier sites read
+    opening: bool = True  # whether a site of this module may be the forward pass's first
 
 
 def set_emission(module: nn.Module, mode: Emission) -> None:

@@ -34,7 +34,9 @@ def emit(
     if mode.traced and torch.compiler.is_compiling():
         if monitor is not None:
             reference.steering_monitor(monitor, mode.terms)
-        gates = traced_gates(module, hook, rest, probing=mode.probing) if gate_count(module) else None
+        gates = None
+        if gate_count(module):
+            gates = traced_gates(module, hook, rest, probing=mode.probing, opening=mode.opening)
         terms = mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer)
         out = _stored(reference.apply_steering(args, terms, gates))
     else:

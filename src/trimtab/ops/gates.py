@@ -6,6 +6,7 @@ rows of the site's own table. Where an engine has no gates, none of this exists.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,22 +14,36 @@ from trimtab.ops.args import GateOpArgs, GateReads
 from trimtab.ops.reference import Gates
 from trimtab.sites import HookPoint, Site
 
-GATE_BYTES = 64
-"""Bytes of one gate of one token: int64 row, int32 probe, int32 site and four float32 as in `GateReads.gate_params`,
-16 bytes apart for the reason that `TOKEN_BYTES` in `buffers` gives."""
 
+def gate_record(count: int) -> np.dtype[np.void]:
+    """A token's line of `GateBuffers.slab`: `row` int64, `probe` and `site` int32, each [count], and `params` float32.
+
+    `params` is [count, 4] as in `GateReads.gate_params`. What a site reads of all gates lies side by side, and each
+    part starts on 16 bytes for the reason that `TOKEN_BYTES` in `buffers` gives. A token without gates has zeros.
+    """
+    parts = {"row": (np.int64, (count,)), "probe": (np.int32, (count,)), "site": (np.int32, (count,)),
+             "params": (np.float32, (count, 4))}  # fmt: skip
+    offsets, end = [], 0
+    for kind, shape in parts.values():
+        offsets.append(end)
+        end += -(-np.dtype((kind, shape)).itemsize // _ALIGNMENT) * _ALIGNMENT
+    return np.dtype({"names": list(parts), "formats": list(parts.values()), "offsets": offsets, "itemsize": end})
+
+
+_ALIGNMENT = 16  # bytes
 _SHARED = ("gate_rows", "gate_probes", "gate_sites", "gate_params", "gate_probe_table")
 
 
 class GateBuffers:
     """Device state of an engine's gates: G gates per token, T tokens, P probe rows, hidden size H."""
 
-    slab: Tensor  # [T, G * 64] uint8, contiguous: copying the first N rows sets the gates of a step
+    slab: Tensor  # [T, B] uint8, lines of `gate_record`, contiguous: copying the first N sets the gates of a step
     rows: Tensor  # [T, G] int64, a view of the slab like the three below
     probes: Tensor  # [T, G] int32
     sites: Tensor  # [T, G] int32, counted from 1 in forward order
     params: Tensor  # [T, G, 4] float32
     values: Tensor  # [G, T] float32: the factors of the last forward pass
+    gains: Tensor  # [G, T] float32: coefficient times factor, between the sites of one pass in the traced form
     probe_table: Tensor  # [P, H] float32
     numbers: Tensor  # [S, 4] int32, aligned: the first of each line is the site's number
 
@@ -45,18 +60,30 @@ class GateBuffers:
         """`sites` in forward order, `count` gates per token, `max_probes` rows of probes with row 0."""
         self.count = count
         self._numbers = {site: position + 1 for position, site in enumerate(sites)}
-        self.slab = torch.zeros(max_tokens, count * GATE_BYTES, dtype=torch.uint8, device=device)
-        words = self.slab.view(torch.int64).view(max_tokens, count, 8)
-        halves = self.slab.view(torch.int32).view(max_tokens, count, 16)
-        floats = self.slab.view(torch.float32).view(max_tokens, count, 16)
-        self.rows, self.probes, self.sites = words[..., 0], halves[..., 4], halves[..., 8]
-        self.params = floats[..., 12:]
-        self.values = torch.zeros(count, -(-max_tokens // 4) * 4, dtype=torch.float32, device=device)
+        record = gate_record(count)
+        self.slab = torch.zeros(max_tokens, record.itemsize, dtype=torch.uint8, device=device)
+        self.rows = self._part(record, "row", torch.int64)
+        self.probes = self._part(record, "probe", torch.int32)
+        self.sites = self._part(record, "site", torch.int32)
+        self.params = self._part(record, "params", torch.float32).view(max_tokens, count, 4)
+        length = -(-max_tokens // 4) * 4
+        self.values = torch.zeros(count, length, dtype=torch.float32, device=device)
+        self.gains = torch.zeros(count, length, dtype=torch.float32, device=device)
         # A storage object of its own per gate: compilers track what is written by storage, see `token_views`.
-        self._values_of = [torch.from_dlpack(value) for value in self.values]  # type: ignore[attr-defined]
+        self._values_of, self._gains_of = (
+            [torch.from_dlpack(value) for value in stacked]  # type: ignore[attr-defined]
+            for stacked in (self.values, self.gains)
+        )
         self.probe_table = torch.zeros(max_probes, hidden_size, dtype=torch.float32, device=device)
         self.numbers = torch.zeros(len(sites), 4, dtype=torch.int32, device=device)
         self.numbers[:, 0] = torch.arange(1, len(sites) + 1, dtype=torch.int32)
+
+    def _part(self, record: np.dtype[np.void], name: str, kind: torch.dtype) -> Tensor:
+        """The view [T, n] of one part of all lines."""
+        assert record.fields is not None
+        inner, start = record.fields[name][:2]
+        first = start // kind.itemsize
+        return self.slab.view(kind)[:, first : first + inner.itemsize // kind.itemsize]
 
     def number(self, site: Site) -> int:
         """How the token records call `site`: from 1 on; 0 where this rank does not have it."""
@@ -65,13 +92,14 @@ class GateBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held."""
-        return sum(tensor.nbytes for tensor in (self.slab, self.values, self.probe_table, self.numbers))
+        return sum(tensor.nbytes for tensor in (self.slab, self.values, self.gains, self.probe_table, self.numbers))
 
     def attach(self, module: nn.Module, site: Site) -> None:
         """Register the tensors that `site` reads and writes on `module`, as non-persistent buffers."""
         tensors = dict(zip(_SHARED, (self.rows, self.probes, self.sites, self.params, self.probe_table), strict=True))
         tensors["gate_values"] = self.values
         tensors |= {f"gate_values_{slot}": value for slot, value in enumerate(self._values_of)}
+        tensors |= {f"gate_gains_{slot}": gain for slot, gain in enumerate(self._gains_of)}
         for name, tensor in tensors.items():
             module.register_buffer(f"steering_{name}", tensor, persistent=False)
         module.register_buffer(_number_name(site.hook), self.numbers[self.number(site) - 1, :1], persistent=False)
@@ -84,10 +112,13 @@ def gate_count(module: nn.Module) -> int:
     return count
 
 
-def traced_gates(module: nn.Module, hook: HookPoint, rest: Tensor | None, *, probing: bool) -> Gates:
+def traced_gates(module: nn.Module, hook: HookPoint, rest: Tensor | None, *, probing: bool, opening: bool) -> Gates:
     """What `reference.apply_steering` needs for the gates of `module` at `hook`."""
-    values = [getattr(module, f"steering_gate_values_{slot}") for slot in range(gate_count(module))]
-    return Gates(_reads(module, hook), values, rest, probing)
+    slots = range(gate_count(module))
+    values, gains = (
+        [getattr(module, f"steering_gate_{name}_{slot}") for slot in slots] for name in ("values", "gains")
+    )
+    return Gates(_reads(module, hook), values, rest, probing, opening, gains)
 
 
 def gate_op_args(

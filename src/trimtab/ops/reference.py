@@ -39,6 +39,8 @@ class Gates(NamedTuple):
     values: Sequence[Tensor]  # G tensors [T] float32, written where a probe is at this site
     rest: Tensor | None = None  # [N, H], what must be added to the hidden states to make the full stream
     probing: bool = True  # whether a probe can be at this site; a constant of the trace
+    opening: bool = True  # whether this may be the first site of the forward pass; a constant of the trace
+    gains: Sequence[Tensor] = ()  # G tensors [T] float32, coefficient times factor, for sites that are neither
 
 
 def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates | None = None) -> Tensor:
@@ -81,13 +83,13 @@ def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates 
         out = out + args.steering_dynamic_vec.float() * token_gain[:, None]
     if gates is not None:
         stream = x if gates.rest is None else x + gates.rest.float()
-        out = add_gated(out, stream, gates.reads, gates.values, probing=gates.probing)
+        out = (
+            _add_traced_gates(out, stream, gates) if gates.gains else add_gated(out, stream, gates.reads, gates.values)
+        )
     return out.to(hidden.dtype).contiguous()
 
 
-def add_gated(
-    out: Tensor, stream: Tensor, reads: GateReads, values: Sequence[Tensor], *, probing: bool = True
-) -> Tensor:
+def add_gated(out: Tensor, stream: Tensor, reads: GateReads, values: Sequence[Tensor]) -> Tensor:
     """`out` [N, H] float32 plus what the gates let through; writes the factors of gates whose probe is at this site.
 
         y = sigmoid(sharpness * (stream[i] . probe - threshold)), or stream[i] . probe > threshold where sharpness is 0
@@ -97,27 +99,48 @@ def add_gated(
     `stream` [N, H] float32 is the full stream before any steering here. At later sites the factor is the one written;
     at earlier ones it is 0, whatever `values` hold.
     """
-    tokens = out.shape[0]
-    here = reads.gate_site
     for slot, value in enumerate(values):
-        site = reads.gate_sites[:tokens, slot]
-        coefficient, threshold, sharpness, invert = reads.gate_params[:tokens, slot].unbind(-1)
-        stored = value[:tokens]
-        factor = torch.where((site > 0) & (site < here), stored, 0.0)
-        if probing:
-            at_probe = site == here
-            # A token whose probe is elsewhere reads row 0, which is zero and in a near cache.
-            probe = reads.gate_probe_table[torch.where(at_probe, reads.gate_probes[:tokens, slot], 0)]
-            score = (stream * probe).sum(-1)
-            y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
-            y = torch.where(invert > 0, 1.0 - y, y)
-            factor = torch.where(at_probe, y, factor)
-            stored.copy_(torch.where(at_probe, y, stored))
-        out = (
-            out
-            + table_rows(reads.steering_table, reads.gate_rows[:tokens, slot]).float() * (coefficient * factor)[:, None]
-        )
+        out = out + _gated_row(reads, slot, out.shape[0]) * _gain(stream, reads, value, slot, probing=True)[:, None]
     return out
+
+
+def _add_traced_gates(out: Tensor, stream: Tensor, gates: Gates) -> Tensor:
+    """`add_gated` with as few reads as possible at sites where nothing is decided, which are most of a model's.
+
+    There a gate's coefficient times its factor is read as one number. It is written at the sites of probes, and at the
+    first site of the forward pass, where it is 0: so it is never that of an earlier pass.
+    """
+    for slot, (value, kept) in enumerate(zip(gates.values, gates.gains, strict=True)):
+        if gates.probing or gates.opening:
+            gain = _gain(stream, gates.reads, value, slot, probing=gates.probing)
+            kept[: out.shape[0]].copy_(gain)
+        else:
+            gain = kept[: out.shape[0]]
+        out = out + _gated_row(gates.reads, slot, out.shape[0]) * gain[:, None]
+    return out
+
+
+def _gated_row(reads: GateReads, slot: int, tokens: int) -> Tensor:
+    return table_rows(reads.steering_table, reads.gate_rows[:tokens, slot]).float()
+
+
+def _gain(stream: Tensor, reads: GateReads, value: Tensor, slot: int, *, probing: bool) -> Tensor:
+    """Coefficient times factor [N] of the gates in `slot`; writes the factors of those whose probe is at this site."""
+    tokens, here = stream.shape[0], reads.gate_site
+    site = reads.gate_sites[:tokens, slot]
+    coefficient, threshold, sharpness, invert = reads.gate_params[:tokens, slot].unbind(-1)
+    stored = value[:tokens]
+    factor = torch.where((site > 0) & (site < here), stored, 0.0)
+    if probing:
+        at_probe = site == here
+        # A token whose probe is elsewhere reads row 0, which is zero and in a near cache.
+        probe = reads.gate_probe_table[torch.where(at_probe, reads.gate_probes[:tokens, slot], 0)]
+        score = (stream * probe).sum(-1)
+        y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
+        y = torch.where(invert > 0, 1.0 - y, y)
+        factor = torch.where(at_probe, y, factor)
+        stored.copy_(torch.where(at_probe, y, stored))
+    return coefficient * factor
 
 
 def steering_monitor(args: MonitorOpArgs, terms: Terms = ALL_TERMS) -> None:

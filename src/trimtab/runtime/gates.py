@@ -11,23 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.gates import ResolvedGate
-from trimtab.ops.gates import GATE_BYTES, GateBuffers
+from trimtab.ops.gates import GateBuffers, gate_record
 from trimtab.program import PhaseProgram
 from trimtab.runtime.meters import GateMeters
 from trimtab.runtime.plan import DECODE, PREFILL
 from trimtab.runtime.rows import RowAllocator
 from trimtab.runtime.upload import RowUploader, TokenUploader
 from trimtab.vectors.values import FloatArray
-
-# One gate of one token in `GateBuffers.slab`. A token without gates has zeros.
-GATE = np.dtype(
-    {
-        "names": ["row", "probe", "site", "coefficient", "threshold", "sharpness", "invert"],
-        "formats": [np.int64, np.int32, np.int32, np.float32, np.float32, np.float32, np.float32],
-        "offsets": [0, 16, 32, 48, 52, 56, 60],
-        "itemsize": GATE_BYTES,
-    }
-)
 
 
 class GateLanes:
@@ -36,13 +26,14 @@ class GateLanes:
     def __init__(self, buffers: GateBuffers, max_requests: int) -> None:
         """`buffers` hold at least `probes_needed` probes."""
         self._buffers = buffers
-        self._records = np.zeros((max_requests + 1, 2, buffers.count), GATE)
+        record = gate_record(buffers.count)
+        self._records = np.zeros((max_requests + 1, 2), record)
         self._words = self._records.view(np.int64).reshape(max_requests + 1, -1)
         self._gated = np.zeros(max_requests + 1, np.bool_)
         self._probes = RowAllocator(len(buffers.probe_table))
         self._unwritten: dict[int, ResolvedGate] = {}
         self._table = RowUploader(buffers.probe_table[None], _direction)
-        self._slab = TokenUploader(buffers.slab, np.zeros(buffers.count * GATE_BYTES // 8, np.int64))
+        self._slab = TokenUploader(buffers.slab, np.zeros(record.itemsize // 8, np.int64))
         self.meters = GateMeters(buffers.values, max_requests)
 
     @property
@@ -66,16 +57,14 @@ class GateLanes:
         """Give `slot`, which has none, the gates of both phases; `row` acquires the row of a gated sum."""
         if not any(program.gated for program in phases):
             return
-        records = self._records[slot]
-        records[:] = np.zeros((), GATE)
         for phase, program in zip((PREFILL, DECODE), phases, strict=True):
+            record = self._records[slot, phase]
             for place, item in enumerate(program.gated):
                 gate = item.gate
-                number = self._buffers.number(gate.site)
-                records[phase, place] = (
-                    row(item.total), self._probe(gate), number, item.total.coefficient,
-                    gate.threshold, gate.sharpness, gate.invert,
-                )  # fmt: skip
+                record["row"][place] = row(item.total)
+                record["probe"][place] = self._probe(gate)
+                record["site"][place] = self._buffers.number(gate.site)
+                record["params"][place] = item.total.coefficient, gate.threshold, gate.sharpness, gate.invert
         self._gated[slot] = True
         here = self._buffers.number
         gates = tuple(tuple(g.gate if here(g.gate.site) else None for g in program.gated) for program in phases)
@@ -92,7 +81,7 @@ class GateLanes:
             if self._probes.release(probe) and self._unwritten.pop(probe, None) is not None:
                 self._probes.forget(probe)
         rows: list[int] = records["row"][records["row"] > 0].tolist()
-        records[:] = np.zeros((), GATE)
+        self._words[slot] = 0
         return rows
 
     def in_batch(self, slots: npt.NDArray[np.int64]) -> bool:
@@ -114,7 +103,7 @@ class GateLanes:
     def state(self) -> Iterator[bytes]:
         """All that later choices depend on, the same on every pipeline stage, for digests."""
         yield from self._probes.state()
-        for field in ("row", "probe", "coefficient", "threshold", "sharpness", "invert"):
+        for field in ("row", "probe", "params"):
             yield self._records[field].tobytes()
 
     def _probe(self, gate: ResolvedGate) -> int:
