@@ -58,7 +58,8 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
             modules[site] = module
     readers = {modules[site] for site in wanted.gates.probe_sites if site in modules}
     for module in modules.values():
-        set_emission(module, mode._replace(probing=module in readers))
+        first = module is modules[buffers.sites[0]]
+        set_emission(module, mode._replace(probing=module in readers, opening=first))
     monitor = settings.start_monitor
     if monitor is not None and (watched := modules.get(monitor.site)) is not None:
         set_emission(watched, emission(watched)._replace(cross_layer=True, monitor_at=monitor.site.hook))
