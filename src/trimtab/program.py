@@ -106,7 +106,7 @@ class PhaseProgram:
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites at which something is or may be added, in the order of the forward pass."""
-        return tuple(sorted({site for term in self.all_terms for site in term.vector.sites}, key=site_order))
+        return _together(*{term.vector.sites for term in self.all_terms})
 
     @property
     def bound(self) -> float:
@@ -233,7 +233,7 @@ class ResolvedSteering:
     @cached_property
     def sites(self) -> tuple[Site, ...]:
         """The sites at which either phase adds something, in the order of the forward pass."""
-        return tuple(sorted({*self.prefill.sites, *self.decode.sites}, key=site_order))
+        return _together(*{self.prefill.sites, self.decode.sites})
 
     @cached_property
     def gates(self) -> tuple[ResolvedGate, ...]:
@@ -262,3 +262,8 @@ class ResolvedSteering:
         from trimtab.wire import decode
 
         return decode(wire, vectors_by_digest)
+
+
+def _together(*ordered: tuple[Site, ...]) -> tuple[Site, ...]:
+    """The sites of some tuples in forward order, in forward order. Mostly there is one tuple, and nothing to sort."""
+    return ordered[0] if len(ordered) == 1 else tuple(sorted(set().union(*ordered), key=site_order))

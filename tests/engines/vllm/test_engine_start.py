@@ -27,6 +27,8 @@ def outcome() -> dict[str, Any]:
         ("model that is not steered", "the models of workers [0] were loaded without being steered"),
         ("site without effect", "steering has no effect at post_block:2:"),
         ("monitor without effect", "steering.monitor: has no effect at post_block:2, post_block:3:"),
+        ("gates without effect", "an open gate has no effect at post_block:1, post_block:2, post_block:3:"),
+        ("gates that never shut", "a shut gate has no effect at post_block:1, post_block:2, post_block:3:"),
     ],
 )
 def test_an_engine_that_would_not_steer_does_not_start(outcome: dict[str, Any], case: str, said: str) -> None:

@@ -25,6 +25,7 @@ class Attachment:
 
     buffers: SteeringBuffers
     modules: dict[Site, nn.Module]  # which module holds which site's buffers
+    probe_sites: tuple[Site, ...]  # where gates' probes are read, in forward order
 
 
 def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, device: torch.device) -> Attachment:
@@ -56,14 +57,15 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
             site = Site(index, hook)
             buffers.attach(module, site)
             modules[site] = module
-    readers = {modules[site] for site in wanted.gates.probe_sites if site in modules}
+    probe_sites = tuple(site for site in buffers.sites if site in wanted.gates.probe_sites)
+    readers = {modules[site] for site in probe_sites}
     for module in modules.values():
         first = module is modules[buffers.sites[0]]
         set_emission(module, mode._replace(probing=module in readers, opening=first))
     monitor = settings.start_monitor
     if monitor is not None and (watched := modules.get(monitor.site)) is not None:
         set_emission(watched, emission(watched)._replace(cross_layer=True, monitor_at=monitor.site.hook))
-    return Attachment(buffers, modules)
+    return Attachment(buffers, modules, probe_sites)
 
 
 def _place(layer: nn.Module, hooks: set[HookPoint]) -> dict[HookPoint, nn.Module]:

@@ -2,11 +2,12 @@
 
 It finds what no reading of the configuration can: a stale compile artifact, a layer whose class was taken for another
 convention, a model that goes around its layers' `forward`. One forward pass tests many sites, since token i of a dummy
-batch is steered at site i alone. Behind a monitor that is shut the same canaries must change nothing, from its site on.
+batch is steered at site i alone. Behind a gate that is open the same canaries must change it too; behind one that is
+shut, or a monitor that is, they must change nothing.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,52 +17,66 @@ from trimtab.engines.vllm.attach import Attachment
 from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
 from trimtab.ops.args import NO_THRESHOLD
-from trimtab.sites import Site
+from trimtab.sites import Site, site_order
 
 _STRENGTH = 64.0  # far above rounding in any dtype, far below float16's range
 
 
 def require_live_sites(worker: Any, attachment: Attachment, is_v2: bool, monitor: Site | None = None) -> None:
-    """Raise `SteeringError` naming each site of this rank whose canary changes nothing, and each that an engine's
-    monitor, read at the site `monitor`, does not reach. Leaves the buffers as new.
+    """Raise `SteeringError` naming each site of this rank whose canary changes nothing, and each that gates, or an
+    engine's monitor, read at the site `monitor`, do not reach. Leaves the buffers as new.
     """
     buffers = attachment.buffers
     if not buffers.sites:
         return
     forward = _forward_v2(worker) if is_v2 else _forward_v1(worker)
-    chunk = min(int(worker.vllm_config.scheduler_config.max_num_seqs), buffers.table.shape[1] - 1)
-    total = len(buffers.sites)
-    chunks = [range(start, min(start + chunk, total)) for start in range(0, total, chunk)]
-    # Dummy weights may overflow, which shows nothing either way: such sites are neither dead nor unreached.
-    dead = [site for places in chunks for site, moved in _moved(buffers, places, forward) if not moved]
+    most = min(int(worker.vllm_config.scheduler_config.max_num_seqs), buffers.table.shape[1] - 1)
+
+    def found(first: int, canaries: Callable[[range], AbstractContextManager[None]], *, moving: bool) -> list[Site]:
+        """The sites from `first` on whose canary changes the result (`moving`), or whose canary does not."""
+        total = len(buffers.sites)
+        chunks = [range(start, min(start + most, total)) for start in range(first, total, most)]
+        return [site for places in chunks for site, moved in _moved(buffers, places, forward, canaries(places))
+                if moved is moving]  # fmt: skip
+
+    dead = found(0, lambda places: _canaries(buffers, places), moving=False)
     if dead:
-        raise SteeringError(
-            "steering",
-            f"steering has no effect at {', '.join(map(str, dead))}: this engine would answer unsteered and does not "
-            "start. This is a fault of trimtab with this model and version of vLLM; please report it",
-        )
-    if monitor not in buffers.sites:
-        return
-    behind = range(buffers.sites.index(monitor), total)
-    chunks = [range(start, min(start + chunk, total)) for start in range(behind.start, total, chunk)]
-    unreached = [site for places in chunks for site, moved in _moved(buffers, places, forward, monitor) if moved]
-    if unreached:
-        raise SteeringError(
-            "steering.monitor",
-            f"has no effect at {', '.join(map(str, unreached))}: this engine would answer as if it had none and does "
-            "not start. This is a fault of trimtab with this model and version of vLLM; please report it",
-        )
+        raise _fault("steering", "steering has no effect", dead, "unsteered")
+    if attachment.probe_sites:
+        probed = buffers.sites.index(attachment.probe_sites[0])
+        probes = attachment.probe_sites
+        closed = found(probed, lambda places: _gated_canaries(buffers, places, probes, shut=False), moving=False)
+        if closed:
+            raise _fault("steering.gates", "steering behind an open gate has no effect", closed, "unsteered")
+        open_ones = found(probed, lambda places: _gated_canaries(buffers, places, probes, shut=True), moving=True)
+        if open_ones:
+            raise _fault("steering.gates", "a shut gate has no effect", open_ones, "as if it had no gates")
+    if monitor in buffers.sites:
+        behind = buffers.sites.index(monitor)
+        unreached = found(behind, lambda places: _canaries(buffers, places, shut_monitor=monitor), moving=True)
+        if unreached:
+            raise _fault("steering.monitor", "has no effect", unreached, "as if it had none")
+
+
+def _fault(field: str, what: str, sites: list[Site], how: str) -> SteeringError:
+    return SteeringError(
+        field,
+        f"{what} at {', '.join(map(str, sites))}: this engine would answer {how} and does not start. This is a fault "
+        "of trimtab with this model and version of vLLM; please report it",
+    )
 
 
 def _moved(
-    buffers: SteeringBuffers, places: range, forward: Callable[[int], Tensor], shut: Site | None = None
+    buffers: SteeringBuffers, places: range, forward: Callable[[int], Tensor], canaries: AbstractContextManager[None]
 ) -> list[tuple[Site, bool]]:
-    """Whether the canary of each site changes what the model returns, with the monitor of a site `shut` if one is
-    given. Sites at which what it returns is not finite are left out."""
+    """Whether the canary of each site changes what the model returns.
+
+    Sites at which that is not finite are left out: dummy weights may overflow, which shows nothing either way.
+    """
     count = len(places)
     tokens = max(count, 2)  # a batch of one token is a shape of its own to compilers
     quiet, again = forward(tokens), forward(tokens)
-    with _canaries(buffers, places), _shut_monitor(buffers, shut):
+    with canaries:
         loud = forward(tokens)
     noise = 4 * (quiet - again).abs().amax(dim=-1)  # kernels may add in another order each time
     moved = (loud - quiet).abs().amax(dim=-1) > noise
@@ -70,17 +85,49 @@ def _moved(
 
 
 @contextmanager
-def _canaries(buffers: SteeringBuffers, places: range) -> Iterator[None]:
+def _canaries(buffers: SteeringBuffers, places: range, shut_monitor: Site | None = None) -> Iterator[None]:
+    """Steer token i at the i-th of `places`, behind the monitor of a site, shut, if one is given."""
+    count = len(places)
+    try:
+        buffers.index[:count] = torch.arange(1, count + 1, device=buffers.index.device)
+        with _rows(buffers, places), _shut_monitor(buffers, shut_monitor):
+            yield
+    finally:
+        buffers.index[:count] = 0
+
+
+@contextmanager
+def _gated_canaries(
+    buffers: SteeringBuffers, places: range, probe_sites: tuple[Site, ...], *, shut: bool
+) -> Iterator[None]:
+    """The same behind a gate each, read at the nearest probe site; the gates of a token are tried in turn."""
+    gates, count = buffers.gates, len(places)
+    assert gates is not None
+    try:
+        for token, place in enumerate(places):
+            slot, site = token % gates.count, buffers.sites[place]
+            gates.rows[token, slot] = token + 1
+            gates.sites[token, slot] = max(gates.number(s) for s in probe_sites if site_order(s) <= site_order(site))
+            # A hard gate of the probe in row 0, which is zero and so scores 0.
+            gates.params[token, slot, :2] = torch.tensor([1.0, -NO_THRESHOLD if shut else NO_THRESHOLD])
+        with _rows(buffers, places):
+            yield
+    finally:
+        gates.slab[:count] = 0
+        gates.values.zero_()
+
+
+@contextmanager
+def _rows(buffers: SteeringBuffers, places: range) -> Iterator[None]:
+    """Row i + 1 holds a canary at the i-th of `places`."""
     count, width = len(places), buffers.table.shape[2]
     pattern = torch.where(torch.arange(width) % 3 == 0, _STRENGTH, -_STRENGTH / 4).to(buffers.table)
     try:
         for token, place in enumerate(places):
             buffers.table[place, token + 1] = pattern
             buffers.any_active[place] = True
-            buffers.index[token] = token + 1
         yield
     finally:
-        buffers.index[:count] = 0
         buffers.any_active[places.start : places.stop] = False
         buffers.table[places.start : places.stop, 1 : count + 1] = 0
 

@@ -3,6 +3,7 @@
 Called by the patches of `compat`; each function does nothing for an engine without steering.
 """
 
+from copy import copy
 from typing import Any
 
 import trimtab
@@ -54,8 +55,9 @@ def check_request(core: Any, request: Any) -> None:
     if getattr(request, "resumable", False):
         raise SteeringError(SETTINGS_KEY, "cannot be combined with resumable requests: where a prompt ends would move")
     wire = checked(given, settings, model)
-    # Callers may use their sampling parameters again: they are not to find our form in them.
-    params = request.sampling_params.clone() if hasattr(request.sampling_params, "clone") else request.sampling_params
+    # Callers may use their sampling parameters again: they are not to find our form in them. Only one attribute
+    # changes, so a shallow copy is enough.
+    params = copy(request.sampling_params)
     params.extra_args = {**params.extra_args, SETTINGS_KEY: wire}
     request.sampling_params = params
 

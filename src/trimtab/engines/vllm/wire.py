@@ -68,9 +68,9 @@ def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSte
 
 
 def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
-    for site in steering.sites:
-        if site not in model.sites:
-            raise SteeringError(SETTINGS_KEY, f"{site} is not served by this engine")
+    if not model.sites.issuperset(steering.sites):
+        missing = next(site for site in steering.sites if site not in model.sites)
+        raise SteeringError(SETTINGS_KEY, f"{missing} is not served by this engine")
     steering.check_gate_count(model.gates, SETTINGS_KEY)
     for term in (*steering.prefill.all_terms, *steering.decode.all_terms):
         if term.vector.hidden_size != model.hidden_size:

@@ -66,7 +66,7 @@ def trimtab_attached(self: Any) -> bool:
 
 def trimtab_status(self: Any) -> dict[str, Any]:
     """Worker method: what is on, in plain values. Digests of ranks that saw the same requests are equal."""
-    steering: WorkerSteering = self._trimtab
+    steering = _steering(self)
     runtime = steering.runtime
     return {
         "rank": int(self.rank),
@@ -88,11 +88,18 @@ def trimtab_gates(self: Any, request_id: str) -> list[dict[str, Any]]:
 
     `request_id` is the one that the front end gave; vLLM may have put a number before it and more behind it.
     """
-    runtime = self._trimtab.runtime
+    runtime = _steering(self).runtime
     if runtime is None:
         return []
     same = re.compile(rf"(\d+_)?{re.escape(request_id)}(-.*)?")
     return [asdict(use) for use in runtime.gate_report(*filter(same.fullmatch, runtime.gated_requests))]
+
+
+def _steering(worker: Any) -> WorkerSteering:
+    steering: WorkerSteering | None = getattr(worker, "_trimtab", None)
+    if steering is None:
+        raise SteeringError("steering", "this engine was started without it: set `steering` in additional_config")
+    return steering
 
 
 def _is_v2(runner: Any) -> bool:

@@ -1,6 +1,9 @@
 """What a steered engine refuses at start, and what it refuses of requests that came around the front end."""
 
+import importlib
 import traceback
+
+import torch
 
 from support import HIDDEN, SCRATCH, engine, generate, random_prompts, random_spec, report, tiny_model
 
@@ -18,6 +21,8 @@ def main() -> None:
         "model that is not steered": lambda: _without_attaching(folder),
         "site without effect": lambda: _without_adding(folder),
         "monitor without effect": lambda: _without_monitoring(folder),
+        "gates without effect": lambda: _with_gates(folder, gate_count=lambda original: lambda module: 0),
+        "gates that never shut": lambda: _with_gates(folder, gate_op_args=_open_all),
     }
     refused = {name: _refusal(start) for name, start in starts.items()}
     llm = engine(folder, steering={})
@@ -78,6 +83,29 @@ def _without_monitoring(folder):
         return engine(folder, steering={"monitor": {"probe": str(path), "threshold": 0.0}})
     finally:
         attach.set_emission = original
+
+
+def _with_gates(folder, **faults):
+    """A model with gates of which some function of `emit` is not what it should be."""
+    emit = importlib.import_module("trimtab.ops.emit")
+    originals = {name: getattr(emit, name) for name in faults}
+    for name, fault in faults.items():
+        setattr(emit, name, fault(originals[name]))
+    try:
+        return engine(folder, steering={"gates": 2, "probe_layers": [1]})
+    finally:
+        for name, original in originals.items():
+            setattr(emit, name, original)
+
+
+def _open_all(original):
+    def gate_op_args(*args):
+        given = original(*args)
+        threshold = given.gate_params[..., 1:2]
+        return given._replace(gate_params=torch.cat([given.gate_params[..., :1], threshold * 0 - 1e30,
+                                                     given.gate_params[..., 2:]], dim=-1))  # fmt: skip
+
+    return gate_op_args
 
 
 def _doors(llm):
