@@ -40,8 +40,6 @@ def greedy(
 ) -> tuple[list[list[int]], list[torch.Tensor]]:
     """New tokens of each prompt, and the logits [B, V] of each step. `model` is altered: pass a copy of its own."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
     def steer(layer: int, hook: str, value: torch.Tensor) -> torch.Tensor:
         value = value.clone()
@@ -54,6 +52,14 @@ def greedy(
         return value
 
     family.edited(model, steer)
+    return recompute(model, prompts, steps)
+
+
+def recompute(model: Any, prompts: list[list[int]], steps: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Greedy tokens of each prompt and the logits [B, V] of each step, all computed anew each step, padded left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     logits = []
     for _ in range(steps):

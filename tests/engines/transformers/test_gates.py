@@ -1,13 +1,12 @@
 """Gated steering against a slow forward pass with probe, gate and sum in float64 in the family's own layers."""
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, SEQUENTIAL
-from oracle import Recorder
+from oracle import Recorder, recompute
 
 from trimtab import Probe, SteeringVector
 from trimtab.engines.transformers import SteeredModel
@@ -67,8 +66,6 @@ class Slow:
     def run(self, family, prompts, interventions: list[list[Gated]], steps: int = STEPS) -> "Slow":
         model = family.model()
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
         def steer(layer: int, hook: str, value: torch.Tensor) -> torch.Tensor:
             before, value = value, value.clone()
@@ -88,15 +85,7 @@ class Slow:
             return value
 
         family.edited(model, steer)
-        positions = "position_ids" in inspect.signature(model.forward).parameters
-        for _ in range(steps):
-            extra = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if positions else {}
-            with torch.no_grad():
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits[:, -1].float()
-            self.logits.append(logits)
-            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
-            mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], dim=1)
-        self.tokens = ids[:, width:].tolist()
+        self.tokens, self.logits = recompute(model, prompts, steps)
         return self
 
 

@@ -1,12 +1,11 @@
 """A model behind one monitor, against a slow forward pass with its score, factor and sums in float64."""
 
-import inspect
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, Family
-from oracle import Addition, Recorder
+from oracle import Addition, Recorder, recompute
 
 from trimtab import Probe
 from trimtab.engines.transformers import SteeredModel
@@ -45,8 +44,6 @@ def slow(family: Family, additions: list[list[Addition]], monitor: Monitor, prom
     """
     model = family.model()
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     factors: dict[tuple[int, int], float] = {}
 
     def steer(layer: int, hook: str, value: torch.Tensor) -> torch.Tensor:
@@ -65,16 +62,9 @@ def slow(family: Family, additions: list[list[Addition]], monitor: Monitor, prom
         return value
 
     family.edited(model, steer)
-    positions = "position_ids" in inspect.signature(model.forward).parameters
-    logits = []
-    for _ in range(STEPS):
-        extra = {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)} if positions else {}
-        with torch.no_grad():
-            logits.append(model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits[:, -1].float())
-        ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], dim=1)
-        mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], dim=1)
+    tokens, logits = recompute(model, prompts, STEPS)
     decoded = {place: y for place, y in factors.items() if place[1] >= width}
-    return ids[:, width:].tolist(), logits, decoded
+    return tokens, logits, decoded
 
 
 def specs(additions: list[list[Addition]]) -> list[dict[str, Any] | None]:
