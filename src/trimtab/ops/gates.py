@@ -118,7 +118,7 @@ def traced_gates(module: nn.Module, hook: HookPoint, rest: Tensor | None, *, pro
     values, gains = (
         [getattr(module, f"steering_gate_{name}_{slot}") for slot in slots] for name in ("values", "gains")
     )
-    return Gates(_reads(module, hook), values, rest, probing, opening, gains)
+    return Gates(_reads(module, hook), values, gains, rest, probing, opening)
 
 
 def gate_op_args(

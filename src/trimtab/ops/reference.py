@@ -37,10 +37,10 @@ class Gates(NamedTuple):
 
     reads: GateReads
     values: Sequence[Tensor]  # G tensors [T] float32, written where a probe is at this site
-    rest: Tensor | None = None  # [N, H], what must be added to the hidden states to make the full stream
-    probing: bool = True  # whether a probe can be at this site; a constant of the trace
-    opening: bool = True  # whether this may be the first site of the forward pass; a constant of the trace
-    gains: Sequence[Tensor] = ()  # G tensors [T] float32, coefficient times factor, for sites that are neither
+    gains: Sequence[Tensor]  # G tensors [T] float32, coefficient times factor, for sites that are neither of the below
+    rest: Tensor | None  # [N, H], what must be added to the hidden states to make the full stream
+    probing: bool  # whether a probe can be at this site; a constant of the trace
+    opening: bool  # whether this may be the first site of the forward pass; a constant of the trace
 
 
 def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates | None = None) -> Tensor:
@@ -83,9 +83,7 @@ def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates 
         out = out + args.steering_dynamic_vec.float() * token_gain[:, None]
     if gates is not None:
         stream = x if gates.rest is None else x + gates.rest.float()
-        out = (
-            _add_traced_gates(out, stream, gates) if gates.gains else add_gated(out, stream, gates.reads, gates.values)
-        )
+        out = _add_traced_gates(out, stream, gates)
     return out.to(hidden.dtype).contiguous()
 
 
