@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from vllm_server import WIDTH, Oracle, Server, make_model
+from vllm_server import WIDTH, Oracle, make_model, serving
 
 from trimtab import Probe
 from trimtab.sites import HookPoint, Site
@@ -34,14 +34,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[httpx.Client]:
-    server = Server(
+    with serving(
         folder / "model", "--enable-steering", "--steering-probes", f"anger={folder / 'anger.safetensors'}",
         "--data-parallel-size", "2", "--api-server-count", "1", log=folder / "server.log",
-    )  # fmt: skip
-    server.wait()
-    with server.client() as client:
+    ) as client:  # fmt: skip
         yield client
-    server.stop()
 
 
 def ask(client: httpx.Client, engine: int, row: int, **more: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from vllm_server import LAYERS, WIDTH, Server, make_model
+from vllm_server import LAYERS, WIDTH, make_model, serving
 
 from trimtab import Probe, SteeredModel, SteeringVector
 from trimtab.sites import HookPoint, Site
@@ -37,15 +37,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[httpx.Client]:
-    server = Server(
+    with serving(
         folder / "model", "--enable-steering", "--steering-vectors", f"calm={folder / 'calm.safetensors'}",
         "--steering-probes", f"anger={folder / 'anger.safetensors'}", "--steering-probe-layers", "0",
         "--steering-gates", "2", log=folder / "server.log",
-    )  # fmt: skip
-    server.wait()
-    with server.client() as client:
+    ) as client:  # fmt: skip
         yield client
-    server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from vllm_server import LAYERS, WIDTH, Oracle, Server, make_model
+from vllm_server import LAYERS, WIDTH, Oracle, make_model, serving
 
 from trimtab.engines.vllm.guard import DOORS
 
@@ -50,23 +50,17 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def steering(model: Path) -> Iterator[httpx.Client]:
     # Scale-out and development mode: as many routes as vLLM has.
-    server = Server(
+    with serving(
         model, "--enable-steering", "--enable-scale-out",
         log=model.parent / "steering.log", environment={"VLLM_SERVER_DEV_MODE": "1"},
-    )  # fmt: skip
-    server.wait()
-    with server.client() as client:
+    ) as client:  # fmt: skip
         yield client
-    server.stop()
 
 
 @pytest.fixture(scope="module")
 def pooling(model: Path) -> Iterator[httpx.Client]:
-    server = Server(model, "--runner", "pooling", log=model.parent / "pooling.log")
-    server.wait()
-    with server.client() as client:
+    with serving(model, "--runner", "pooling", log=model.parent / "pooling.log") as client:
         yield client
-    server.stop()
 
 
 def posts(client: httpx.Client) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from vllm_server import WIDTH, Server, make_model
+from vllm_server import WIDTH, make_model, serving
 
 from trimtab import Probe, SteeredModel, SteeringVector
 from trimtab.sites import HookPoint, Phase, Site
@@ -34,14 +34,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[httpx.Client]:
-    server = Server(
+    with serving(
         folder / "model", "--enable-steering", "--steering-vectors", f"calm={folder / 'calm.safetensors'}",
         "--steering-monitor", str(folder / "monitor.json"), log=folder / "server.log",
-    )  # fmt: skip
-    server.wait()
-    with server.client() as client:
+    ) as client:  # fmt: skip
         yield client
-    server.stop()
 
 
 def test_answers_and_receipts_are_those_of_the_embedded_engine_behind_the_same_monitor(client, folder) -> None:

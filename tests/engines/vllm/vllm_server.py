@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -85,6 +86,20 @@ class Oracle:
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook
+
+
+@contextmanager
+def serving(
+    model: Path, *flags: str, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[httpx.Client]:
+    """A client of a server of its own, which ends with the block."""
+    server = Server(model, *flags, log=log, environment=environment)
+    server.wait()
+    try:
+        with server.client() as client:
+            yield client
+    finally:
+        server.stop()
 
 
 class Server:
