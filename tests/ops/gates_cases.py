@@ -25,11 +25,20 @@ class Stack:
         return gate_op_args(self.modules[place], HookPoint.POST_BLOCK, steered, hidden, rest)
 
 
-def gated_stack(tokens, width, *, gates=2, dtype=torch.float32, seed=0, device="cpu", rows=5, probes=4) -> Stack:
+def gated_stack(
+    tokens, width, *, gates=2, dtype=torch.float32, seed=0, device="cpu", rows=5, probes=4, probe_sites=None
+) -> Stack:
     """A third of the gates are none, a third hard, half inverted; probes stand at any of the three sites."""
     rng = np.random.default_rng(seed)
     buffers = SteeringBuffers(
-        SITES, hidden_size=width, max_rows=rows, max_tokens=tokens + 3, dtype=dtype, gates=gates, max_probes=probes
+        SITES,
+        hidden_size=width,
+        max_rows=rows,
+        max_tokens=tokens + 3,
+        dtype=dtype,
+        gates=gates,
+        max_probes=probes,
+        probe_sites=probe_sites,
     )
     state = buffers.gates
     buffers.table[:, 1:] = torch.from_numpy(rng.standard_normal((len(SITES), rows - 1, width))).to(dtype)

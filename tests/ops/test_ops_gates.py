@@ -118,15 +118,18 @@ class Sites(nn.Module):
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
-@pytest.mark.parametrize("probed", [1, 2])
+@pytest.mark.parametrize("probed", [(1,), (2,), (1, 2), (2, 3)])
 def test_the_traced_form_is_the_operator(probed, everywhere):
-    """Probes at one site; the others decide nothing, or could (`everywhere`). An earlier pass left what it left."""
-    stack = gated_stack(6, 64, gates=2, seed=5)
+    """Probes at some sites; the others decide nothing, or could (`everywhere`). An earlier pass left what it left."""
+    places = None if everywhere else {SITES[number - 1] for number in probed}
+    stack = gated_stack(6, 64, gates=2, seed=5, probe_sites=places)
     gates = stack.buffers.gates
-    gates.sites[:6].clamp_(max=1).mul_(probed)
-    for place, module in enumerate(stack.modules):
-        here, first = everywhere or place == probed - 1, everywhere or place == 0
-        set_emission(module, Emission(traced=True, terms=ROWS_ONLY, probing=here, opening=first))
+    numbers = torch.tensor(probed, dtype=torch.int32)
+    gates.sites[:6] = torch.where(gates.sites[:6] > 0, numbers[gates.sites[:6] % len(probed)], 0)
+    for site in SITES[: min(probed) - 1]:  # what a gate lets through acts from its probe's site on
+        stack.buffers.table[SITES.index(site)] = 0
+    for module in stack.modules:
+        set_emission(module, Emission(traced=True, terms=ROWS_ONLY))
     model = Sites(stack.modules)
     hidden, residual = torch.randn(6, 64), torch.randn(6, 64)
     with torch.no_grad():
@@ -142,12 +145,12 @@ def test_the_traced_form_is_the_operator(probed, everywhere):
     assert factors.any()
 
 
-def test_an_engine_without_gates_holds_and_traces_nothing_of_them():
-    buffers = SteeringBuffers(SITES, hidden_size=8, max_rows=3, max_tokens=8, dtype=torch.float32)
+@pytest.mark.parametrize("options", [{}, {"gates": 2, "probe_sites": ()}, {"gates": 2, "probe_sites": SITES[1:]}])
+def test_a_site_that_no_gate_can_reach_holds_and_traces_nothing_of_them(options):
+    buffers = SteeringBuffers(SITES, hidden_size=8, max_rows=3, max_tokens=8, dtype=torch.float32, **options)
     module = nn.Module()
     buffers.attach(module, SITES[0])
-    assert buffers.gates is None
-    assert gate_count(module) == 0
+    assert gate_count(module, HookPoint.POST_BLOCK) == 0
     assert not any("gate_" in name and "row_gate" not in name for name, _ in module.named_buffers())
     set_emission(module, Emission(traced=True, terms=ROWS_ONLY))
     graphs = []

@@ -6,7 +6,7 @@ values sit side by side in one slab, so a host writes a step with one copy and a
 non-persistent buffers under the same names, and `steering_op_args` collects them in the operator's order.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,8 +40,6 @@ class Emission(NamedTuple):
     terms: Terms = ALL_TERMS  # what the traced form computes
     cross_layer: bool = False  # a site's probe gates that site and everything after it, instead of that site alone
     monitor_at: HookPoint | None = None  # the one hook point that evaluates its probe for that; None is every one
-    probing: bool = True  # whether the traced form reads gates' probes here, or only what earlier sites read
-    opening: bool = True  # whether a site of this module may be the forward pass's first
 
 
 def set_emission(module: nn.Module, mode: Emission) -> None:
@@ -205,8 +203,12 @@ class SteeringBuffers:
         row_monitor: bool = False,
         gates: int = 0,
         max_probes: int = 1,
+        probe_sites: Collection[Site] | None = None,
     ) -> None:
-        """`gates` per token, reading at most `max_probes` - 1 probes; their rows are among the `max_rows`."""
+        """`gates` per token, reading at most `max_probes` - 1 probes; their rows are among the `max_rows`.
+
+        Probes are read at `probe_sites`, by default at every site.
+        """
         self.sites = tuple(sorted(set(sites), key=site_order))
         self._position = {site: position for position, site in enumerate(self.sites)}
         count = len(self.sites)
@@ -237,6 +239,7 @@ class SteeringBuffers:
                 hidden_size=hidden_size,
                 max_probes=max_probes,
                 max_tokens=max_tokens,
+                probe_sites=probe_sites,
                 device=device,
             )
 

@@ -35,14 +35,14 @@ def emit(
         if monitor is not None:
             reference.steering_monitor(monitor, mode.terms)
         gates = None
-        if gate_count(module):
-            gates = traced_gates(module, hook, rest, probing=mode.probing, opening=mode.opening)
+        if gate_count(module, hook):
+            gates = traced_gates(module, hook, rest)
         terms = mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer)
         out = _stored(reference.apply_steering(args, terms, gates))
     else:
         if monitor is not None:
             torch.ops.trimtab.steering_monitor(*monitor)
-        gated = gate_count(module) > 0
+        gated = gate_count(module, hook) > 0
         out = _operator(args, in_place and not gated)  # probes read what the tensor was before
         if gated:
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, out, tokens, rest))

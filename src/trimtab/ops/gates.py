@@ -4,7 +4,7 @@
 rows of the site's own table. Where an engine has no gates, none of this exists.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -55,11 +55,19 @@ class GateBuffers:
         hidden_size: int,
         max_probes: int,
         max_tokens: int,
+        probe_sites: Collection[Site] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """`sites` in forward order, `count` gates per token, `max_probes` rows of probes with row 0."""
+        """`sites` in forward order, `count` gates per token, `max_probes` rows of probes with row 0.
+
+        Probes are read at `probe_sites`, by default at every site. Sites before the first of them have no part in
+        gates: what a gate lets through acts from its probe's site on.
+        """
         self.count = count
         self._numbers = {site: position + 1 for position, site in enumerate(sites)}
+        self._probing = frozenset(sites if probe_sites is None else probe_sites)
+        first = next((position for position, site in enumerate(sites) if site in self._probing), len(sites))
+        self._gated = frozenset(sites[first:])
         record = gate_record(count)
         self.slab = torch.zeros(max_tokens, record.itemsize, dtype=torch.uint8, device=device)
         self.rows = self._part(record, "row", torch.int64)
@@ -95,7 +103,10 @@ class GateBuffers:
         return sum(tensor.nbytes for tensor in (self.slab, self.values, self.gains, self.probe_table, self.numbers))
 
     def attach(self, module: nn.Module, site: Site) -> None:
-        """Register the tensors that `site` reads and writes on `module`, as non-persistent buffers."""
+        """Register the tensors that `site` reads and writes on `module`, as non-persistent buffers; none before the
+        first site of a probe."""
+        if site not in self._gated:
+            return
         tensors = dict(zip(_SHARED, (self.rows, self.probes, self.sites, self.params, self.probe_table), strict=True))
         tensors["gate_values"] = self.values
         tensors |= {f"gate_values_{slot}": value for slot, value in enumerate(self._values_of)}
@@ -103,22 +114,23 @@ class GateBuffers:
         for name, tensor in tensors.items():
             module.register_buffer(f"steering_{name}", tensor, persistent=False)
         module.register_buffer(_number_name(site.hook), self.numbers[self.number(site) - 1, :1], persistent=False)
-        module._steering_gate_count = self.count  # type: ignore[assignment]
+        setattr(module, _count_name(site.hook), self.count)
+        setattr(module, _probing_name(site.hook), site in self._probing)
 
 
-def gate_count(module: nn.Module) -> int:
-    """How many gates per token `module` serves; a constant while it is traced."""
-    count: int = getattr(module, "_steering_gate_count", 0)
+def gate_count(module: nn.Module, hook: HookPoint) -> int:
+    """How many gates per token `module` serves at `hook`; a constant while it is traced."""
+    count: int = getattr(module, _count_name(hook), 0)
     return count
 
 
-def traced_gates(module: nn.Module, hook: HookPoint, rest: Tensor | None, *, probing: bool, opening: bool) -> Gates:
+def traced_gates(module: nn.Module, hook: HookPoint, rest: Tensor | None) -> Gates:
     """What `reference.apply_steering` needs for the gates of `module` at `hook`."""
-    slots = range(gate_count(module))
+    slots = range(gate_count(module, hook))
     values, gains = (
         [getattr(module, f"steering_gate_{name}_{slot}") for slot in slots] for name in ("values", "gains")
     )
-    return Gates(_reads(module, hook), values, gains, rest, probing, opening)
+    return Gates(_reads(module, hook), values, gains, rest, getattr(module, _probing_name(hook)))
 
 
 def gate_op_args(
@@ -136,3 +148,11 @@ def _reads(module: nn.Module, hook: HookPoint) -> GateReads:
 
 def _number_name(hook: HookPoint) -> str:
     return f"steering_table_{hook.value}_gate_site"
+
+
+def _count_name(hook: HookPoint) -> str:
+    return f"_steering_{hook.value}_gate_count"
+
+
+def _probing_name(hook: HookPoint) -> str:
+    return f"_steering_{hook.value}_probing"

@@ -1,6 +1,6 @@
 """Rows of a table by number inside compiled graphs, where row 0 is zero and never read.
 
-    torch.ops.trimtab.table_rows(Tensor table, Tensor rows) -> Tensor      table [R, H], rows [N] int64 -> [N, H]
+    torch.ops.trimtab.table_rows(Tensor table, Tensor rows) -> Tensor      table [R, H], rows [N] -> [N, H]
 
 An operator of its own, because of what a compiler makes of PyTorch's: a plain gather reads row 0 for every token that
 nobody steers and waits for it, and a masked one reads the number of the row once per element, so that it cannot load
@@ -58,7 +58,7 @@ def teach_inductor() -> None:
             token, lane = place
             row = load_row([token])  # outside the mask: once per token
             at = ops.indirect_indexing(row, max_rows, check=False, wrap_neg=False)
-            steered = ops.gt(row, ops.constant(0, torch.int64))
+            steered = ops.gt(row, ops.constant(0, rows.get_dtype()))
             return ops.masked(steered, lambda: load_value([at, lane]), 0.0)
 
         return Pointwise.create(

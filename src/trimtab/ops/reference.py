@@ -37,10 +37,9 @@ class Gates(NamedTuple):
 
     reads: GateReads
     values: Sequence[Tensor]  # G tensors [T] float32, written where a probe is at this site
-    gains: Sequence[Tensor]  # G tensors [T] float32, coefficient times factor, for sites that are neither of the below
+    gains: Sequence[Tensor]  # G tensors [T] float32, coefficient times factor: written where `probing`, else read
     rest: Tensor | None  # [N, H], what must be added to the hidden states to make the full stream
     probing: bool  # whether a probe can be at this site; a constant of the trace
-    opening: bool  # whether this may be the first site of the forward pass; a constant of the trace
 
 
 def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates | None = None) -> Tensor:
@@ -98,19 +97,19 @@ def add_gated(out: Tensor, stream: Tensor, reads: GateReads, values: Sequence[Te
     at earlier ones it is 0, whatever `values` hold.
     """
     for slot, value in enumerate(values):
-        out = out + _gated_row(reads, slot, out.shape[0]) * _gain(stream, reads, value, slot, probing=True)[:, None]
+        out = out + _gated_row(reads, slot, out.shape[0]) * _gain(stream, reads, value, slot)[:, None]
     return out
 
 
 def _add_traced_gates(out: Tensor, stream: Tensor, gates: Gates) -> Tensor:
     """`add_gated` with as few reads as possible at sites where nothing is decided, which are most of a model's.
 
-    There a gate's coefficient times its factor is read as one number. It is written at the sites of probes, and at the
-    first site of the forward pass, where it is 0: so it is never that of an earlier pass.
+    There a gate's coefficient times its factor is read as one number. It is written at the sites of probes, and the
+    first site with gates is one of them: so it is never that of an earlier pass.
     """
     for slot, (value, kept) in enumerate(zip(gates.values, gates.gains, strict=True)):
-        if gates.probing or gates.opening:
-            gain = _gain(stream, gates.reads, value, slot, probing=gates.probing)
+        if gates.probing:
+            gain = _gain(stream, gates.reads, value, slot)
             kept[: out.shape[0]].copy_(gain)
         else:
             gain = kept[: out.shape[0]]
@@ -122,22 +121,19 @@ def _gated_row(reads: GateReads, slot: int, tokens: int) -> Tensor:
     return table_rows(reads.steering_table, reads.gate_rows[:tokens, slot]).float()
 
 
-def _gain(stream: Tensor, reads: GateReads, value: Tensor, slot: int, *, probing: bool) -> Tensor:
+def _gain(stream: Tensor, reads: GateReads, value: Tensor, slot: int) -> Tensor:
     """Coefficient times factor [N] of the gates in `slot`; writes the factors of those whose probe is at this site."""
     tokens, here = stream.shape[0], reads.gate_site
     site = reads.gate_sites[:tokens, slot]
     coefficient, threshold, sharpness, invert = reads.gate_params[:tokens, slot].unbind(-1)
     stored = value[:tokens]
-    factor = torch.where((site > 0) & (site < here), stored, 0.0)
-    if probing:
-        at_probe = site == here
-        # A token whose probe is elsewhere reads row 0, which is zero and in a near cache.
-        probe = reads.gate_probe_table[torch.where(at_probe, reads.gate_probes[:tokens, slot], 0)]
-        score = (stream * probe).sum(-1)
-        y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
-        y = torch.where(invert > 0, 1.0 - y, y)
-        factor = torch.where(at_probe, y, factor)
-        stored.copy_(torch.where(at_probe, y, stored))
+    at_probe = site == here
+    probe = table_rows(reads.gate_probe_table, torch.where(at_probe, reads.gate_probes[:tokens, slot], 0))
+    score = (stream * probe).sum(-1)
+    y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
+    y = torch.where(invert > 0, 1.0 - y, y)
+    factor = torch.where(at_probe, y, torch.where((site > 0) & (site < here), stored, 0.0))
+    stored.copy_(torch.where(at_probe, y, stored))
     return coefficient * factor
 
 

@@ -104,7 +104,7 @@ def warmup_apply_gates_kernel(
         for rest in (None, hidden):
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, torch.empty_like(hidden), hidden, rest))
 
-    sites = [(module, hook) for module, hook in _served_sites(modules) if gate_count(module)]
+    sites = [(module, hook) for module, hook in _served_sites(modules) if gate_count(module, hook)]
     if not sites:
         return 0
     from trimtab.ops.kernels.apply_gates import apply_gates_kernel

@@ -48,6 +48,7 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
         device=device,
         gates=wanted.gates.count,
         max_probes=probes_needed(int(vllm_config.scheduler_config.max_num_seqs), wanted.gates.count),
+        probe_sites=wanted.gates.probe_sites,
     )
     mode = Emission(traced=settings.backend != "triton", terms=ROWS_ONLY)
     modules: dict[Site, nn.Module] = {}
@@ -58,10 +59,8 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
             buffers.attach(module, site)
             modules[site] = module
     probe_sites = tuple(site for site in buffers.sites if site in wanted.gates.probe_sites)
-    readers = {modules[site] for site in probe_sites}
     for module in modules.values():
-        first = module is modules[buffers.sites[0]]
-        set_emission(module, mode._replace(probing=module in readers, opening=first))
+        set_emission(module, mode)
     monitor = settings.start_monitor
     if monitor is not None and (watched := modules.get(monitor.site)) is not None:
         set_emission(watched, emission(watched)._replace(cross_layer=True, monitor_at=monitor.site.hook))
