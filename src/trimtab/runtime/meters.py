@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.gates import ResolvedGate
+from trimtab.runtime.upload import Staging
 
 KEPT_REPORTS = 4096  # of requests that are gone; the oldest are forgotten first
 
@@ -46,7 +47,7 @@ class _Pass:
     """The factors of one forward pass on their way to the host, and whose they are."""
 
     arrived: "torch.cuda.Event | None"
-    staged: Tensor
+    staged: Staging  # [G * tokens] float32
     meters: IntArray  # [B]
     counts: IntArray  # [B, 2]: tokens per request and phase
 
@@ -68,7 +69,7 @@ class GateMeters:
         self._passes: deque[_Pass] = deque()
         self._sent = self._folded = 0  # passes
         self._closing: deque[tuple[int, int]] = deque()  # (the last pass that counts, meter)
-        self._staging: list[Tensor] = []
+        self._staging: list[Staging] = []
         self._finished: OrderedDict[str, list[tuple[Phases, Sums]]] = OrderedDict()
         self._totals: dict[str, Sums] = {}  # of finished requests, [3]
 
@@ -98,7 +99,8 @@ class GateMeters:
             self._expected = None
             tokens = int(counts.sum())
             staged = self._staging.pop() if self._staging else self._new_staging()
-            self._split(staged, tokens).copy_(self._values[:, :tokens].contiguous(), non_blocking=self._on_gpu)
+            values = self._values[:, :tokens].reshape(-1)
+            staged.tensor[: len(values)].copy_(values, non_blocking=self._on_gpu)
             event = None
             if self._on_gpu:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -140,25 +142,26 @@ class GateMeters:
             totals[gate.name] = totals.get(gate.name, 0.0) + sums
         return tuple(_use(name, "", sums) for name, sums in sorted(totals.items()))
 
-    def _new_staging(self) -> Tensor:
+    def _new_staging(self) -> Staging:
         with torch.inference_mode(False):  # steps run in it, reports do not: both write here
-            return torch.empty(self._values.numel(), dtype=torch.float32, pin_memory=self._on_gpu)
-
-    def _split(self, staged: Tensor, tokens: int) -> Tensor:
-        gates = self._values.shape[0]
-        return staged[: gates * tokens].view(gates, tokens)
+            tensor = torch.empty(self._values.numel(), dtype=torch.float32, pin_memory=self._on_gpu)
+        return Staging(tensor, tensor.numpy())
 
     def _fold(self, done: _Pass) -> None:
         counts = done.counts.reshape(-1)
         kept = np.flatnonzero(counts)
         if len(kept):
-            values = self._split(done.staged, int(counts.sum())).numpy()
-            starts = (np.cumsum(counts) - counts)[kept]
-            factors = np.add.reduceat(values, starts, axis=1, dtype=np.float64).T  # [segments, G]
-            above = np.add.reduceat(values > 0.5, starts, axis=1, dtype=np.int64).T
-            tokens = np.broadcast_to(counts[kept, None], factors.shape)
+            gates, tokens = self._values.shape[0], int(counts.sum())
+            factors = done.staged.array[: gates * tokens].reshape(gates, tokens)
+            above = factors > 0.5
+            if tokens > len(kept):  # else each of them is a segment already, as in a pass that only decodes
+                starts = (np.cumsum(counts) - counts)[kept]
+                factors = np.add.reduceat(factors, starts, axis=1, dtype=np.float64)
+                above = np.add.reduceat(above, starts, axis=1, dtype=np.int64)
+            sums = np.empty((len(kept), gates, 3))
+            sums[..., 0], sums[..., 1], sums[..., 2] = counts[kept, None], factors.T, above.T
             # A request is in a batch once, so no meter but 0 is named twice.
-            self._sums[done.meters[kept // 2], kept % 2] += np.stack([tokens, factors, above], axis=-1)
+            self._sums[done.meters[kept // 2], kept % 2] += sums
         self._staging.append(done.staged)
         self._folded += 1
         self._finish()
