@@ -9,6 +9,7 @@ layers of width 4096 is read, checked and named by its digest in under a millise
 
 import base64
 import binascii
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
@@ -18,7 +19,7 @@ import numpy as np
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
-from trimtab.vectors.values import FloatArray, as_direction
+from trimtab.vectors.values import FloatArray, as_direction, largest
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown, summary, with_suggestions
 
@@ -42,18 +43,21 @@ def parse_inline(value: Mapping[Any, Any]) -> SteeringVector:
         raise SteeringError("", f"names no hook point: want at least one of {_hook_names()}")
     sites: list[Site] = []
     blocks: list[FloatArray] = []
+    peak = 0.0
     for name, body in value.items():
         hook = _hook(name)
         if not isinstance(body, Mapping):
             raise SteeringError(hook, f"got {type(body).__name__}, want a packed array or an object of layers")
-        layers, block = _packed(body, hook) if any(key in body for key in _PACKED_KEYS) else _listed(body, hook)
+        packed = any(key in body for key in _PACKED_KEYS)
+        layers, block, largest_here = _packed(body, hook) if packed else _listed(body, hook)
+        peak = max(peak, largest_here)
         if blocks and block.shape[1] != blocks[0].shape[1]:
             raise SteeringError(hook, f"has width {block.shape[1]}, but {sites[0].hook} has {blocks[0].shape[1]}")
         _check_size(sum(map(len, blocks)) + len(layers), block.shape[1], hook)
         sites.extend(Site(layer, hook) for layer in layers)
         blocks.append(block)
     block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-    return SteeringVector.from_block(sites, block, known_finite=True)
+    return SteeringVector.from_block(sites, block, max_abs=peak)
 
 
 def pack(vector: SteeringVector) -> dict[str, dict[str, Any]]:
@@ -72,7 +76,7 @@ def pack(vector: SteeringVector) -> dict[str, dict[str, Any]]:
     return packed
 
 
-def _packed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatArray]:
+def _packed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatArray, float]:
     unknown = [key for key in body if key not in _PACKED_KEYS]
     if unknown:
         raise SteeringError(f"{hook}.{unknown[0]!s:.80}", f"unknown key: a packed array has {', '.join(_PACKED_KEYS)}")
@@ -91,12 +95,11 @@ def _packed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatA
         raise SteeringError(f"{hook}.layer_indices", f"has {len(layers)} layers, but shape says {count}")
     raw = _bytes(data, count * width * _ITEM_BYTES[dtype], f"{hook}.data")
     block = _floats(raw, dtype).reshape(count, width)
-    finite = np.isfinite(block)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
+    if not math.isfinite(peak := largest(block)):
+        row, column = np.argwhere(~np.isfinite(block))[0]
         place = f"number {column} of layer {layers[row]}"
         raise SteeringError(f"{hook}.data", f"{place} is {block[row, column]}, want finite numbers")
-    return layers, block
+    return layers, block, peak
 
 
 def _bytes(data: Any, size: int, path: str) -> bytes:
@@ -135,7 +138,7 @@ def _float16_values() -> FloatArray:
     return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
-def _listed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatArray]:
+def _listed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatArray, float]:
     _check_size(len(body), 1, hook)
     if not body:
         raise SteeringError(hook, "has no layers: want {layer: [numbers]} or a packed array")
@@ -152,7 +155,8 @@ def _listed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatA
         rows.append(as_direction(numbers, path))
         if len(rows[-1]) != len(rows[0]):
             raise SteeringError(path, f"has {len(rows[-1])} numbers, but layer {layers[0]} has {len(rows[0])}")
-    return layers, np.stack(rows)
+    block = np.stack(rows)
+    return layers, block, largest(block)
 
 
 def _layer_key(key: Any, path: str) -> int:

@@ -14,6 +14,11 @@ FloatArray = npt.NDArray[np.float32]
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
+def largest(block: FloatArray) -> float:
+    """The largest absolute value in `block`; not finite exactly if one of its numbers is not."""
+    return float(max(block.max(), -block.min()))  # both are NaN where there is a NaN
+
+
 def as_site(key: Any) -> Site:
     """A `Site` of a site or a plain `(layer, hook)` pair. Raises `SteeringError` where it is neither."""
     try:

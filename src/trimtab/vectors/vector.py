@@ -4,6 +4,7 @@ Only NumPy is needed here, so that the front-end process of a server never has t
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from trimtab.errors import SteeringError
 from trimtab.sites import Site, site_order
-from trimtab.vectors.values import FloatArray, as_direction, as_site
+from trimtab.vectors.values import FloatArray, as_direction, as_site, largest
 from trimtab.wording import summary
 
 __all__ = ["FloatArray", "SteeringVector", "VectorMetadata", "as_site"]
@@ -68,12 +69,12 @@ class SteeringVector:
         metadata: VectorMetadata | None = None,
         *,
         field: str = "",
-        known_finite: bool = False,
+        max_abs: float | None = None,
     ) -> Self:
         """Build from distinct `sites` and their directions, the rows of `block` [len(sites), H] (float16, 32 or 64).
 
         The array is taken over where it is float32 already: do not write to it afterwards. Raises `SteeringError` at
-        `field` where a number is not finite in float32; `known_finite` is for a caller that has looked already.
+        `field` where a number is not finite in float32; `max_abs` is for a caller that has looked already.
         """
         if block.ndim != 2 or len(sites) != len(block) or block.shape[1] == 0 or not sites:
             raise SteeringError(field, f"got an array of shape {list(block.shape)} for {len(sites)} sites; want [n, H]")
@@ -82,11 +83,12 @@ class SteeringVector:
         if block.dtype != np.float32:
             with np.errstate(over="ignore"):  # what overflows is refused just below
                 block = block.astype(np.float32)
-        if not known_finite and not np.isfinite(block).all():
+        if not math.isfinite(peak := largest(block) if max_abs is None else max_abs):
             row, column = np.argwhere(~np.isfinite(block))[0]
             raise SteeringError(field, f"number {column} at {sites[row]} is not finite in float32")
         vector = cls.__new__(cls)
         vector._fill(tuple(sites), block, metadata)
+        vector._max_abs = peak
         return vector
 
     def _fill(self, sites: tuple[Site, ...], block: FloatArray, metadata: VectorMetadata | None) -> None:
@@ -159,7 +161,7 @@ class SteeringVector:
     def max_abs(self) -> float:
         """The largest absolute value in any direction; 0 means that the vector does nothing."""
         if self._max_abs is None:
-            self._max_abs = float(max(self._block.max(), -self._block.min()))
+            self._max_abs = largest(self._block)
         return self._max_abs
 
     def norms(self) -> dict[Site, float]:
