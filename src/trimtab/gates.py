@@ -117,6 +117,8 @@ def check_served(gate: ResolvedGate, sites: Iterable[Site], limits: GateLimits) 
     if gate.site not in limits.probe_sites:
         readable = sorted(limits.probe_sites, key=site_order)
         raise SteeringError("probe", f"no probe can be read at {gate.site} here, only at {summary(readable)}")
+    if not limits.stages:
+        return
     stage = limits.stage(gate.site.layer)
     for site in sites:
         if limits.stage(site.layer) != stage:

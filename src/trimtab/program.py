@@ -60,12 +60,14 @@ class PhaseProgram:
         `ValueError` for vectors of different widths.
         """
         terms = list(terms)
+        behind = [term for term in terms if term.gate is not None]
         plain = cls._ungated(term for term in terms if term.gate is None)
-        gates = _distinct(term.gate for term in terms if term.gate is not None)
+        if not behind:
+            return plain
         gated = tuple(
             GatedProgram(gate, total)
-            for gate in gates
-            if (total := cls._ungated(replace(term, gate=None) for term in terms if term.gate == gate)).terms
+            for gate in _distinct(term.gate for term in behind if term.gate is not None)
+            if (total := cls._ungated(replace(term, gate=None) for term in behind if term.gate == gate)).terms
         )
         if not gated:
             return plain

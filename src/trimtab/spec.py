@@ -189,7 +189,7 @@ class Steering(_Model):
             if term.gate is not None:
                 with _below(f"interventions[{index}].gate"):
                     check_served(term.gate, term.vector.sites, model.gates)
-        resolved = replace(self._programs(terms), monitor=model.monitor)
+        resolved = self._programs(terms, model.monitor)
         resolved.check_gate_count(model.gates, "interventions")
         return resolved
 
@@ -221,14 +221,14 @@ class Steering(_Model):
             terms.append(term)
         return terms
 
-    def _programs(self, terms: list[Term]) -> ResolvedSteering:
+    def _programs(self, terms: list[Term], monitor: str = "") -> ResolvedSteering:
         def program(left_out: str) -> PhaseProgram:
             kept = [term for term, step in zip(terms, self.interventions, strict=True) if step.phase != left_out]
             return checked(PhaseProgram.of(kept), "interventions")
 
         prefill = program("decode")
         same = all(step.phase == "all" for step in self.interventions)
-        return ResolvedSteering(prefill, prefill if same else program("prefill"))
+        return ResolvedSteering(prefill, prefill if same else program("prefill"), monitor)
 
 
 @contextmanager
