@@ -221,7 +221,7 @@ def _read(path: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write all numbers here")
-    parser.add_argument("--rounds", type=int, default=20, help=f"turns of each case, {BATCH} requests each")
+    parser.add_argument("--rounds", type=int, default=12, help=f"turns of each case, {BATCH} requests each")
     options = parser.parse_args()
     # Before vLLM is imported. Only in one process can each stage be timed.
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from trimtab.engines.vllm import compat_frontend, compat_patching, doors
-from trimtab.engines.vllm.frontend import AdmittedWire, FrontEnd
+from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.engines.vllm.wire import AdmittedWire
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
@@ -112,16 +114,45 @@ def test_each_conversation_of_a_batch_request_is_steered():
 
 
 @pytest.mark.parametrize("form", [SPEC, json.dumps(SPEC), Steering.parse(SPEC)], ids=["mapping", "json", "Steering"])
-def test_sampling_parameters_are_admitted_in_a_copy(front_end, form):
+def test_steering_is_admitted_apart_from_a_copy_of_the_sampling_parameters_and_put_back(front_end, form):
     params = SamplingParams(extra_args={"steering": form, "other": 1})
-    admitted = doors.admit_params(front_end, params)
+    bare, wire = doors.admit_params(front_end, params)
     assert params.extra_args == {"steering": form, "other": 1}
-    assert isinstance(admitted.extra_args["steering"], AdmittedWire)
-    assert admitted.extra_args["other"] == 1
-    assert doors.admit_params(front_end, admitted) is admitted
-    assert isinstance(admitted.clone().extra_args["steering"], AdmittedWire)
+    assert bare.extra_args == {"other": 1}
+    assert isinstance(wire, AdmittedWire)
+    own = bare.clone()
+    doors.carry(own, wire)
+    assert own.extra_args == {"other": 1, "steering": wire}
+    assert bare.extra_args == {"other": 1}
+    assert doors.admit_params(front_end, own)[1] is wire
+    assert own.clone().extra_args["steering"] is wire
     plain = SamplingParams()
-    assert doors.admit_params(front_end, plain) is plain
+    assert doors.admit_params(front_end, plain) == (plain, None)
+    doors.carry(plain, None)
+    assert plain.extra_args is None
+
+
+def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carries_it(front_end, monkeypatch):
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    seen = []
+
+    def process_inputs(
+        self: Any, request_id: Any, prompt: Any, params: Any, supported_tasks: Any, resumable: bool = False
+    ) -> Any:
+        seen.append(params)
+        return SimpleNamespace(sampling_params=params.clone())
+
+    monkeypatch.setattr(InputProcessor, "__init__", InputProcessor.__init__.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(InputProcessor, "process_inputs", process_inputs)
+    compat_frontend.install_doors(lambda config: None)
+    processor = InputProcessor.__new__(InputProcessor)
+    processor._trimtab_front_end = front_end
+    params = SamplingParams(extra_args={"steering": SPEC})
+    request = processor.process_inputs("r", "x", params, ())
+    assert seen[0].extra_args is None
+    assert request.sampling_params.extra_args["steering"] is front_end.admit(SPEC).wire
+    assert params.extra_args == {"steering": SPEC}
 
 
 def test_a_wire_form_from_a_caller_is_not_taken_for_an_admitted_one(front_end):

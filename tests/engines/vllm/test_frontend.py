@@ -2,16 +2,19 @@
 
 import base64
 import copy
+import gc
 import json
 import time
+import weakref
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.frontend import AdmittedWire, FrontEnd, merge, refusal_reason
+from trimtab.engines.vllm.frontend import FrontEnd, merge, refusal_reason
 from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.engines.vllm.wire import AdmittedWire
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, ModelSites, Site
@@ -209,6 +212,42 @@ def test_a_spec_seen_before_costs_less_and_still_follows_its_names():
     np.testing.assert_array_equal(program_rows(front.admit(add("calm")).wire)[0], JOY.block)
     front.registry.add("calm", CALM)
     assert len(msgspec.msgpack.encode(front.admit(add("calm")).wire)) < 200  # the content that workers hold, again
+
+
+def test_a_caller_who_changes_a_spec_after_its_admission_changes_nothing():
+    front, given = front_end(), add("calm", layers=[0, 1])
+    before = front.admit(given)
+    identity = dict(before.receipt["identity"])
+    given["interventions"][0] |= {"scale": 7.0}
+    given["interventions"][0]["layers"].append(2)
+    assert front.admit(given).receipt["identity"] != identity
+    assert front.admit(add("calm", layers=[0, 1])) is before
+    assert before.receipt["identity"] == identity
+
+
+def test_what_only_equals_an_admitted_spec_is_refused_as_ever():
+    front = front_end()
+    front.admit(add("calm", scale=1, layers=[1]))
+    for wrong in (add("calm", scale=True, layers=[1]), add("calm", scale=1, layers=[1.0]), add(b"calm", scale=1)):
+        with pytest.raises(SteeringError):
+            front.admit(wrong)
+
+
+def test_a_spec_that_was_refused_is_refused_again_and_counted_again():
+    front = front_end()
+    for _ in range(2):
+        with pytest.raises(SteeringError):
+            front.admit(add("grim"))
+    assert front._observer.reasons == ["vector", "vector"]
+
+
+@pytest.mark.parametrize("make", [lambda: add(JOY), lambda: Steering.parse(add(JOY)), lambda: add("joy")])
+def test_content_is_not_kept_once_its_request_is_gone(make):
+    front = front_end()
+    front.registry.add("joy", JOY)
+    gone = weakref.ref(front.admit(make()))
+    gc.collect()
+    assert gone() is None
 
 
 def best_of(call, repeats: int) -> float:

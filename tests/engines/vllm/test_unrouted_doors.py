@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from trimtab.engines.vllm import compat_frontend, doors
-from trimtab.engines.vllm.frontend import AdmittedWire, FrontEnd
+from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.engines.vllm.wire import AdmittedWire
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.vector import SteeringVector
 

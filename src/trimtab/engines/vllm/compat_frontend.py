@@ -121,8 +121,10 @@ def _patch_input_processor(build: Callable[[Any], FrontEnd | None]) -> None:
     @functools.wraps(process)
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         resumable = bool(kwargs.get("resumable", False))
-        params = doors.admit_params(self._trimtab_front_end, params, resumable=resumable)
-        return process(self, request_id, prompt, params, *args, **kwargs)
+        params, wire = doors.admit_params(self._trimtab_front_end, params, resumable=resumable)
+        request = process(self, request_id, prompt, params, *args, **kwargs)
+        doors.carry(request.sampling_params, wire)
+        return request
 
     put(InputProcessor, "process_inputs", process_inputs)
 

@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
-from trimtab.engines.vllm.frontend import FIELD, Admission, AdmittedWire, FrontEnd
+from trimtab.engines.vllm.frontend import FIELD, Admission, FrontEnd
+from trimtab.engines.vllm.wire import AdmittedWire
 from trimtab.errors import SteeringError
 
 
@@ -123,24 +124,35 @@ def admit_http(params: Any, given: Any) -> Any:
     return params
 
 
-def admit_params(front_end: FrontEnd | None, params: Any, *, resumable: bool = False) -> Any:
-    """Sampling parameters whose steering is admitted; the caller's own object is left as it is.
+def admit_params(
+    front_end: FrontEnd | None, params: Any, *, resumable: bool = False
+) -> tuple[Any, AdmittedWire | None]:
+    """Sampling parameters without their steering, and the steering admitted; None where there is none.
 
-    Raises `SteeringError` (a `ValueError`), in the form that vLLM's servers answer with HTTP 400.
+    The caller's own object is left as it is. vLLM walks through and copies all that it is handed, so the two meet again
+    behind that, in `carry`. Raises `SteeringError` (a `ValueError`), in the form that vLLM's servers answer with HTTP
+    400.
     """
     extra = getattr(params, "extra_args", None)
     given = extra.get(FIELD) if extra else None
-    if isinstance(given, AdmittedWire) or not hasattr(params, "extra_args"):  # admitted before, or a pooling request
-        return params
+    if not hasattr(params, "extra_args"):  # a pooling request
+        return params, None
+    if isinstance(given, AdmittedWire):  # admitted before, by a door of the HTTP server
+        return _without_steering(params), given
     if resumable and (given is not None or (front_end is not None and front_end.default is not None)):
         if front_end is not None:
             front_end.refuse("resumable")
         refuse(SteeringError(FIELD, "a request whose prompt grows while it runs cannot be steered"))
     admission = _admit(front_end, given)
-    if admission is not None:
-        params = copy.copy(params)
-        _replace_extra(params, admission.wire)
-    return params
+    if admission is None:
+        return params, None
+    return _without_steering(params), admission.wire
+
+
+def carry(params: Any, wire: AdmittedWire | None) -> None:
+    """Let sampling parameters that belong to one request alone carry its admitted steering."""
+    if wire is not None:
+        _replace_extra(params, wire)
 
 
 def refuse_beam_search(given: Any) -> None:
@@ -163,6 +175,13 @@ def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Adm
         return front_end.admit(given, count=count)
     except SteeringError as error:
         refuse(error)
+
+
+def _without_steering(params: Any) -> Any:
+    if params.extra_args and FIELD in params.extra_args:
+        params = copy.copy(params)
+        params.extra_args = {key: value for key, value in params.extra_args.items() if key != FIELD} or None
+    return params
 
 
 def _replace_extra(params: Any, steering: Any) -> None:

@@ -11,7 +11,9 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from trimtab.engines.vllm.config import SteeringSettings, model_sites
+from trimtab.engines.vllm.recent import Recent, key_of
 from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry, shared_directory
+from trimtab.engines.vllm.wire import AdmittedWire
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, ModelSites, Phase
@@ -27,19 +29,6 @@ REASONS |= {"sharpness", "dtype", "shape", "layer_indices", "data", *HookPoint}
 REASONS |= {"disabled", "beam_search", "resumable", "twice", "route"}
 
 
-RECENT = 1024  # admissions kept: a front end sees the same few specs of names again and again
-
-
-class AdmittedWire(dict[str, Any]):
-    """A wire form made by `FrontEnd.admit`; what a caller hands in never has this type. Not to be changed."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "AdmittedWire":
-        return self  # sampling parameters are cloned on their way, vectors need not be
-
-    def __repr__(self) -> str:
-        return f"<steering with {len(self['vectors'])} vectors>"  # logs of requests print sampling parameters
-
-
 class Catalogue(NamedTuple):
     """What names stand for at one moment."""
 
@@ -52,10 +41,14 @@ class Admission:
     """What admission made of a request: the form that travels on, and from what it was made."""
 
     wire: AdmittedWire
-    resolved: ResolvedSteering
     spec: Steering
     names: Catalogue
     server_default: bool
+
+    @property
+    def resolved(self) -> ResolvedSteering:
+        """The programs that the request runs."""
+        return self.wire.steering
 
     @cached_property
     def receipt(self) -> dict[str, Any]:
@@ -117,8 +110,8 @@ class FrontEnd:
         self.default = None if default is None else Steering.parse(default)
         self._observer = observer
         self._default_admission: tuple[Catalogue, Admission] | None = None
-        # Admissions of specs that consist of names, and the mapping under which the names had their meaning.
-        self._recent: tuple[Catalogue | None, dict[Steering, Admission]] = (None, {})
+        # Admissions of specs that consist of names, and what the names stood for.
+        self._recent: tuple[Catalogue | None, Recent[Admission]] = (None, Recent())
         self._last_names = Catalogue({}, {})
         if default is not None:
             self.admit(None, count=False)
@@ -160,8 +153,20 @@ class FrontEnd:
         return self._default_admission[1]
 
     def _admit(self, given: Any) -> Admission:
-        steering = Steering.parse(given)
         names = self._names()
+        under, recent = self._recent  # read once: admissions run in several threads
+        if under is not names:
+            recent = Recent()
+            self._recent = (names, recent)
+        key = given if type(given) is Steering and _names_alone(given) else key_of(given)
+        if (known := recent.get(key)) is not None:
+            return known
+        admission = self._admit_anew(Steering.parse(given), names)
+        if not any("data" in vector for vector in admission.wire["vectors"]):  # content is too much to keep
+            recent.put(key, admission)
+        return admission
+
+    def _admit_anew(self, steering: Steering, names: Catalogue) -> Admission:
         if self.default is None:
             return self._finish(steering, names)
         try:
@@ -182,22 +187,8 @@ class FrontEnd:
         return steering.resolve(names.vectors, self.model, names.probes)
 
     def _finish(self, steering: Steering, names: Catalogue) -> Admission:
-        under, known = self._recent  # read once: admissions run in several threads
-        if under is not names:
-            known = {}
-            self._recent = (names, known)
-        if (admission := known.get(steering)) is not None:
-            return admission
-        carried = self._carrying_what_workers_lack(steering, names)
-        resolved = self._resolve(carried, names)
-        wire = AdmittedWire(resolved.to_wire())
-        admission = Admission(wire, resolved, steering, names, self.default is not None)
-        sources = [source for step in carried.interventions for source in (step.vector, step.gate and step.gate.probe)]
-        if all(source is None or isinstance(source, str) for source in sources):  # else it holds content: not worth it
-            if len(known) >= RECENT:
-                known.pop(next(iter(known)), None)
-            known[steering] = admission
-        return admission
+        resolved = self._resolve(self._carrying_what_workers_lack(steering, names), names)
+        return Admission(AdmittedWire(resolved.to_wire(), resolved), steering, names, self.default is not None)
 
     def _carrying_what_workers_lack(self, steering: Steering, names: Catalogue) -> Steering:
         """The same spec with each name replaced by its content where workers do not hold it from start."""
@@ -247,6 +238,13 @@ def build_front_end(vllm_config: Any) -> FrontEnd | None:
 def merge(default: Steering, steering: Steering) -> Steering:
     """A request's spec on top of the server's: the default's interventions first, then the request's own."""
     return steering.model_copy(update={"interventions": (*default.interventions, *steering.interventions)})
+
+
+def _names_alone(steering: Steering) -> bool:
+    return all(
+        isinstance(step.vector, str) and (step.gate is None or isinstance(step.gate.probe, str))
+        for step in steering.interventions
+    )
 
 
 def refusal_reason(field: str) -> str:

@@ -11,7 +11,7 @@ from trimtab.engines.vllm.compat import require_supported
 from trimtab.engines.vllm.config import STAMP_SCHEMA, SteeringSettings, model_sites, stamped
 from trimtab.engines.vllm.flags import SETTINGS_KEY
 from trimtab.engines.vllm.refusals import require_steerable
-from trimtab.engines.vllm.wire import DecodedWire, carried, checked
+from trimtab.engines.vllm.wire import Decoded, DecodedWire, carried, checked
 from trimtab.errors import SteeringError
 from trimtab.sites import ModelSites
 
@@ -47,14 +47,14 @@ def stamped_settings(vllm_config: Any) -> SteeringSettings | None:
 def check_request(core: Any, request: Any) -> None:
     """Read and check what an `EngineCoreRequest` carries. Raises `SteeringError`, which refuses the request alone."""
     given = carried(request.sampling_params)
-    if given is None or isinstance(given, DecodedWire):
+    if given is None or type(given) is DecodedWire:
         return
     if (served := _served_by(core)) is None:
         return
-    settings, model = served
+    settings, model, recent = served
     if getattr(request, "resumable", False):
         raise SteeringError(SETTINGS_KEY, "cannot be combined with resumable requests: where a prompt ends would move")
-    wire = checked(given, settings, model)
+    wire = checked(given, settings, model, recent)
     # Callers may use their sampling parameters again: they are not to find our form in them. Only one attribute
     # changes, so a shallow copy is enough.
     params = copy(request.sampling_params)
@@ -75,10 +75,10 @@ def check_workers(vllm_config: Any, executor: Any) -> None:
         raise SteeringError(SETTINGS_KEY, f"the models of workers {missing} were loaded without being steered")
 
 
-def _served_by(core: Any) -> tuple[SteeringSettings, ModelSites] | None:
-    """What the engine of an `EngineCore` serves, read once."""
+def _served_by(core: Any) -> tuple[SteeringSettings, ModelSites, Decoded] | None:
+    """What the engine of an `EngineCore` serves, read once, and what it has lately decoded."""
     if "_trimtab_served" not in core.__dict__:
         settings = stamped_settings(core.vllm_config)
-        core._trimtab_served = settings and (settings, model_sites(core.vllm_config, settings))
-    served: tuple[SteeringSettings, ModelSites] | None = core._trimtab_served
+        core._trimtab_served = settings and (settings, model_sites(core.vllm_config, settings), Decoded())
+    served: tuple[SteeringSettings, ModelSites, Decoded] | None = core._trimtab_served
     return served

@@ -1,8 +1,9 @@
 """Steering as it travels inside a request: from the front end to the engine core, and on to every worker.
 
-The front end puts the wire form of a resolved spec into `SamplingParams.extra_args["steering"]`. The engine core reads
-it once, when the request arrives, and puts a `DecodedWire` in its place: still the same dict for everyone who
-serialises it, but with the resolved steering at hand for block keys, and for a worker in the same process.
+The front end puts the wire form of a resolved spec into `SamplingParams.extra_args["steering"]`, as an `AdmittedWire`.
+The engine core reads it once, when the request arrives, and puts a `DecodedWire` in its place. Both are the same dict
+for everyone who serialises it, with the resolved steering at hand: for an engine core in the front end's process, for
+block keys, and for a worker in the core's process. What comes from another process is a plain dict and is not trusted.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.flags import SETTINGS_KEY
+from trimtab.engines.vllm.recent import Recent, key_of
 from trimtab.errors import SteeringError
 from trimtab.gates import check_served
 from trimtab.program import ResolvedSteering
@@ -20,7 +22,7 @@ from trimtab.wire import KEYS
 
 
 class DecodedWire(dict[str, Any]):
-    """A wire form that has been read and checked. Pickles as the plain dict."""
+    """A wire form that has been read and checked, and is not to be changed. Pickles as the plain dict."""
 
     steering: ResolvedSteering
 
@@ -32,7 +34,18 @@ class DecodedWire(dict[str, Any]):
         return dict, (dict(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DecodedWire":
-        return self  # never changed, so clones of sampling parameters may share it
+        return self  # clones of sampling parameters may share it
+
+    def __repr__(self) -> str:
+        return f"<steering with {len(self['vectors'])} vectors>"  # logs of requests print sampling parameters
+
+
+class AdmittedWire(DecodedWire):
+    """A wire form made by the front end of this process; what a caller or another process hands in never has this
+    type. An engine core still checks that it serves what is in it."""
+
+
+Decoded = Recent[DecodedWire]  # wire forms that hold names alone, as one engine read them
 
 
 def carried(sampling_params: Any) -> Any:
@@ -41,18 +54,28 @@ def carried(sampling_params: Any) -> Any:
     return extra.get(SETTINGS_KEY) if extra else None
 
 
-def checked(given: Any, settings: SteeringSettings, model: ModelSites) -> DecodedWire:
+def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: Decoded | None = None) -> DecodedWire:
     """What a request carries, read and checked against what the engine serves.
 
-    Takes the wire form, or a spec as users write it from a producer that bypassed the front end. Raises
-    `SteeringError`.
+    Takes the wire form, or a spec as users write it from a producer that bypassed the front end. `recent` is what this
+    engine read before. Raises `SteeringError`.
     """
-    if isinstance(given, DecodedWire):
+    if type(given) is DecodedWire:
         return given
+    if isinstance(given, AdmittedWire):  # its content was read and named in this process: not again
+        _check_served(given.steering, model)
+        return DecodedWire(given, given.steering)
     if isinstance(given, Mapping) and set(given) == KEYS:
+        key = None if recent is None else key_of(given)
+        if recent is not None and (known := recent.get(key)) is not None:
+            return known
         steering = replace(ResolvedSteering.from_wire(given, settings.start_vectors_by_digest), monitor=model.monitor)
         _check_served(steering, model)
-        return DecodedWire(given, steering)
+        if recent is None or key is None:
+            return DecodedWire(given, steering)
+        wire = DecodedWire(steering.to_wire(), steering)  # of our own making, since `given` is the sender's to change
+        recent.put(key, wire)
+        return wire
     steering = Steering.parse(given).resolve(settings.start_vectors, model, settings.start_probes)
     return DecodedWire(steering.to_wire(), steering)
 

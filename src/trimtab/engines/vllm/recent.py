@@ -1,0 +1,56 @@
+"""What was made of the last few small values of one form: clients send the same few specs again and again."""
+
+from collections.abc import Hashable
+from typing import Any, Generic, TypeVar, cast
+
+KEPT = 1024
+_LONGEST, _MOST, _DEEPEST = 256, 64, 8  # of a text, of the items of a list or object, of their nesting
+
+Made = TypeVar("Made")
+
+
+class Recent(Generic[Made]):
+    """A bounded memory, oldest out first. Safe in threads that share it: at worst a value is made twice."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Made] = {}
+
+    def get(self, key: Hashable) -> Made | None:
+        """What was made of the value with this `key`; None if that is forgotten or never was."""
+        return None if key is None else self._made.get(key)
+
+    def put(self, key: Hashable, made: Made) -> None:
+        """Remember `made`, which must not change any more. A value without a key is left alone."""
+        if key is None:
+            return
+        if len(self._made) >= KEPT:
+            self._made.pop(next(iter(self._made)), None)
+        self._made[key] = made
+
+
+def key_of(value: Any) -> Hashable:
+    """A key that holds all of a small value made of plain lists, objects, texts and numbers; None for any other.
+
+    Values with equal keys are equal in every part and in its type, so whatever is made of them is equal, or refused,
+    alike. Content of vectors has no key: it is large, and seldom comes twice.
+    """
+    try:
+        return _key(value, _DEEPEST)
+    except _NoKeyError:
+        return None
+
+
+class _NoKeyError(Exception):
+    pass
+
+
+def _key(value: Any, depth: int) -> Hashable:
+    kind = type(value)
+    if kind is int or value is None or ((kind is str or kind is bytes) and len(value) <= _LONGEST):
+        return cast(Hashable, value)
+    if kind is float or kind is bool:
+        return kind, value  # True and 1.0 equal 1, and are not the same in a spec
+    if (kind is dict or kind is list) and len(value) <= _MOST and depth:
+        parts = value if kind is list else [part for item in reversed(value.items()) for part in reversed(item)]
+        return kind, *[_key(part, depth - 1) for part in parts]  # an object's last value first: there content stands
+    raise _NoKeyError

@@ -1,0 +1,70 @@
+"""The memory of small values: what has a key, when keys are equal, and that it stays small."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.engines.vllm import recent
+from trimtab.engines.vllm.recent import Recent, key_of
+
+ATOMS = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.0, 1.0, 2.0]) | st.sampled_from("ab1")
+VALUES = st.recursive(
+    ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab1"), inner, max_size=3)
+)
+
+
+@given(VALUES, VALUES)
+def test_keys_are_equal_exactly_where_the_json_is(one: Any, other: Any) -> None:
+    assert (key_of(one) == key_of(other)) == (json.dumps(one) == json.dumps(other))
+    hash(key_of(one))
+
+
+class Named(str):
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        object(),
+        (1, 2),
+        {1, 2},
+        [range(3)],
+        {"a": Named("b")},
+        bytearray(b"a"),
+        "a" * 300,
+        [0.0] * 100,
+        {"a": ["b" * 300]},
+    ],
+)
+def test_what_is_large_or_not_plain_has_no_key(value: Any) -> None:
+    assert key_of(value) is None
+
+
+def test_nesting_ends_in_no_key_rather_than_in_an_error() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert key_of(deep) is None
+    while deep:  # freed step by step: the interpreter would do it by recursion
+        deep = deep.pop()
+
+
+def test_a_key_holds_a_copy() -> None:
+    value = {"a": [1]}
+    key = key_of(value)
+    value["a"].append(2)
+    assert key == key_of({"a": [1]}) != key_of(value)
+
+
+def test_the_oldest_is_forgotten_and_a_value_without_a_key_is_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent, "KEPT", 2)
+    memory: Recent[int] = Recent()
+    memory.put(None, 0)
+    assert memory.get(None) is None
+    for number in range(3):
+        memory.put(number, number)
+    assert [memory.get(number) for number in range(3)] == [None, 1, 2]

@@ -1,0 +1,115 @@
+"""Steering as an engine core meets it: what it reads again, what it trusts, and what it refuses."""
+
+import copy
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from trimtab.engines.vllm.wire import AdmittedWire, Decoded, DecodedWire, checked
+from trimtab.errors import SteeringError
+from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.spec import Steering
+from trimtab.vectors.vector import SteeringVector
+
+WIDTH = 8
+SITES = [Site(layer, HookPoint.POST_BLOCK) for layer in range(2)]
+MODEL = ModelSites(WIDTH, 2, frozenset(SITES))
+CALM = SteeringVector.from_block(SITES, np.random.default_rng(1).normal(size=(2, WIDTH)))
+JOY = SteeringVector.from_block(SITES, np.random.default_rng(2).normal(size=(2, WIDTH)))
+SETTINGS: Any = SimpleNamespace(
+    start_vectors={"calm": CALM}, start_probes={}, start_vectors_by_digest={CALM.digest: CALM}
+)
+
+
+def admitted(vector: Any, **step: Any) -> AdmittedWire:
+    spec = {"interventions": [{"kind": "add", "vector": vector, **step}]}
+    resolved = Steering.parse(spec).resolve({"calm": CALM}, MODEL)
+    return AdmittedWire(resolved.to_wire(), resolved)
+
+
+def sent(wire: Any) -> Any:
+    """What another process receives."""
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(wire))
+
+
+@pytest.mark.parametrize("vector", ["calm", JOY], ids=["name", "content"])
+def test_what_was_admitted_in_this_process_is_not_read_again_and_what_was_sent_is(vector: Any) -> None:
+    wire = admitted(vector)
+    here, there = checked(wire, SETTINGS, MODEL), checked(sent(wire), SETTINGS, MODEL)
+    assert here.steering is wire.steering
+    assert there.steering is not wire.steering
+    assert here.steering == there.steering
+    assert type(here) is type(there) is DecodedWire
+    assert here == there == wire
+
+
+def test_what_was_admitted_for_another_engine_is_refused() -> None:
+    smaller = ModelSites(WIDTH, 1, frozenset(SITES[:1]))
+    with pytest.raises(SteeringError, match="not served"):
+        checked(admitted(JOY), SETTINGS, smaller)
+
+
+@pytest.mark.parametrize("wire", [admitted(JOY), DecodedWire(admitted(JOY), admitted(JOY).steering)])
+def test_trust_does_not_travel(wire: DecodedWire) -> None:
+    assert copy.deepcopy({"steering": wire})["steering"] is wire
+    for there in (sent(wire), pickle.loads(pickle.dumps(wire))):
+        assert type(there) is dict
+        assert there == wire
+
+
+def test_content_that_is_not_what_admission_saw_is_named_by_what_it_is() -> None:
+    forged = sent(admitted(JOY))
+    forged["vectors"][0]["data"] = CALM.block.tobytes()
+    assert checked(forged, SETTINGS, MODEL, Decoded()).steering.prefill.row_key == CALM.digest
+
+
+def test_a_sent_spec_of_names_is_read_once() -> None:
+    recent = Decoded()
+    first = checked(sent(admitted("calm", scale=2.0)), SETTINGS, MODEL, recent)
+    assert checked(sent(admitted("calm", scale=2.0)), SETTINGS, MODEL, recent) is first
+    assert checked(sent(admitted("calm", scale=3.0)), SETTINGS, MODEL, recent) is not first
+
+
+def test_content_is_not_kept() -> None:
+    wide = SteeringVector.from_block(SITES, np.ones((2, 4096)))
+    model = ModelSites(4096, 2, frozenset(SITES))
+    recent, wire = Decoded(), sent(admitted_for(wide, model))
+    assert checked(wire, SETTINGS, model, recent) is not checked(wire, SETTINGS, model, recent)
+
+
+def admitted_for(vector: SteeringVector, model: ModelSites) -> AdmittedWire:
+    resolved = Steering.parse({"interventions": [{"kind": "add", "vector": vector}]}).resolve({}, model)
+    return AdmittedWire(resolved.to_wire(), resolved)
+
+
+def test_a_sender_who_changes_a_wire_form_afterwards_changes_it_for_no_one() -> None:
+    recent, wire = Decoded(), sent(admitted("calm", scale=2.0))
+    first = checked(wire, SETTINGS, MODEL, recent)
+    wire["prefill"][0][1] = 9.0
+    wire["vectors"][0]["name"] = "grim"
+    again = checked(sent(admitted("calm", scale=2.0)), SETTINGS, MODEL, recent)
+    assert again is first
+    assert dict(again) == dict(admitted("calm", scale=2.0))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("version", True), ("version", 1.0), ("prefill", [[0, True]]), ("prefill", [[False, 1.0]]), ("vectors", [])],
+)
+def test_what_only_equals_a_known_wire_form_is_refused_as_ever(key: str, value: Any) -> None:
+    recent = Decoded()
+    checked(sent(admitted("calm")), SETTINGS, MODEL, recent)
+    with pytest.raises(SteeringError, match=f"wire.{key}|wire.prefill"):
+        checked(sent(admitted("calm")) | {key: value}, SETTINGS, MODEL, recent)
+
+
+def test_a_wire_form_of_an_unknown_vector_is_refused_each_time() -> None:
+    recent, wire = Decoded(), sent(admitted("calm"))
+    wire["vectors"][0]["digest"] = JOY.digest
+    for _ in range(2):
+        with pytest.raises(SteeringError, match="not registered in this process"):
+            checked(wire, SETTINGS, MODEL, recent)
