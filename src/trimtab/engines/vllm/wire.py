@@ -45,7 +45,7 @@ class AdmittedWire(DecodedWire):
     type. An engine core still checks that it serves what is in it."""
 
 
-Decoded = Recent[DecodedWire]  # wire forms that hold names alone, as one engine read them
+Decoded = Recent[ResolvedSteering]  # what one engine read in wire forms that hold little but names
 
 
 def carried(sampling_params: Any) -> Any:
@@ -68,14 +68,12 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: D
     if isinstance(given, Mapping) and set(given) == KEYS:
         key = None if recent is None else key_of(given)
         if recent is not None and (known := recent.get(key)) is not None:
-            return known
+            return DecodedWire(given, known)
         steering = replace(ResolvedSteering.from_wire(given, settings.start_vectors_by_digest), monitor=model.monitor)
         _check_served(steering, model)
-        if recent is None or key is None:
-            return DecodedWire(given, steering)
-        wire = DecodedWire(steering.to_wire(), steering)  # of our own making, since `given` is the sender's to change
-        recent.put(key, wire)
-        return wire
+        if recent is not None:
+            recent.put(key, steering)
+        return DecodedWire(given, steering)
     steering = Steering.parse(given).resolve(settings.start_vectors, model, settings.start_probes)
     return DecodedWire(steering.to_wire(), steering)
 
