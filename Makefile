@@ -54,7 +54,7 @@ $(VENV)/.dev: $(VENV)/.base
 	@touch $@
 
 # Stock vLLM without its dependencies, which are the CUDA stack; what it needs on a CPU is listed beside the platform.
-$(VENV)/.vllm: $(VENV)/.dev $(CPU_VLLM)/requirements.txt $(CPU_VLLM)/pyproject.toml
+$(VENV)/.vllm: $(VENV)/.dev $(CPU_VLLM)/requirements.txt $(CPU_VLLM)/pyproject.toml $(wildcard $(CPU_VLLM)/*/*.py)
 	$(PIP) --no-deps vllm==0.32.0 xgrammar==0.2.8 triton==3.7.1
 	$(PIP) --requirement $(CPU_VLLM)/requirements.txt
 	$(PIP) --no-deps ./$(CPU_VLLM)

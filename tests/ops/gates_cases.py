@@ -62,10 +62,10 @@ def gated_stack(
     for module, site in zip(modules, SITES, strict=True):
         buffers.attach(module, site)
     stack = Stack(buffers, modules, tokens)
-    return stack if device == "cpu" else moved(stack, device)
+    return stack if device == "cpu" else moved(stack, device, probe_sites)
 
 
-def moved(stack: Stack, device) -> Stack:
+def moved(stack: Stack, device, probe_sites=None) -> Stack:
     """The same on another device."""
     old = stack.buffers
     new = SteeringBuffers(
@@ -77,6 +77,7 @@ def moved(stack: Stack, device) -> Stack:
         device=device,
         gates=old.gates.count,
         max_probes=len(old.gates.probe_table),
+        probe_sites=probe_sites,
     )
     new.table.copy_(old.table)
     new.gates.slab.copy_(old.gates.slab)

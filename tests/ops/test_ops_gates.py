@@ -175,6 +175,7 @@ def test_shapes_that_no_backend_could_read_are_refused():
         {"gate_sites": args.gate_sites[:2]},
         {"gate_params": args.gate_params[..., :3]},
         {"gate_values": args.gate_values[:1]},
+        {"gate_gains": args.gate_gains[:, :2]},
         {"gate_probe_table": torch.zeros(2, 7)},
     ):
         with pytest.raises(ValueError, match=r".+"):
@@ -185,4 +186,4 @@ def test_the_registered_schema_is_the_tuple():
     schema = torch.ops.trimtab.apply_gates_.default._schema
     assert tuple(argument.name for argument in schema.arguments) == GateOpArgs._fields
     written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
-    assert written == ["steered", "gate_values"]
+    assert written == ["steered", "gate_values", "gate_gains"]

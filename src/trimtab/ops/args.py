@@ -66,9 +66,12 @@ class GateReads(NamedTuple):
 
 
 class GateOpArgs(NamedTuple):
-    """Arguments of `trimtab::apply_gates_`."""
+    """Arguments of `trimtab::apply_gates_`.
 
-    steered: Tensor  # [N, H] model dtype, added to in place
+    Factors and gains are written at a probe's site and read at later ones.
+    """
+
+    steered: Tensor  # [N, H] model dtype, added to in place; or [0, H] where gates are only to be decided
     hidden_states: Tensor  # [N, H] model dtype: the tensor at the hook point before any steering
     hidden_rest: Tensor  # [N, H], what must be added to it to make the full stream, or [0, H] where it is the stream
     steering_table: Tensor
@@ -78,7 +81,8 @@ class GateOpArgs(NamedTuple):
     gate_params: Tensor
     gate_probe_table: Tensor
     gate_site: Tensor
-    gate_values: Tensor  # [G, T] float32: each gate's factor; written at its probe's site, read at later ones
+    gate_values: Tensor  # [G, T] float32: each gate's factor
+    gate_gains: Tensor  # [G, T] float32: coefficient times factor; 0 of a gate that no site has decided yet
 
     @property
     def reads(self) -> GateReads:
@@ -131,8 +135,9 @@ def check_gate_args(args: GateOpArgs) -> None:
             raise ValueError(
                 f"{name} must be [T, {', '.join(map(str, shape))}], got {tuple(getattr(args, name).shape)}"
             )
-    if args.gate_values.shape[0] != gates:
-        raise ValueError(f"gate_values must be [{gates}, T], got {tuple(args.gate_values.shape)}")
+    for name in ("gate_values", "gate_gains"):
+        if getattr(args, name).shape[0] != gates:
+            raise ValueError(f"{name} must be [{gates}, T], got {tuple(getattr(args, name).shape)}")
 
 
 def check_capacity(hidden_states: Tensor, *per_token: Tensor) -> None:

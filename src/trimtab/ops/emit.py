@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from trimtab.ops import reference
 from trimtab.ops.args import SteeringOpArgs
 from trimtab.ops.buffers import emission, has_steering, monitor_op_args, steering_op_args
-from trimtab.ops.gates import gate_count, gate_op_args, traced_gates
+from trimtab.ops.gates import decided_gates, decides, gate_count, gate_op_args
 from trimtab.sites import HookPoint
 
 
@@ -34,9 +34,10 @@ def emit(
     if mode.traced and torch.compiler.is_compiling():
         if monitor is not None:
             reference.steering_monitor(monitor, mode.terms)
-        gates = None
-        if gate_count(module, hook):
-            gates = traced_gates(module, hook, rest)
+        if decides(module, hook):
+            undone = tokens.new_empty(0, tokens.shape[1])
+            torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, undone, tokens, rest))
+        gates = decided_gates(module) if gate_count(module, hook) else None
         terms = mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer)
         out = _stored(reference.apply_steering(args, terms, gates))
     else:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimtab.ops.args import GateOpArgs, GateReads
+from trimtab.ops.args import GateOpArgs
 from trimtab.ops.reference import Gates
 from trimtab.sites import HookPoint, Site
 
@@ -31,7 +31,8 @@ def gate_record(count: int) -> np.dtype[np.void]:
 
 
 _ALIGNMENT = 16  # bytes
-_SHARED = ("gate_rows", "gate_probes", "gate_sites", "gate_params", "gate_probe_table")
+_READ = ("gate_rows", "gate_probes", "gate_sites", "gate_params", "gate_probe_table")
+_WRITTEN = ("gate_values", "gate_gains")
 
 
 class GateBuffers:
@@ -43,7 +44,7 @@ class GateBuffers:
     sites: Tensor  # [T, G] int32, counted from 1 in forward order
     params: Tensor  # [T, G, 4] float32
     values: Tensor  # [G, T] float32: the factors of the last forward pass
-    gains: Tensor  # [G, T] float32: coefficient times factor, between the sites of one pass in the traced form
+    gains: Tensor  # [G, T] float32: coefficient times factor, between the sites of one pass
     probe_table: Tensor  # [P, H] float32
     numbers: Tensor  # [S, 4] int32, aligned: the first of each line is the site's number
 
@@ -74,14 +75,8 @@ class GateBuffers:
         self.probes = self._part(record, "probe", torch.int32)
         self.sites = self._part(record, "site", torch.int32)
         self.params = self._part(record, "params", torch.float32).view(max_tokens, count, 4)
-        length = -(-max_tokens // 4) * 4
-        self.values = torch.zeros(count, length, dtype=torch.float32, device=device)
-        self.gains = torch.zeros(count, length, dtype=torch.float32, device=device)
-        # A storage object of its own per gate: compilers track what is written by storage, see `token_views`.
-        self._values_of, self._gains_of = (
-            [torch.from_dlpack(value) for value in stacked]  # type: ignore[attr-defined]
-            for stacked in (self.values, self.gains)
-        )
+        self.values = torch.zeros(count, max_tokens, dtype=torch.float32, device=device)
+        self.gains = torch.zeros(count, max_tokens, dtype=torch.float32, device=device)
         self.probe_table = torch.zeros(max_probes, hidden_size, dtype=torch.float32, device=device)
         self.numbers = torch.zeros(len(sites), 4, dtype=torch.int32, device=device)
         self.numbers[:, 0] = torch.arange(1, len(sites) + 1, dtype=torch.int32)
@@ -107,11 +102,8 @@ class GateBuffers:
         first site of a probe."""
         if site not in self._gated:
             return
-        tensors = dict(zip(_SHARED, (self.rows, self.probes, self.sites, self.params, self.probe_table), strict=True))
-        tensors["gate_values"] = self.values
-        tensors |= {f"gate_values_{slot}": value for slot, value in enumerate(self._values_of)}
-        tensors |= {f"gate_gains_{slot}": gain for slot, gain in enumerate(self._gains_of)}
-        for name, tensor in tensors.items():
+        shared = (self.rows, self.probes, self.sites, self.params, self.probe_table, self.values, self.gains)
+        for name, tensor in zip((*_READ, *_WRITTEN), shared, strict=True):
             module.register_buffer(f"steering_{name}", tensor, persistent=False)
         module.register_buffer(_number_name(site.hook), self.numbers[self.number(site) - 1, :1], persistent=False)
         setattr(module, _count_name(site.hook), self.count)
@@ -124,26 +116,24 @@ def gate_count(module: nn.Module, hook: HookPoint) -> int:
     return count
 
 
-def traced_gates(module: nn.Module, hook: HookPoint, rest: Tensor | None) -> Gates:
-    """What `reference.apply_steering` needs for the gates of `module` at `hook`."""
-    slots = range(gate_count(module, hook))
-    values, gains = (
-        [getattr(module, f"steering_gate_{name}_{slot}") for slot in slots] for name in ("values", "gains")
-    )
-    return Gates(_reads(module, hook), values, gains, rest, getattr(module, _probing_name(hook)))
+def decides(module: nn.Module, hook: HookPoint) -> bool:
+    """Whether a probe can be read at `hook` of `module`; a constant while it is traced."""
+    return bool(getattr(module, _probing_name(hook), False))
+
+
+def decided_gates(module: nn.Module) -> Gates:
+    """The gated rows of `module`'s tokens, for `reference.apply_steering`."""
+    return Gates(module.steering_gate_rows, module.steering_gate_gains)  # type: ignore[arg-type]
 
 
 def gate_op_args(
     module: nn.Module, hook: HookPoint, steered: Tensor, hidden: Tensor, rest: Tensor | None
 ) -> GateOpArgs:
     """The arguments of `apply_gates_` for `hidden` [N, H] at `hook`, `steered` being what is to be added to."""
-    rest = hidden[:0] if rest is None else rest
-    return GateOpArgs(steered, hidden, rest, *_reads(module, hook), module.steering_gate_values)  # type: ignore[arg-type]
-
-
-def _reads(module: nn.Module, hook: HookPoint) -> GateReads:
-    names = [f"steering_table_{hook.value}", *(f"steering_{name}" for name in _SHARED), _number_name(hook)]
-    return GateReads(*[getattr(module, name) for name in names])
+    rest = hidden.new_empty(0, hidden.shape[1]) if rest is None else rest
+    names = [f"steering_table_{hook.value}", *(f"steering_{name}" for name in _READ), _number_name(hook)]
+    names += [f"steering_{name}" for name in _WRITTEN]
+    return GateOpArgs(steered, hidden, rest, *[getattr(module, name) for name in names])
 
 
 def _number_name(hook: HookPoint) -> str:

@@ -3,7 +3,7 @@
     torch.ops.trimtab.apply_steering(*SteeringOpArgs) -> Tensor     a new tensor, never an alias of its input
     torch.ops.trimtab.apply_steering_(*SteeringOpArgs) -> ()        the same, written into hidden_states
     torch.ops.trimtab.steering_monitor(*MonitorOpArgs) -> ()        multiplies gates into the per-token buffers
-    torch.ops.trimtab.apply_gates_(*GateOpArgs) -> ()               adds to `steered` what gates let through
+    torch.ops.trimtab.apply_gates_(*GateOpArgs) -> ()               decides gates, and adds what they let through
 
 Importing this module registers them. Triton is looked for at the first call on a CUDA tensor, not at import.
 """
@@ -44,7 +44,7 @@ SCHEMAS = {
     "steering_monitor": schema(
         "steering_monitor", MonitorOpArgs._fields, mutates=("steering_token_scales", "steering_row_gate")
     ),
-    "apply_gates_": schema("apply_gates_", GateOpArgs._fields, mutates=("steered", "gate_values")),
+    "apply_gates_": schema("apply_gates_", GateOpArgs._fields, mutates=("steered", "gate_values", "gate_gains")),
 }
 
 
@@ -89,6 +89,8 @@ def _gates_cpu(*tensors: Tensor) -> None:
     args = GateOpArgs(*tensors)
     if args.gate_sites[: args.hidden_states.shape[0]].any().item():
         _gates_any_device(*tensors)
+    else:
+        _checked_gates(tensors).gate_gains[:, : args.hidden_states.shape[0]] = 0.0
 
 
 def _apply_any_device(*tensors: Tensor) -> Tensor:
@@ -110,7 +112,10 @@ def _gates_any_device(*tensors: Tensor) -> None:
     stream = args.hidden_states.float()
     if args.hidden_rest.shape[0]:
         stream = stream + args.hidden_rest.float()
-    args.steered.copy_(reference.add_gated(args.steered.float(), stream, args.reads, args.gate_values.unbind(0)))
+    reference.decide_gates(stream, args.reads, args.gate_values, args.gate_gains)
+    if args.steered.shape[0]:
+        gates = reference.Gates(args.gate_rows, args.gate_gains)
+        args.steered.copy_(reference.add_gated(args.steered.float(), args.steering_table, gates))
 
 
 def _apply_cuda(*tensors: Tensor) -> Tensor:
@@ -173,10 +178,10 @@ def _checked_gates(tensors: tuple[Tensor, ...]) -> GateOpArgs:
     args = GateOpArgs(*tensors)
     check_gate_args(args)
     tokens = args.hidden_states.shape[0]
-    if args.steered.shape[0] != tokens or args.hidden_rest.shape[0] not in (0, tokens):
+    if not {args.steered.shape[0], args.hidden_rest.shape[0]} <= {0, tokens}:
         raise ValueError(f"{tokens} tokens, but steered has {args.steered.shape[0]}, the rest {args.hidden_rest.shape}")
-    per_token = (args.gate_rows, args.gate_probes, args.gate_sites, args.gate_params, args.gate_values.t())
-    check_capacity(args.hidden_states, *per_token)
+    per_token = (args.gate_rows, args.gate_probes, args.gate_sites, args.gate_params)
+    check_capacity(args.hidden_states, *per_token, args.gate_values.t(), args.gate_gains.t())
     return args
 
 

@@ -5,7 +5,6 @@ model's compiled graph they are the fastest backend, because the compiler fuses 
 and norm; called eagerly they are the CPU's implementation. All arithmetic is float32 with one rounding at the end.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,13 +32,10 @@ ROWS_ONLY = Terms(tier=False, monitor=False, row_monitor=False, row_scales=False
 
 
 class Gates(NamedTuple):
-    """What `apply_steering` needs to steer behind gates as well."""
+    """The gated rows of each token, decided by `decide_gates` at this site or an earlier one."""
 
-    reads: GateReads
-    values: Sequence[Tensor]  # G tensors [T] float32, written where a probe is at this site
-    gains: Sequence[Tensor]  # G tensors [T] float32, coefficient times factor: written where `probing`, else read
-    rest: Tensor | None  # [N, H], what must be added to the hidden states to make the full stream
-    probing: bool  # whether a probe can be at this site; a constant of the trace
+    rows: Tensor  # [T, G] int64
+    gains: Tensor  # [G, T] float32
 
 
 def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates | None = None) -> Tensor:
@@ -49,7 +45,7 @@ def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates 
 
     with `g` the row gate and `ts` the token scale, each multiplied by the monitors' gates (`steering_monitor` below has
     the formula; a row's own probe gates the row alone). Scores read the un-steered input. `any_active` is not read:
-    routing a token to row 0 with a zero token scale is what leaves it as it is. `gates` adds `add_gated`.
+    routing a token to row 0 with a zero token scale is what leaves it as it is. `gates` adds `add_gated`, unrounded.
 
     Raises ValueError on shapes that no backend could read.
     """
@@ -81,60 +77,39 @@ def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates 
     if terms.tier:
         out = out + args.steering_dynamic_vec.float() * token_gain[:, None]
     if gates is not None:
-        stream = x if gates.rest is None else x + gates.rest.float()
-        out = _add_traced_gates(out, stream, gates)
+        out = add_gated(out, args.steering_table, gates)
     return out.to(hidden.dtype).contiguous()
 
 
-def add_gated(out: Tensor, stream: Tensor, reads: GateReads, values: Sequence[Tensor]) -> Tensor:
-    """`out` [N, H] float32 plus what the gates let through; writes the factors of gates whose probe is at this site.
+def add_gated(out: Tensor, table: Tensor, gates: Gates) -> Tensor:
+    """`out` [N, H] float32 plus, for each gate of token i, table[row] * gain."""
+    tokens = out.shape[0]
+    for slot, gain in enumerate(gates.gains.unbind(0)):
+        out = out + table_rows(table, gates.rows[:tokens, slot]).float() * gain[:tokens, None]
+    return out
+
+
+def decide_gates(stream: Tensor, reads: GateReads, values: Tensor, gains: Tensor) -> None:
+    """Write the factors of gates whose probe is at this site, and the gains of all gates of the first N tokens.
 
         y = sigmoid(sharpness * (stream[i] . probe - threshold)), or stream[i] . probe > threshold where sharpness is 0
         factor = 1 - y where inverted, else y
-        out[i] += table[row] * coefficient * factor,    for each gate of token i
+        gain = coefficient * factor
 
-    `stream` [N, H] float32 is the full stream before any steering here. At later sites the factor is the one written;
-    at earlier ones it is 0, whatever `values` hold.
+    `stream` [N, H] float32 is the full stream before any steering here. Of a gate whose probe is at an earlier site the
+    factor is the one written there; of all others the gain is 0, whatever the buffers held.
     """
-    for slot, value in enumerate(values):
-        out = out + _gated_row(reads, slot, out.shape[0]) * _gain(stream, reads, value, slot)[:, None]
-    return out
-
-
-def _add_traced_gates(out: Tensor, stream: Tensor, gates: Gates) -> Tensor:
-    """`add_gated` with as few reads as possible at sites where nothing is decided, which are most of a model's.
-
-    There a gate's coefficient times its factor is read as one number. It is written at the sites of probes, and the
-    first site with gates is one of them: so it is never that of an earlier pass.
-    """
-    for slot, (value, kept) in enumerate(zip(gates.values, gates.gains, strict=True)):
-        if gates.probing:
-            gain = _gain(stream, gates.reads, value, slot)
-            kept[: out.shape[0]].copy_(gain)
-        else:
-            gain = kept[: out.shape[0]]
-        out = out + _gated_row(gates.reads, slot, out.shape[0]) * gain[:, None]
-    return out
-
-
-def _gated_row(reads: GateReads, slot: int, tokens: int) -> Tensor:
-    return table_rows(reads.steering_table, reads.gate_rows[:tokens, slot]).float()
-
-
-def _gain(stream: Tensor, reads: GateReads, value: Tensor, slot: int) -> Tensor:
-    """Coefficient times factor [N] of the gates in `slot`; writes the factors of those whose probe is at this site."""
     tokens, here = stream.shape[0], reads.gate_site
-    site = reads.gate_sites[:tokens, slot]
-    coefficient, threshold, sharpness, invert = reads.gate_params[:tokens, slot].unbind(-1)
-    stored = value[:tokens]
-    at_probe = site == here
-    probe = table_rows(reads.gate_probe_table, torch.where(at_probe, reads.gate_probes[:tokens, slot], 0))
-    score = (stream * probe).sum(-1)
-    y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
-    y = torch.where(invert > 0, 1.0 - y, y)
-    factor = torch.where(at_probe, y, torch.where((site > 0) & (site < here), stored, 0.0))
-    stored.copy_(torch.where(at_probe, y, stored))
-    return coefficient * factor
+    for slot, (value, gain) in enumerate(zip(values.unbind(0), gains.unbind(0), strict=True)):
+        site, stored = reads.gate_sites[:tokens, slot], value[:tokens]
+        coefficient, threshold, sharpness, invert = reads.gate_params[:tokens, slot].unbind(-1)
+        at_probe = site == here
+        probe = reads.gate_probe_table[torch.where(at_probe, reads.gate_probes[:tokens, slot], 0)]
+        score = (stream * probe).sum(-1)
+        y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
+        y = torch.where(invert > 0, 1.0 - y, y)
+        stored.copy_(torch.where(at_probe, y, stored))
+        gain[:tokens].copy_(coefficient * torch.where((site > 0) & (site <= here), stored, 0.0))
 
 
 def steering_monitor(args: MonitorOpArgs, terms: Terms = ALL_TERMS) -> None:

@@ -8,6 +8,7 @@ on a machine without CUDA or Triton it does nothing.
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -94,15 +95,16 @@ def warmup_steering_monitor_kernel(
 def warmup_apply_gates_kernel(
     modules: Iterable[nn.Module], sizes: Iterable[int], *, dtype: torch.dtype | None = None
 ) -> int:
-    """Launch `apply_gates_` for every site of `modules` that serves gates, with the stream in one part and in two.
+    """Launch `apply_gates_` for every site of `modules` that serves gates: adding and only deciding, with the stream in
+    one part and in two.
 
     Gates' factors keep their values as long as no token on the device has a gate, which is so before service. Returns
     how many variants this compiled.
     """
 
     def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> None:
-        for rest in (None, hidden):
-            torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, torch.empty_like(hidden), hidden, rest))
+        for steered, rest in product((torch.empty_like(hidden), hidden.new_empty(0, hidden.shape[1])), (None, hidden)):
+            torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, steered, hidden, rest))
 
     sites = [(module, hook) for module, hook in _served_sites(modules) if gate_count(module, hook)]
     if not sites:

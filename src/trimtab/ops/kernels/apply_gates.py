@@ -1,7 +1,8 @@
-"""Triton kernel of `trimtab::apply_gates_`: scores, factors and gated sums of one site in one launch.
+"""Triton kernel of `trimtab::apply_gates_`: scores, factors, gains and gated sums of one site in one launch.
 
-A program takes one token at a time. A token without gates costs the loads of its sites; one whose gates have all their
-probes later in the model costs no row either. The stream is loaded only where a probe is read.
+A program takes one token at a time. A token without gates costs the loads of its sites, and the gains that say so; one
+whose gates have all their probes later in the model costs no row either. The stream is loaded only where a probe is
+read.
 """
 
 import triton
@@ -13,7 +14,7 @@ from trimtab.ops.variants import note_launch
 
 
 def launch_apply_gates(args: GateOpArgs, sizes: Launch | None = None) -> None:
-    """Add what each token's gates let through to `args.steered`, and write the factors decided at this site."""
+    """Write the factors decided at this site, and all gains; add what gates let through to `args.steered`, if any."""
     tokens, width = args.hidden_states.shape
     if tokens == 0 or width == 0:
         return
@@ -26,6 +27,7 @@ def launch_apply_gates(args: GateOpArgs, sizes: Launch | None = None) -> None:
             BLOCK=sizes.block,
             GATES=args.gate_rows.shape[1],
             SPLIT=args.hidden_rest.shape[0] > 0,
+            ADD=args.steered.shape[0] > 0,
             num_warps=sizes.num_warps,
             maxnreg=sizes.registers,
         )
@@ -46,6 +48,8 @@ def launch_apply_gates(args: GateOpArgs, sizes: Launch | None = None) -> None:
         "gate_params_stride_2",
         "gate_values_stride_0",
         "gate_values_stride_1",
+        "gate_gains_stride_0",
+        "gate_gains_stride_1",
     ],
     do_not_specialize_on_alignment=[
         "p_gate_rows",
@@ -54,6 +58,7 @@ def launch_apply_gates(args: GateOpArgs, sizes: Launch | None = None) -> None:
         "p_gate_params",
         "p_gate_site",
         "p_gate_values",
+        "p_gate_gains",
     ],
 )
 def apply_gates_kernel(  # type: ignore[no-untyped-def]
@@ -68,6 +73,7 @@ def apply_gates_kernel(  # type: ignore[no-untyped-def]
     p_gate_probe_table,
     p_gate_site,
     p_gate_values,
+    p_gate_gains,
     tokens,
     steered_stride_0,
     steered_stride_1,
@@ -90,10 +96,13 @@ def apply_gates_kernel(  # type: ignore[no-untyped-def]
     gate_probe_table_stride_1,
     gate_values_stride_0,
     gate_values_stride_1,
+    gate_gains_stride_0,
+    gate_gains_stride_1,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     GATES: tl.constexpr,
     SPLIT: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     here = tl.load(p_gate_site)
     o_h = tl.arange(0, BLOCK).to(tl.int64)
@@ -101,15 +110,19 @@ def apply_gates_kernel(  # type: ignore[no-untyped-def]
     for i_token in range(tl.program_id(0), tokens, tl.num_programs(0)):
         o_token = tl.cast(i_token, tl.int64)
         at_sites = p_gate_sites + o_token * gate_sites_stride_0
+        at_gains = p_gate_gains + o_token * gate_gains_stride_1
         probing = False
-        reached = False
+        acting = False
         for slot in tl.static_range(GATES):
             site = tl.load(at_sites + slot * gate_sites_stride_1)
+            decided = (site > 0) & (site <= here)
+            tl.store(at_gains + slot * gate_gains_stride_0, 0.0, mask=decided == 0)
             probing = probing | (site == here)
-            reached = reached | ((site > 0) & (site <= here))
-        if reached:
+            acting = acting | (decided if ADD else site == here)
+        if acting:
             at_out = p_steered + o_token * steered_stride_0
-            b_out = tl.load(at_out + o_h * steered_stride_1, mask=in_row, other=0.0).to(tl.float32)
+            if ADD:
+                b_out = tl.load(at_out + o_h * steered_stride_1, mask=in_row, other=0.0).to(tl.float32)
             b_x = tl.load(
                 p_hidden_states + o_token * hidden_states_stride_0 + o_h * hidden_states_stride_1,
                 mask=o_h < tl.where(probing, WIDTH, 0),
@@ -124,10 +137,10 @@ def apply_gates_kernel(  # type: ignore[no-untyped-def]
             for slot in tl.static_range(GATES):
                 site = tl.load(at_sites + slot * gate_sites_stride_1)
                 if (site > 0) & (site <= here):
-                    at_params = p_gate_params + o_token * gate_params_stride_0 + slot * gate_params_stride_1
-                    at_value = p_gate_values + slot * gate_values_stride_0 + o_token * gate_values_stride_1
-                    factor = tl.load(at_value)
+                    at_gain = at_gains + slot * gate_gains_stride_0
+                    gain = tl.load(at_gain)
                     if site == here:
+                        at_params = p_gate_params + o_token * gate_params_stride_0 + slot * gate_params_stride_1
                         threshold = tl.load(at_params + gate_params_stride_2)
                         sharpness = tl.load(at_params + 2 * gate_params_stride_2)
                         invert = tl.load(at_params + 3 * gate_params_stride_2)
@@ -143,12 +156,16 @@ def apply_gates_kernel(  # type: ignore[no-untyped-def]
                         soft = tl.sigmoid(sharpness * (score - threshold))
                         y = tl.where(sharpness > 0.0, soft, tl.where(score > threshold, 1.0, 0.0))
                         factor = tl.where(invert > 0.0, 1.0 - y, y)
-                        tl.store(at_value, factor)
-                    o_row = tl.load(p_gate_rows + o_token * gate_rows_stride_0 + slot * gate_rows_stride_1)
-                    b_row = tl.load(
-                        p_steering_table + o_row * steering_table_stride_0 + o_h * steering_table_stride_1,
-                        mask=in_row,
-                        other=0.0,
-                    )
-                    b_out += b_row.to(tl.float32) * (tl.load(at_params) * factor)
-            tl.store(at_out + o_h * steered_stride_1, b_out.to(p_steered.dtype.element_ty), mask=in_row)
+                        tl.store(p_gate_values + slot * gate_values_stride_0 + o_token * gate_values_stride_1, factor)
+                        gain = tl.load(at_params) * factor
+                        tl.store(at_gain, gain)
+                    if ADD:
+                        o_row = tl.load(p_gate_rows + o_token * gate_rows_stride_0 + slot * gate_rows_stride_1)
+                        b_row = tl.load(
+                            p_steering_table + o_row * steering_table_stride_0 + o_h * steering_table_stride_1,
+                            mask=in_row,
+                            other=0.0,
+                        )
+                        b_out += b_row.to(tl.float32) * gain
+            if ADD:
+                tl.store(at_out + o_h * steered_stride_1, b_out.to(p_steered.dtype.element_ty), mask=in_row)

@@ -1,7 +1,8 @@
 """Runs another scenario on a CUDA device: `python on_gpu.py parity V2 graphs 48`. Prints one line per finding.
 
-Arguments: scenario (parity, gates or monitor); runner (V1 or V2); eager, graphs (full CUDA graphs for decode) or piecewise;
-number of requests. The oracle stays on the CPU in float32, so attention must multiply in float32 on the device too.
+Arguments: scenario (parity, gates or monitor); runner (V1 or V2); eager, graphs (full CUDA graphs for decode) or
+piecewise; number of requests. The oracle stays on the CPU in float32, so attention must multiply in float32 on the
+device too.
 """
 
 import importlib

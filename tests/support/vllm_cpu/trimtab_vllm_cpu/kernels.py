@@ -26,6 +26,22 @@ def register_kernels() -> None:
         _library.impl(name, kernel, "CompositeExplicitAutograd")
         if schema.endswith("-> ()"):
             torch.library.register_fake(f"_C::{name}", lambda *_, **__: None, lib=_library)
+    for name in _NAMED_ONLY:
+        if not hasattr(torch.ops._C, name):
+            _library.define(f"{name}(Tensor(a!) out) -> ()")
+
+
+# A pass of vLLM over compiled graphs compares every operator that writes to its arguments with these, one by one.
+_NAMED_ONLY = (
+    "fused_add_rms_norm",
+    "fused_add_rms_norm_static_fp8_quant",
+    "rms_norm_dynamic_per_token_quant",
+    "rms_norm",
+    "rms_norm_static_fp8_quant",
+    "silu_and_mul",
+    "silu_and_mul_quant",
+    "fused_qk_norm_rope",
+)
 
 
 def slot_mapping_kernel(
