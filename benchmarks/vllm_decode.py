@@ -30,7 +30,7 @@ DISTINCT = (1, 8, 64, 256)
 # requests alike, and a chip that works on equal numbers draws less power and clocks higher.
 STRENGTH = 1e-7
 PROBES = 64
-GATES = 4  # per token, the engine's default
+GATES = {"gates": 4, "gates2": 2}  # engine -> gates per token; 4 is the default
 
 Run = tuple["EngineProcess", Case]
 
@@ -107,12 +107,13 @@ def steered_cases(batch: int, prompt: int, new: int, few: bool = False) -> list[
     return cases
 
 
-def gated_cases(batch: int, prompt: int, new: int, layers: range) -> list[Case]:
-    """None, one and four gates per request, every request with specs of its own."""
-    cases = [Case("gates, none used", batch, prompt, new)]
-    for used in (1, GATES):
+def gated_cases(engine: str, batch: int, prompt: int, new: int, layers: range) -> list[Case]:
+    """None, one and all gates per request, every request with specs of its own."""
+    name = "gates" if engine == "gates" else f"{GATES[engine]} gates"
+    cases = [Case(f"{name}, none used", batch, prompt, new)]
+    for used in (1, GATES[engine]):
         specs = tuple(gated(i, used, layers) for i in range(batch))
-        cases.append(Case(f"gates, {used} used", batch, prompt, new, specs))
+        cases.append(Case(f"{name}, {used} used", batch, prompt, new, specs))
     return cases
 
 
@@ -127,8 +128,8 @@ class Comparison:
     def decode(self, batch: int, prompt: int, new: int) -> None:
         base = Case("stock", batch, prompt, new)
         runs = self._runs(base, steered_cases(batch, prompt, new, self.few))
-        if "gates" in self.engines:
-            runs += [(self.engines["gates"], case) for case in gated_cases(batch, prompt, new, self.layers)]
+        for name in GATES.keys() & self.engines.keys():
+            runs += [(self.engines[name], case) for case in gated_cases(name, batch, prompt, new, self.layers)]
         self._interleave(f"decode {batch}", base, runs, _step, trace=self.trace)
         if "v1" in self.engines:
             runs = [(self.engines["v1"], case) for case in steered_cases(batch, prompt, new, self.few)]
@@ -225,8 +226,8 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=16384, help="prompt length of the prefill case; 0 for none")
     parser.add_argument("--throughput", action="store_true", help="256 requests of 96 + 128 tokens, whole run")
     parser.add_argument(
-        "--engines", nargs="+", choices=("steered", "second", "gates", "v1"), default=["steered"],
-        help="beside stock: steered; a second stock one, to see what chance does; with gates; both on the V1 runner",
+        "--engines", nargs="+", choices=("steered", "second", "gates", "gates2", "v1"), default=["steered"],
+        help="beside stock: steered; a second stock one, to see what chance does; with gates, 4 or 2; the V1 runner",
     )  # fmt: skip
     parser.add_argument("--few", action="store_true", help="only idle and the most distinct vectors")
     parser.add_argument("--repeats", type=int, default=5)
@@ -252,10 +253,11 @@ def main() -> None:
         steering: dict[str, Any] = {"vectors": vectors, "hook_points": ["post_block"]}
         if arguments.layers:
             steering["layers"] = arguments.layers
-        probed = steering | {"probes": make_probes(Path(folder) / "probes", arguments.shape), "gates": GATES}
+        probed = steering | {"probes": make_probes(Path(folder) / "probes", arguments.shape)}
         v1, v2 = ({"VLLM_USE_V2_MODEL_RUNNER": value} for value in "01")
         configured: dict[str, tuple[dict[str, Any] | None, dict[str, str]]] = {"stock": (None, v2)}
-        choices = {"steered": (steering, v2), "second": (None, v2), "gates": (probed, v2), "v1": (steering, v1)}
+        choices = {"steered": (steering, v2), "second": (None, v2), "v1": (steering, v1)}
+        choices |= {name: (probed | {"gates": count}, v2) for name, count in GATES.items()}
         configured |= {name: choices[name] for name in arguments.engines}
         if "v1" in arguments.engines:
             configured["v1 stock"] = (None, v1)

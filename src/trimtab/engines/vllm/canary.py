@@ -115,6 +115,7 @@ def _gated_canaries(
     finally:
         gates.slab[:count] = 0
         gates.values.zero_()
+        gates.gains.zero_()
 
 
 @contextmanager
