@@ -6,7 +6,8 @@
 Per batch size, every repeat runs stock, then one other case, then stock again, and so on through the cases; a ratio is
 taken against the two stock runs around it and the median over repeats is reported with its spread, so that drift of the
 machine cancels. What remains of chance is shown by the case "stock, second engine": the same engine started twice.
-GPU time is the sum of kernel times of traced steps, in separate runs.
+GPU time is the sum of kernel times of traced steps, in separate runs. Which engine's weights were allocated first
+matters too: compare runs with and without `--stock-last`.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class Comparison:
 
     def throughput(self, requests: int, prompt: int, new: int) -> None:
         base = Case("stock", requests, prompt, new)
-        runs = self._runs(base, steered_cases(requests, prompt, new))
+        runs = self._runs(base, steered_cases(requests, prompt, new, self.few))
         self._interleave(f"throughput {requests}", base, runs, lambda m: m.total_s * 1e3)
 
     def _runs(self, base: Case, cases: list[Case]) -> list[Run]:
@@ -230,6 +231,8 @@ def main() -> None:
         help="beside stock: steered; a second stock one, to see what chance does; with gates, 4 or 2; the V1 runner",
     )  # fmt: skip
     parser.add_argument("--few", action="store_true", help="only idle and the most distinct vectors")
+    parser.add_argument("--stock-last", action="store_true", help="start stock after the others, not before")
+    parser.add_argument("--pause", type=float, default=0, help="seconds between the starts, so that their order holds")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trace", action="store_true", help="also measure GPU time per step")
     parser.add_argument("--layers", default=None, help="steer only these layers, e.g. 8-24")
@@ -261,8 +264,11 @@ def main() -> None:
         configured |= {name: choices[name] for name in arguments.engines}
         if "v1" in arguments.engines:
             configured["v1 stock"] = (None, v1)
+        if arguments.stock_last:
+            configured["stock"] = configured.pop("stock")
         engines = {}
         for name, (settings, environment) in configured.items():
+            time.sleep(arguments.pause if engines else 0)
             extra = {} if settings is None else {"additional_config": {"steering": settings}}
             engines[name] = EngineProcess(name, arguments.shape, Path(folder), common | extra, environment)
         starts = {name: engine.wait_ready() for name, engine in engines.items()}
