@@ -47,15 +47,16 @@ def main() -> None:
             draw_layers(result, options.images / f"{path.stem}-layers.svg")
     for path in sorted(options.results.glob("vllm*.json")):
         result = json.loads(path.read_text())
-        if any(r["workload"].startswith("decode") for r in result["records"]):
+        drawn = any("decode" in r["workload"] for r in result["records"])
+        if drawn:
             draw_vllm(result, options.images / f"{path.stem}.svg")
-            texts["vllm"].append(vllm_text(result, path.stem))
+        texts["vllm"].append(vllm_text(result, path.stem if drawn else None))
     summary = options.results / "gpu-tests.txt"
     if summary.exists():
         counts = [
             line.strip("= ") for line in summary.read_text().splitlines() if re.search(r"\d (passed|failed)", line)
         ]
-        texts["tests"].append(f"Last run: `{counts[-1]}`.")
+        texts["tests"].append("".join(f"- `{count}`\n" for count in counts).strip())
     parity = options.results / "vllm-parity.txt"
     if parity.exists():
         texts["parity"].append(f"```\n{parity.read_text().strip()}\n```")
@@ -234,11 +235,13 @@ def _by_tokens(result: dict[str, Any], condition: str, width: int, scenario: str
 CASE_STYLES = {
     "stock, second engine": ("#888888", "x"), "idle": (GREEN, "o"), "1 vectors": (BLUE, "s"), "8 vectors": (SKY, "^"),
     "64 vectors": (ORANGE, "v"), "256 vectors": (RED, "D"), "scales": (PURPLE, "P"), "gates, none used": (GREEN, "*"),
-    "gates, 1 used": (BLUE, "*"), "gates, 4 used": (RED, "*"),
+    "gates, 1 used": (BLUE, "*"), "gates, 4 used": (RED, "*"), "2 gates, none used": (GREEN, "1"),
+    "2 gates, 1 used": (BLUE, "1"), "2 gates, 2 used": (RED, "1"),
 }  # fmt: skip
 CASE_LABELS = {
     "stock, second engine": "stock, started twice", "idle": "no steering asked", "1 vectors": "1 vector",
-    "scales": "1 vector, as many scales",
+    "scales": "1 vector, as many scales", "gates, none used": "4 gates, none used", "gates, 1 used": "4 gates, 1 used",
+    "gates, 4 used": "4 gates, 4 used",
 }  # fmt: skip
 
 
@@ -273,8 +276,8 @@ def draw_vllm(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def vllm_text(result: dict[str, Any], stem: str) -> str:
-    """The table of one run of `vllm_decode.py`."""
+def vllm_text(result: dict[str, Any], picture: str | None) -> str:
+    """The table of one run of `vllm_decode.py`, below its `picture` if there is one."""
     machine, settings = result["machine"], result["settings"]
     rows, stock = [], result["records"][0]
     for r in result["records"]:
@@ -290,24 +293,27 @@ def vllm_text(result: dict[str, Any], stem: str) -> str:
             f"{_added(r, stock):+.2%}" if traced else "",
         ))  # fmt: skip
     heads = ("workload", "case", "ms", "against stock", "spread of repeats", "all GPU time", "fused kernels")
+    prompt, new = (96, 128) if settings["throughput"] else (settings["prompt"], settings["new"])
+    order = "Stock started last." if settings.get("stock_last") else "Stock started first."
     return "\n\n".join([
         f"Machine: {machine['gpu']}, vLLM {machine['vllm']}, torch {machine['torch']}, triton {machine['triton']}. "
-        f"Shape `{settings['shape']}`, prompts of {settings['prompt']} tokens, {settings['new']} new ones, "
-        f"{settings['repeats']} repeats.",
-        f"![overhead per case and batch](images/{stem}.svg)",
+        f"Shape `{settings['shape']}`, prompts of {prompt} tokens, {new} new ones, {settings['repeats']} repeats. "
+        f"{order}",
+        *([f"![overhead per case and batch](images/{picture}.svg)"] if picture else []),
         _table(heads, rows),
     ]) + "\n"  # fmt: skip
 
 
 def _added(record: dict[str, Any], stock: dict[str, Any]) -> float | None:
-    """What the kernels that the compiler generated, all that steering can change on the GPU, take more than stock's.
+    """What the kernels that the compiler generated, and our own, take more than stock's: all that steering changes.
 
     As a part of stock's GPU time; None if one of the two was not traced.
     """
     if not record["gpu_ms"] or not stock["gpu_ms"]:
         return None
     with_steering, without = (
-        sum(us for name, (_, us) in r["gpu_kernels"].items() if name.startswith("triton_")) for r in (record, stock)
+        sum(us for name, (_, us) in r["gpu_kernels"].items() if name.startswith(("triton_", "apply_")))
+        for r in (record, stock)
     )
     return float((with_steering - without) / 1e3 / stock["gpu_ms"])
 
