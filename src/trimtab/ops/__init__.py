@@ -6,15 +6,14 @@ Importing this package registers `torch.ops.trimtab.{apply_steering, apply_steer
 from trimtab.ops import library as _library  # registers the operators
 from trimtab.ops.args import GateOpArgs, MonitorOpArgs, SteeringOpArgs
 from trimtab.ops.buffers import (
-    Emission,
     SteeringBuffers,
     monitor_op_args,
     register_steering_buffers,
     resize_row_monitor_buffers,
-    set_emission,
     share_token_buffers,
     steering_op_args,
 )
+from trimtab.ops.emission import Emission, set_emission
 from trimtab.ops.emit import emit
 from trimtab.ops.gates import GateBuffers
 from trimtab.ops.reference import ALL_TERMS, ROWS_ONLY, Terms

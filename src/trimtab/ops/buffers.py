@@ -7,15 +7,13 @@ non-persistent buffers under the same names, and `steering_op_args` collects the
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.ops.args import NO_THRESHOLD, MonitorOpArgs, SteeringOpArgs
+from trimtab.ops.emission import emission
 from trimtab.ops.gates import GateBuffers
-from trimtab.ops.gather import teach_inductor
-from trimtab.ops.reference import ALL_TERMS, Terms
 from trimtab.sites import HookPoint, Site, site_order
 
 TOKEN_BYTES = 64
@@ -31,31 +29,6 @@ MONITOR_OFF = "steering_monitor_off"
 _ALIGNMENT = 16  # bytes; kernels are compiled per pointer alignment, so every site's views share one
 _PER_TOKEN = ("steering_index", "steering_token_scales", "steering_row_gate", "steering_decode_mask")
 _SHARED = (*_PER_TOKEN, "steering_scales")
-
-
-class Emission(NamedTuple):
-    """How a module's hook points steer; a constant while a model is traced. Set with `set_emission`."""
-
-    traced: bool = False  # the reference's math inside a compiled graph, instead of the opaque operator
-    terms: Terms = ALL_TERMS  # what the traced form computes
-    cross_layer: bool = False  # a site's probe gates that site and everything after it, instead of that site alone
-    monitor_at: HookPoint | None = None  # the one hook point that evaluates its probe for that; None is every one
-
-
-def set_emission(module: nn.Module, mode: Emission) -> None:
-    """Choose how `module` steers. To be called before the module is first traced."""
-    if mode.traced:
-        teach_inductor()
-    module._steering_emission = mode  # type: ignore[assignment]
-
-
-def emission(module: nn.Module) -> Emission:
-    """How `module` steers: what `set_emission` said, else the defaults."""
-    mode: Emission = getattr(module, "_steering_emission", _DEFAULT_EMISSION)
-    return mode
-
-
-_DEFAULT_EMISSION = Emission()
 
 
 def buffer_name(field: str, hook: HookPoint) -> str:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from trimtab.ops import reference
 from trimtab.ops.args import SteeringOpArgs
-from trimtab.ops.buffers import emission, has_steering, monitor_op_args, steering_op_args
+from trimtab.ops.buffers import has_steering, monitor_op_args, steering_op_args
+from trimtab.ops.emission import emission
 from trimtab.ops.gates import decided_gates, decides, gate_count, gate_op_args
 from trimtab.sites import HookPoint
 
@@ -16,7 +17,7 @@ def emit(
     """Steer `hidden` [..., H] with the buffers that `module` holds for `hook`, and return the result.
 
     A module without buffers for the hook returns `hidden` itself, and a compiled graph then holds nothing of ours.
-    How the module steers is set by its `Emission` (see `trimtab.ops.buffers`). `rest`, of the same shape, is what must
+    How the module steers is set by its `Emission`. `rest`, of the same shape, is what must
     be added to `hidden` to make the stream that a probe reads, where the model keeps it in two parts: for gates and for
     the monitor in cross-layer mode; the monitors that are part of the operator read `hidden` alone. `in_place` lets the
     operator write into `hidden`, so an idle site costs a launch and no copy; callers must use the returned tensor in

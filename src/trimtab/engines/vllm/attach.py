@@ -12,7 +12,7 @@ from trimtab.engines.vllm.layers import steered_branch_class, steered_layer_clas
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, set_emission
-from trimtab.ops.buffers import emission
+from trimtab.ops.emission import emission
 from trimtab.runtime import probes_needed
 from trimtab.sites import HookPoint, Site
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trimtab.engines.vllm.attach import Attachment
-from trimtab.ops.buffers import emission
+from trimtab.ops.emission import emission
 from trimtab.ops.warmup import (
     warmup_apply_gates_kernel,
     warmup_apply_steering_kernel,

@@ -24,7 +24,7 @@ from support import (
     tiny_model,
 )
 from trimtab import Probe
-from trimtab.ops.buffers import emission
+from trimtab.ops.emission import emission
 from trimtab.sites import HookPoint, Site
 
 HOOKS = ["pre_attn", "mlp_out", "post_block"]
