@@ -21,7 +21,7 @@ def main() -> None:
         "model that is not steered": lambda: _without_attaching(folder),
         "site without effect": lambda: _without_adding(folder),
         "monitor without effect": lambda: _without_monitoring(folder),
-        "gates without effect": lambda: _with_gates(folder, gate_count=lambda original: lambda module: 0),
+        "gates without effect": lambda: _with_gates(folder, gate_count=lambda original: lambda module, hook: 0),
         "gates that never shut": lambda: _with_gates(folder, gate_op_args=_open_all),
     }
     refused = {name: _refusal(start) for name, start in starts.items()}
