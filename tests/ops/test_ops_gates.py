@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trimtab.ops import ROWS_ONLY, Emission, GateOpArgs, SteeringBuffers, emit, set_emission
-from trimtab.ops.gates import gate_count
+from trimtab.ops.gates import gate_count, gate_op_args
 from trimtab.sites import HookPoint
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # one rounding of values of about 4
@@ -99,6 +99,28 @@ def test_tokens_without_gates_are_left_alone_to_the_bit_and_write_no_factor():
     out = emit(modules[0], HookPoint.POST_BLOCK, hidden)
     assert torch.equal(out[1:], hidden[1:])
     assert buffers.gates.values.isnan().sum() == buffers.gates.values.numel() - 1
+
+
+def test_a_batch_without_gates_leaves_no_gain_of_an_earlier_one():
+    """Sites that only add read gains as they lie in memory: 0 times NaN would reach whoever has no gate."""
+    buffers, modules, hidden = alone()
+    buffers.gates.slab.zero_()
+    buffers.gates.gains.fill_(float("nan"))
+    torch.ops.trimtab.apply_gates_(
+        *gate_op_args(modules[0], HookPoint.POST_BLOCK, hidden.new_empty(0, hidden.shape[1]), hidden, None)
+    )
+    assert not buffers.gates.gains[:, : len(hidden)].any()
+    assert buffers.gates.gains[:, len(hidden) :].isnan().all()
+
+
+def test_all_memory_of_gates_is_accounted_for():
+    buffers, _, _ = alone()
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in vars(buffers.gates).values()
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert buffers.gates.nbytes == sum(storages.values())
 
 
 class Sites(nn.Module):

@@ -60,6 +60,15 @@ def test_the_engine_core_takes_a_good_spec_from_any_producer_and_survives_the_ba
     assert outcome["doors"]["still answers"] == 8
 
 
+def test_sites_before_the_first_probe_have_no_gates_and_only_probe_sites_decide(outcome: dict[str, Any]) -> None:
+    assert outcome["gates"] == {
+        "post_block:0": [0, False],
+        "post_block:1": [2, True],
+        "post_block:2": [2, False],
+        "post_block:3": [2, False],
+    }
+
+
 def test_an_engine_without_steering_is_left_as_it_is(outcome: dict[str, Any]) -> None:
     assert outcome["unconfigured"] == {
         "layer": "vllm.model_executor.models.llama",

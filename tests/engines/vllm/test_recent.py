@@ -1,6 +1,8 @@
 """The memory of small values: what has a key, when keys are equal, and that it stays small."""
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -35,7 +37,8 @@ class Named(str):
         [range(3)],
         {"a": Named("b")},
         bytearray(b"a"),
-        "a" * 300,
+        "a" * 5000,
+        ["a" * 300],
         [0.0] * 100,
         {"a": ["b" * 300]},
     ],
@@ -58,6 +61,30 @@ def test_a_key_holds_a_copy() -> None:
     key = key_of(value)
     value["a"].append(2)
     assert key == key_of({"a": [1]}) != key_of(value)
+
+
+def test_what_values_hold_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent, "KEPT_BYTES", 10)
+    memory: Recent[int] = Recent()
+    for number, nbytes in enumerate([4, 5, 1, 7, 11]):
+        memory.put(number, number, nbytes)
+    assert [memory.get(number) for number in range(5)] == [None, None, 2, 3, None]
+    memory.put(3, 3, 9)  # again, and larger: it does not count twice
+    assert [memory.get(number) for number in (2, 3)] == [2, 3]
+
+
+def test_threads_may_share_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent, "KEPT", 8)
+    memory: Recent[int] = Recent()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            puts = [pool.submit(lambda n=n: [memory.put(i * n, i) for i in range(2000)]) for n in (1, 3, 5, 7)]
+            assert all(len(put.result()) == 2000 for put in puts)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(memory._made) == 8
 
 
 def test_the_oldest_is_forgotten_and_a_value_without_a_key_is_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.wire import AdmittedWire, Decoded, DecodedWire, checked
+from trimtab.engines.vllm import recent as recent_module
+from trimtab.engines.vllm.wire import AdmittedWire, Decoded, DecodedWire, checked, held_bytes
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
@@ -51,6 +53,31 @@ def test_what_was_admitted_for_another_engine_is_refused() -> None:
     smaller = ModelSites(WIDTH, 1, frozenset(SITES[:1]))
     with pytest.raises(SteeringError, match="not served"):
         checked(admitted(JOY), SETTINGS, smaller)
+
+
+def test_what_another_engine_of_this_process_admitted_is_read_anew() -> None:
+    wire = replace_monitor(admitted("calm"), "aa" * 32)
+    here = checked(wire, SETTINGS, replace(MODEL, monitor="bb" * 32))
+    assert here.steering.monitor == "bb" * 32
+    nameless: Any = SimpleNamespace(start_vectors={}, start_probes={}, start_vectors_by_digest={})
+    with pytest.raises(SteeringError, match="not registered in this process"):
+        checked(admitted("calm"), nameless, MODEL)
+
+
+def replace_monitor(wire: AdmittedWire, monitor: str) -> AdmittedWire:
+    return AdmittedWire(wire, replace(wire.steering, monitor=monitor))
+
+
+def test_layers_of_a_registered_vector_count_as_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrowed, whole = admitted("calm", layers=[1]).steering, admitted("calm").steering
+    assert (held_bytes(narrowed), held_bytes(whole)) == (WIDTH * 4, 0)
+    assert held_bytes(admitted(JOY).steering) == 2 * WIDTH * 4
+    monkeypatch.setattr(recent_module, "KEPT_BYTES", WIDTH * 4)
+    recent = Decoded()
+    first = checked(sent(admitted("calm", layers=[1])), SETTINGS, MODEL, recent)
+    assert checked(sent(admitted("calm", layers=[1])), SETTINGS, MODEL, recent).steering is first.steering
+    checked(sent(admitted("calm", layers=[0])), SETTINGS, MODEL, recent)
+    assert checked(sent(admitted("calm", layers=[1])), SETTINGS, MODEL, recent).steering is not first.steering
 
 
 @pytest.mark.parametrize("wire", [admitted(JOY), DecodedWire(admitted(JOY), admitted(JOY).steering)])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from trimtab.engines.vllm.config import SteeringSettings, model_sites
 from trimtab.engines.vllm.recent import Recent, key_of
 from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry, shared_directory
-from trimtab.engines.vllm.wire import AdmittedWire
+from trimtab.engines.vllm.wire import AdmittedWire, held_bytes
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, ModelSites, Phase
@@ -163,7 +163,7 @@ class FrontEnd:
             return known
         admission = self._admit_anew(Steering.parse(given), names)
         if not any("data" in vector for vector in admission.wire["vectors"]):  # content is too much to keep
-            recent.put(key, admission)
+            recent.put(key, admission, held_bytes(admission.resolved))
         return admission
 
     def _admit_anew(self, steering: Steering, names: Catalogue) -> Admission:

@@ -16,7 +16,7 @@ from trimtab.engines.vllm.recent import Recent, key_of
 from trimtab.errors import SteeringError
 from trimtab.gates import check_served
 from trimtab.program import ResolvedSteering
-from trimtab.sites import ModelSites
+from trimtab.sites import ModelSites, Phase
 from trimtab.spec import Steering
 from trimtab.wire import KEYS
 
@@ -62,8 +62,8 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: D
     """
     if type(given) is DecodedWire:
         return given
-    if isinstance(given, AdmittedWire):  # its content was read and named in this process: not again
-        _check_served(given.steering, model)
+    if isinstance(given, AdmittedWire) and _is_at_home(given.steering, settings, model):
+        _check_served(given.steering, model)  # its content was read and named in this process: not again
         return DecodedWire(given, given.steering)
     if isinstance(given, Mapping) and set(given) == KEYS:
         key = None if recent is None else key_of(given)
@@ -72,7 +72,7 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: D
         steering = replace(ResolvedSteering.from_wire(given, settings.start_vectors_by_digest), monitor=model.monitor)
         _check_served(steering, model)
         if recent is not None:
-            recent.put(key, steering)
+            recent.put(key, steering, held_bytes(steering))
         return DecodedWire(given, steering)
     steering = Steering.parse(given).resolve(settings.start_vectors, model, settings.start_probes)
     return DecodedWire(steering.to_wire(), steering)
@@ -86,6 +86,24 @@ def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSte
     if isinstance(given, DecodedWire):
         return given.steering
     return ResolvedSteering.from_wire(given, settings.start_vectors_by_digest)
+
+
+def held_bytes(steering: ResolvedSteering) -> int:
+    """Bytes of the vectors in `steering` that are not registered ones, but content or some layers of them."""
+    references = {term.vector: term.reference for phase in Phase for term in steering.program(phase).all_terms}
+    return sum(
+        vector.block.nbytes
+        for vector, reference in references.items()
+        if reference is None or reference.layers is not None
+    )
+
+
+def _is_at_home(steering: ResolvedSteering, settings: SteeringSettings, model: ModelSites) -> bool:
+    """Whether an engine of this process may take over `steering` as it is: another's has its own monitor and names."""
+    terms = [term for phase in Phase for term in steering.program(phase).all_terms]
+    references = [*(term.reference for term in terms), *(gate.reference for gate in steering.gates)]
+    known = settings.start_vectors_by_digest
+    return steering.monitor == model.monitor and all(r is None or r.digest in known for r in references)
 
 
 def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:

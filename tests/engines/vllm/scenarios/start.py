@@ -6,6 +6,7 @@ import traceback
 import torch
 
 from support import HIDDEN, SCRATCH, engine, generate, random_prompts, random_spec, report, tiny_model
+from trimtab.ops.gates import decides, gate_count
 
 
 def main() -> None:
@@ -25,8 +26,13 @@ def main() -> None:
         "gates that never shut": lambda: _with_gates(folder, gate_op_args=_open_all),
     }
     refused = {name: _refusal(start) for name, start in starts.items()}
-    llm = engine(folder, steering={})
-    report({"refused": refused, "doors": _doors(llm), "unconfigured": _unconfigured(folder)})
+    llm = engine(folder, steering={"gates": 2, "probe_layers": [1]})
+    attached = llm.llm_engine.model_executor.driver_worker.worker._trimtab.attachment
+    roles = {
+        str(site): [gate_count(module, site.hook), decides(module, site.hook)]
+        for site, module in attached.modules.items()
+    }
+    report({"refused": refused, "doors": _doors(llm), "gates": roles, "unconfigured": _unconfigured(folder)})
 
 
 def _refusal(start):
