@@ -3,8 +3,8 @@
     python benchmarks/plot.py               draws docs/images/*.svg
     python benchmarks/plot.py --markdown    also fills docs/performance.md between its markers
 
-Reads `ops*.json` (of `ops.py`), `vllm*.json` (of `vllm_decode.py`), `gpu-tests.txt` (of `make test-gpu`) and
-`vllm-parity.txt` (of `gpu_vllm.sh`) in benchmarks/results. What has no result is left as it is.
+Reads `ops*.json` (of `ops.py`), `vllm*.json` (of `vllm_decode.py`), `admission*.json`, `gpu-tests.txt` (of
+`make test-gpu`) and `vllm-parity.txt` (of `gpu_vllm.sh`) in benchmarks/results. What has no result is left as it is.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     options.images.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "trimtab", "figure.dpi": 110})
 
-    texts: dict[str, list[str]] = {"ops": [], "vllm": [], "tests": [], "parity": []}
+    texts: dict[str, list[str]] = {"ops": [], "vllm": [], "admission": [], "tests": [], "parity": []}
     for path in sorted(options.results.glob("ops*.json")):
         result = json.loads(path.read_text())
         if "operators" not in result:
@@ -51,6 +51,8 @@ def main() -> None:
         if drawn:
             draw_vllm(result, options.images / f"{path.stem}.svg")
         texts["vllm"].append(vllm_text(result, path.stem if drawn else None))
+    for path in sorted(options.results.glob("admission*.json")):
+        texts["admission"].append(admission_text(json.loads(path.read_text())))
     summary = options.results / "gpu-tests.txt"
     if summary.exists():
         counts = [
@@ -302,6 +304,24 @@ def vllm_text(result: dict[str, Any], picture: str | None) -> str:
         *([f"![overhead per case and batch](images/{picture}.svg)"] if picture else []),
         _table(heads, rows),
     ]) + "\n"  # fmt: skip
+
+
+def admission_text(result: dict[str, Any]) -> str:
+    """The table of one run of `admission.py`: microseconds, those of steered requests as what they add."""
+    machine, stages = result["machine"], ("front end", "sent", "engine core", "worker", "rows", "total")
+    rows = [
+        (
+            r["mode"],
+            r["case"],
+            *(f"{r[stage]:.0f}" if r["case"] == "unsteered" else f"{r[stage]:+.0f}" for stage in stages),
+        )
+        for r in result["records"]
+    ]
+    return (
+        f"Machine: {machine['device']} with {machine['cores']} cores ({machine['processor']}), vLLM {machine['vllm']}, "
+        f"{result['records'][0]['requests']} requests per case. Command: `{result['command']}`.\n\n"
+        f"{_table(('', 'request', *stages), rows)}\n"
+    )
 
 
 def _added(record: dict[str, Any], stock: dict[str, Any]) -> float | None:

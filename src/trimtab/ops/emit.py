@@ -35,7 +35,7 @@ def emit(
     if mode.traced and torch.compiler.is_compiling():
         if monitor is not None:
             reference.steering_monitor(monitor, mode.terms)
-        if decides(module, hook):
+        if decides(module, hook):  # the first site with gates does: what later ones add was decided in this pass
             undone = tokens.new_empty(0, tokens.shape[1])
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, undone, tokens, rest))
         gates = decided_gates(module) if gate_count(module, hook) else None

@@ -45,7 +45,7 @@ def _told(scenario: str, runner: str, mode: str, outcome: dict) -> int:
     """Print what was found; 1 if an answer differed."""
     compared = ("mixed", "unsteered", "again", "alone", "reloaded", "chunked", "preempted")
     compared += ("next turn", "pre_attn", "mlp_out")
-    found = {name: len(outcome[name]) for name in compared if name in outcome}
+    found = {name: len(outcome[name]) for name in compared if name in outcome or name == "mixed"}
     counts = {name: outcome[name] for name in outcome if name.startswith("differs") or name.startswith("steered")}
     totals = "" if "totals" not in outcome else "right" if outcome["totals"] == outcome["tokens"] else "WRONG"
     late = outcome["status"][0]["late_variants"]
