@@ -238,12 +238,14 @@ CASE_STYLES = {
     "stock, second engine": ("#888888", "x"), "idle": (GREEN, "o"), "1 vectors": (BLUE, "s"), "8 vectors": (SKY, "^"),
     "64 vectors": (ORANGE, "v"), "256 vectors": (RED, "D"), "scales": (PURPLE, "P"), "gates, none used": (GREEN, "*"),
     "gates, 1 used": (BLUE, "*"), "gates, 4 used": (RED, "*"), "2 gates, none used": (GREEN, "1"),
-    "2 gates, 1 used": (BLUE, "1"), "2 gates, 2 used": (RED, "1"),
+    "2 gates, 1 used": (BLUE, "1"), "2 gates, 2 used": (RED, "1"), "monitor, idle": (GREEN, "3"),
+    "monitor, 1 vectors": (BLUE, "3"), "monitor, 256 vectors": (RED, "3"),
 }  # fmt: skip
 CASE_LABELS = {
     "stock, second engine": "stock, started twice", "idle": "no steering asked", "1 vectors": "1 vector",
     "scales": "1 vector, as many scales", "gates, none used": "4 gates, none used", "gates, 1 used": "4 gates, 1 used",
-    "gates, 4 used": "4 gates, 4 used",
+    "gates, 4 used": "4 gates, 4 used", "monitor, idle": "monitor, no steering asked",
+    "monitor, 1 vectors": "monitor, 1 vector",
 }  # fmt: skip
 
 

@@ -129,8 +129,11 @@ class Comparison:
     def decode(self, batch: int, prompt: int, new: int) -> None:
         base = Case("stock", batch, prompt, new)
         runs = self._runs(base, steered_cases(batch, prompt, new, self.few))
-        for name in GATES.keys() & self.engines.keys():
+        for name in (name for name in GATES if name in self.engines):
             runs += [(self.engines[name], case) for case in gated_cases(name, batch, prompt, new, self.layers)]
+        if "monitor" in self.engines:
+            cases = steered_cases(batch, prompt, new, few=True)
+            runs += [(self.engines["monitor"], replace(case, name=f"monitor, {case.name}")) for case in cases]
         self._interleave(f"decode {batch}", base, runs, _step, trace=self.trace)
         if "v1" in self.engines:
             runs = [(self.engines["v1"], case) for case in steered_cases(batch, prompt, new, self.few)]
@@ -140,6 +143,9 @@ class Comparison:
         base = Case("stock", 1, tokens, 1)
         cases = [Case("idle", 1, tokens, 1), Case("1 vectors", 1, tokens, 1, (named(0),))]
         self._interleave(f"prefill {tokens}", base, self._runs(base, cases), lambda m: m.first_step_ms)
+        if "v1" in self.engines:
+            runs = [(self.engines["v1"], case) for case in cases]
+            self._interleave(f"V1 prefill {tokens}", base, runs, lambda m: m.first_step_ms, stock="v1 stock")
 
     def throughput(self, requests: int, prompt: int, new: int) -> None:
         base = Case("stock", requests, prompt, new)
@@ -154,6 +160,8 @@ class Comparison:
     def _interleave(
         self, workload: str, base: Case, runs: list[Run], value: Any, *, trace: bool = False, stock: str = "stock"
     ) -> None:
+        if not runs:
+            return
         reference = self.engines[stock]
         reference.run(base)
         for engine, case in runs:
@@ -227,8 +235,9 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=16384, help="prompt length of the prefill case; 0 for none")
     parser.add_argument("--throughput", action="store_true", help="256 requests of 96 + 128 tokens, whole run")
     parser.add_argument(
-        "--engines", nargs="+", choices=("steered", "second", "gates", "gates2", "v1"), default=["steered"],
-        help="beside stock: steered; a second stock one, to see what chance does; with gates, 4 or 2; the V1 runner",
+        "--engines", nargs="+", choices=("steered", "second", "gates", "gates2", "monitor", "v1"), default=["steered"],
+        help="beside stock: steered; a second stock one, to see what chance does; with gates, 4 or 2; behind a "
+        "monitor; steered and stock on the V1 runner",
     )  # fmt: skip
     parser.add_argument("--few", action="store_true", help="only idle and the most distinct vectors")
     parser.add_argument("--stock-last", action="store_true", help="start stock after the others, not before")
@@ -261,6 +270,8 @@ def main() -> None:
         configured: dict[str, tuple[dict[str, Any] | None, dict[str, str]]] = {"stock": (None, v2)}
         choices = {"steered": (steering, v2), "second": (None, v2), "v1": (steering, v1)}
         choices |= {name: (probed | {"gates": count}, v2) for name, count in GATES.items()}
+        monitor = {"probe": probed["probes"]["p0"], "threshold": 0.0, "sharpness": 1.0}
+        choices["monitor"] = (steering | {"monitor": monitor}, v2)
         configured |= {name: choices[name] for name in arguments.engines}
         if "v1" in arguments.engines:
             configured["v1 stock"] = (None, v1)
