@@ -50,12 +50,16 @@ class MonitorOpArgs(NamedTuple):
     steering_row_gate: Tensor  # [T] float32, multiplied in place where gate_rows
 
 
-class GateReads(NamedTuple):
-    """What gates are made of at one site: the part of `GateOpArgs` that is only read.
+class GateOpArgs(NamedTuple):
+    """Arguments of `trimtab::apply_gates_`.
 
     G gates per token. `gate_sites` and `gate_site` count an engine's sites from 1 in forward order; 0 is no gate.
+    Factors and gains are written at a probe's site and read at later ones.
     """
 
+    steered: Tensor  # [N, H] model dtype, added to in place; or [0, H] where gates are only to be decided
+    hidden_states: Tensor  # [N, H] model dtype: the tensor at the hook point before any steering
+    hidden_rest: Tensor  # [N, H], what must be added to it to make the full stream, or [0, H] where it is the stream
     steering_table: Tensor  # [R, H] model dtype: the site's rows, shared with ungated steering
     gate_rows: Tensor  # [T, G] int64: the row that a gate lets through
     gate_probes: Tensor  # [T, G] int32: the row of its probe
@@ -63,31 +67,8 @@ class GateReads(NamedTuple):
     gate_params: Tensor  # [T, G, 4] float32: coefficient, threshold, sharpness (0 = hard), invert (0 or 1)
     gate_probe_table: Tensor  # [P, H] float32; row 0 is zero forever
     gate_site: Tensor  # [1] int32: the site that this is
-
-
-class GateOpArgs(NamedTuple):
-    """Arguments of `trimtab::apply_gates_`.
-
-    Factors and gains are written at a probe's site and read at later ones.
-    """
-
-    steered: Tensor  # [N, H] model dtype, added to in place; or [0, H] where gates are only to be decided
-    hidden_states: Tensor  # [N, H] model dtype: the tensor at the hook point before any steering
-    hidden_rest: Tensor  # [N, H], what must be added to it to make the full stream, or [0, H] where it is the stream
-    steering_table: Tensor
-    gate_rows: Tensor
-    gate_probes: Tensor
-    gate_sites: Tensor
-    gate_params: Tensor
-    gate_probe_table: Tensor
-    gate_site: Tensor
     gate_values: Tensor  # [G, T] float32: each gate's factor
     gate_gains: Tensor  # [G, T] float32: coefficient times factor; 0 of a gate that no site has decided yet
-
-    @property
-    def reads(self) -> GateReads:
-        """The part that is only read."""
-        return GateReads(*self[3:10])
 
 
 def check_steering_args(args: SteeringOpArgs) -> None:

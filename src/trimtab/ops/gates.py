@@ -18,7 +18,7 @@ from trimtab.sites import HookPoint, Site
 def gate_record(count: int) -> np.dtype[np.void]:
     """A token's line of `GateBuffers.slab`: `row` int64, `probe` and `site` int32, each [count], and `params` float32.
 
-    `params` is [count, 4] as in `GateReads.gate_params`. What a site reads of all gates lies side by side, and each
+    `params` is [count, 4] as in `GateOpArgs.gate_params`. What a site reads of all gates lies side by side, and each
     part starts on 16 bytes for the reason that `TOKEN_BYTES` in `buffers` gives. A token without gates has zeros.
     """
     parts = {"row": (np.int64, (count,)), "probe": (np.int32, (count,)), "site": (np.int32, (count,)),

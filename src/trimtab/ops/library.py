@@ -112,7 +112,7 @@ def _gates_any_device(*tensors: Tensor) -> None:
     stream = args.hidden_states.float()
     if args.hidden_rest.shape[0]:
         stream = stream + args.hidden_rest.float()
-    reference.decide_gates(stream, args.reads, args.gate_values, args.gate_gains)
+    reference.decide_gates(stream, args)
     if args.steered.shape[0]:
         gates = reference.Gates(args.gate_rows, args.gate_gains)
         args.steered.copy_(reference.add_gated(args.steered.float(), args.steering_table, gates))

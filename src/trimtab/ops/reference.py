@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.ops.args import GateReads, MonitorOpArgs, SteeringOpArgs, check_monitor_args, check_steering_args
+from trimtab.ops.args import GateOpArgs, MonitorOpArgs, SteeringOpArgs, check_monitor_args, check_steering_args
 from trimtab.ops.gather import table_rows
 
 
@@ -89,7 +89,7 @@ def add_gated(out: Tensor, table: Tensor, gates: Gates) -> Tensor:
     return out
 
 
-def decide_gates(stream: Tensor, reads: GateReads, values: Tensor, gains: Tensor) -> None:
+def decide_gates(stream: Tensor, args: GateOpArgs) -> None:
     """Write the factors of gates whose probe is at this site, and the gains of all gates of the first N tokens.
 
         y = sigmoid(sharpness * (stream[i] . probe - threshold)), or stream[i] . probe > threshold where sharpness is 0
@@ -99,12 +99,12 @@ def decide_gates(stream: Tensor, reads: GateReads, values: Tensor, gains: Tensor
     `stream` [N, H] float32 is the full stream before any steering here. Of a gate whose probe is at an earlier site the
     factor is the one written there; of all others the gain is 0, whatever the buffers held.
     """
-    tokens, here = stream.shape[0], reads.gate_site
-    for slot, (value, gain) in enumerate(zip(values.unbind(0), gains.unbind(0), strict=True)):
-        site, stored = reads.gate_sites[:tokens, slot], value[:tokens]
-        coefficient, threshold, sharpness, invert = reads.gate_params[:tokens, slot].unbind(-1)
+    tokens, here = stream.shape[0], args.gate_site
+    for slot, (value, gain) in enumerate(zip(args.gate_values.unbind(0), args.gate_gains.unbind(0), strict=True)):
+        site, stored = args.gate_sites[:tokens, slot], value[:tokens]
+        coefficient, threshold, sharpness, invert = args.gate_params[:tokens, slot].unbind(-1)
         at_probe = site == here
-        probe = reads.gate_probe_table[torch.where(at_probe, reads.gate_probes[:tokens, slot], 0)]
+        probe = args.gate_probe_table[torch.where(at_probe, args.gate_probes[:tokens, slot], 0)]
         score = (stream * probe).sum(-1)
         y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
         y = torch.where(invert > 0, 1.0 - y, y)

@@ -15,8 +15,8 @@ from trimtab.engines.vllm.flags import SETTINGS_KEY
 from trimtab.engines.vllm.recent import Recent, key_of
 from trimtab.errors import SteeringError
 from trimtab.gates import check_served
-from trimtab.program import ResolvedSteering
-from trimtab.sites import ModelSites, Phase
+from trimtab.program import ResolvedSteering, Term
+from trimtab.sites import ModelSites
 from trimtab.spec import Steering
 from trimtab.wire import KEYS
 
@@ -90,7 +90,7 @@ def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSte
 
 def held_bytes(steering: ResolvedSteering) -> int:
     """Bytes of the vectors in `steering` that are not registered ones, but content or some layers of them."""
-    references = {term.vector: term.reference for phase in Phase for term in steering.program(phase).all_terms}
+    references = {term.vector: term.reference for term in _terms(steering)}
     return sum(
         vector.block.nbytes
         for vector, reference in references.items()
@@ -98,10 +98,13 @@ def held_bytes(steering: ResolvedSteering) -> int:
     )
 
 
+def _terms(steering: ResolvedSteering) -> tuple[Term, ...]:
+    return (*steering.prefill.all_terms, *steering.decode.all_terms)
+
+
 def _is_at_home(steering: ResolvedSteering, settings: SteeringSettings, model: ModelSites) -> bool:
     """Whether an engine of this process may take over `steering` as it is: another's has its own monitor and names."""
-    terms = [term for phase in Phase for term in steering.program(phase).all_terms]
-    references = [*(term.reference for term in terms), *(gate.reference for gate in steering.gates)]
+    references = [*(term.reference for term in _terms(steering)), *(gate.reference for gate in steering.gates)]
     known = settings.start_vectors_by_digest
     return steering.monitor == model.monitor and all(r is None or r.digest in known for r in references)
 
@@ -111,7 +114,7 @@ def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
         missing = next(site for site in steering.sites if site not in model.sites)
         raise SteeringError(SETTINGS_KEY, f"{missing} is not served by this engine")
     steering.check_gate_count(model.gates, SETTINGS_KEY)
-    for term in (*steering.prefill.all_terms, *steering.decode.all_terms):
+    for term in _terms(steering):
         if term.vector.hidden_size != model.hidden_size:
             raise SteeringError(
                 SETTINGS_KEY, f"a vector of width {term.vector.hidden_size}; the model's is {model.hidden_size}"
