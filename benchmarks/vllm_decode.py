@@ -142,10 +142,10 @@ class Comparison:
     def prefill(self, tokens: int) -> None:
         base = Case("stock", 1, tokens, 1)
         cases = [Case("idle", 1, tokens, 1), Case("1 vectors", 1, tokens, 1, (named(0),))]
-        self._interleave(f"prefill {tokens}", base, self._runs(base, cases), lambda m: m.first_step_ms)
+        self._interleave(f"prefill {tokens}", base, self._runs(base, cases), _first_step, trace=self.trace)
         if "v1" in self.engines:
             runs = [(self.engines["v1"], case) for case in cases]
-            self._interleave(f"V1 prefill {tokens}", base, runs, lambda m: m.first_step_ms, stock="v1 stock")
+            self._interleave(f"V1 prefill {tokens}", base, runs, _first_step, trace=self.trace, stock="v1 stock")
 
     def throughput(self, requests: int, prompt: int, new: int) -> None:
         base = Case("stock", requests, prompt, new)
@@ -212,6 +212,10 @@ class Comparison:
 
 def _step(measured: Measured) -> float:
     return statistics.median(measured.step_ms)
+
+
+def _first_step(measured: Measured) -> float:
+    return measured.first_step_ms
 
 
 def machine() -> dict[str, Any]:

@@ -57,8 +57,9 @@ class Case:
 class Measured:
     """What one run of a case gave; times in milliseconds.
 
-    `step_ms` are the intervals between engine steps in which every request decoded, `gpu_ms` the summed kernel time of
-    such a step (traced runs only), `admit_us` the host time to add one request, `plan_us` that of planning a step.
+    `step_ms` are the intervals between engine steps in which every request decoded. `gpu_ms` is the summed kernel time
+    of such a step, or of the prefill where but one token is asked for (traced runs only). `admit_us` is the host time
+    to add one request, `plan_us` that of planning a step.
     """
 
     total_s: float
@@ -146,6 +147,9 @@ class _Engine:
             requests.append((f"{case.name}-{self._next_id}", prompt, params))
             self._next_id += 1
 
+        prefill = trace and case.new_tokens == 1
+        if prefill:
+            self._llm.collective_rpc(start_trace)
         start = time.perf_counter()
         for request in requests:
             engine.add_request(*request)
@@ -165,13 +169,15 @@ class _Engine:
                 first_token_at = stamps[-1]
             if full_from is None and len(seen) == case.requests:
                 full_from = len(stamps) + 4  # the pipeline has settled by then
-            if trace and full_from is not None and len(stamps) == full_from:
+            if trace and not prefill and full_from is not None and len(stamps) == full_from:
                 self._llm.collective_rpc(start_trace)
                 traced_from = len(stamps)
             if trace and traced_from and len(stamps) == traced_from + 16:
                 gpu = self._llm.collective_rpc(stop_trace)[0]
                 trace = False
         total = time.perf_counter() - start
+        if prefill:
+            gpu = self._llm.collective_rpc(stop_trace, args=(1,))[0]
         steps = np.diff(np.asarray(stamps[full_from:-2] if full_from else [])) * 1e3
         measured = Measured(
             total_s=total,
@@ -179,7 +185,7 @@ class _Engine:
             step_ms=steps.tolist(),
             admit_us=(admitted - start) / case.requests * 1e6,
         )
-        if traced_from:
+        if traced_from or prefill:
             measured.gpu_ms, measured.kernels = gpu
         if self._steered:
             measured.status = self._llm.collective_rpc("trimtab_status")[0]
@@ -204,13 +210,16 @@ def start_trace(worker: Any) -> None:
         worker.model_runner.execute_model = counted
 
 
-def stop_trace(worker: Any) -> tuple[float, dict[str, list[float]]]:
-    """(milliseconds of GPU work, kernels and copies by name), both per step, since `start_trace`."""
+def stop_trace(worker: Any, steps: int = 0) -> tuple[float, dict[str, list[float]]]:
+    """(milliseconds of GPU work, kernels and copies by name), both per step, since `start_trace`.
+
+    The steps are counted unless given.
+    """
     import torch
 
     torch.cuda.synchronize()
     worker._benchmark_trace.stop()
-    steps = max(1, worker._benchmark_steps)
+    steps = steps or max(1, worker._benchmark_steps)
     kernels: dict[str, list[float]] = {}
     for event in worker._benchmark_trace.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:

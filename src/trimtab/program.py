@@ -252,11 +252,15 @@ class ResolvedSteering:
                 "`gates`). Interventions with equal gates share one",
             )
 
-    def to_wire(self) -> dict[str, Any]:
-        """A plain dict for msgpack; see `trimtab.wire`."""
+    def to_wire(self, *, views: bool = False) -> dict[str, Any]:
+        """A plain dict for msgpack; see `trimtab.wire`.
+
+        With `views`, content is not copied: it is a memoryview of the vector's own numbers, which msgpack takes as
+        bytes too, but pickle does not.
+        """
         from trimtab.wire import encode
 
-        return encode(self)
+        return encode(self, views)
 
     @staticmethod
     def from_wire(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> "ResolvedSteering":

@@ -26,15 +26,15 @@ VERSION = 1
 KEYS = frozenset({"version", "vectors", "gates", "prefill", "decode"})
 
 
-def encode(steering: ResolvedSteering) -> dict[str, Any]:
-    """The wire form; each vector is in it once, whichever phases use it."""
+def encode(steering: ResolvedSteering, views: bool = False) -> dict[str, Any]:
+    """The wire form; each vector is in it once, whichever phases use it. With `views`, content as memoryviews."""
     vectors: list[dict[str, Any]] = []
     places: dict[bytes, int] = {}
 
     def place(vector: SteeringVector, reference: VectorReference | None) -> int:
         if vector.digest not in places:
             places[vector.digest] = len(vectors)
-            vectors.append(_encode_vector(vector, reference))
+            vectors.append(_encode_vector(vector, reference, views))
         return places[vector.digest]
 
     gates = {gate.digest: index for index, gate in enumerate(steering.gates)}
@@ -72,15 +72,13 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     return ResolvedSteering(prefill, _decode_phase(wire["decode"], "wire.decode", vectors, gates))
 
 
-def _encode_vector(vector: SteeringVector, reference: VectorReference | None) -> dict[str, Any]:
+def _encode_vector(vector: SteeringVector, reference: VectorReference | None, views: bool) -> dict[str, Any]:
     if reference is not None:
         layers = None if reference.layers is None else list(reference.layers)
         return {"name": reference.name, "digest": reference.digest, "layers": layers}
-    return {
-        "sites": [[site.layer, site.hook.value] for site in vector.sites],
-        "width": vector.hidden_size,
-        "data": vector.block.astype("<f4", copy=False).tobytes(),
-    }
+    sites = [[site.layer, site.hook.value] for site in vector.sites]
+    data = vector.block.astype("<f4", copy=False).data.cast("B")
+    return {"sites": sites, "width": vector.hidden_size, "data": data if views else bytes(data)}
 
 
 def _decode_vector(

@@ -30,7 +30,7 @@ SETTINGS: Any = SimpleNamespace(
 def admitted(vector: Any, **step: Any) -> AdmittedWire:
     spec = {"interventions": [{"kind": "add", "vector": vector, **step}]}
     resolved = Steering.parse(spec).resolve({"calm": CALM}, MODEL)
-    return AdmittedWire(resolved.to_wire(), resolved)
+    return AdmittedWire(resolved.to_wire(views=True), resolved)
 
 
 def sent(wire: Any) -> Any:
@@ -111,7 +111,7 @@ def test_content_is_not_kept() -> None:
 
 def admitted_for(vector: SteeringVector, model: ModelSites) -> AdmittedWire:
     resolved = Steering.parse({"interventions": [{"kind": "add", "vector": vector}]}).resolve({}, model)
-    return AdmittedWire(resolved.to_wire(), resolved)
+    return AdmittedWire(resolved.to_wire(views=True), resolved)
 
 
 def test_a_sender_who_changes_a_wire_form_afterwards_changes_it_for_no_one() -> None:

@@ -15,7 +15,7 @@ An engine's monitor acts on decode tokens alone and is in their identity, so beh
 
 from typing import Any
 
-from trimtab.engines.vllm.wire import DecodedWire, carried
+from trimtab.engines.vllm.wire import Wire, carried
 from trimtab.sites import Phase
 
 
@@ -25,7 +25,7 @@ def steering_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], 
     Pairs of a tag and a value, as vLLM's own extra keys are from 0.32 on.
     """
     wire = carried(request.sampling_params)
-    if not isinstance(wire, DecodedWire):  # an engine that is not steered leaves what others put there alone
+    if not isinstance(wire, Wire):  # an engine that is not steered leaves what others put there alone
         return ()
     prefill, decode = wire.steering.identity(Phase.PREFILL), wire.steering.identity(Phase.DECODE)
     prompt = request.num_prompt_tokens

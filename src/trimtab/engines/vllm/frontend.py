@@ -188,7 +188,8 @@ class FrontEnd:
 
     def _finish(self, steering: Steering, names: Catalogue) -> Admission:
         resolved = self._resolve(self._carrying_what_workers_lack(steering, names), names)
-        return Admission(AdmittedWire(resolved.to_wire(), resolved), steering, names, self.default is not None)
+        wire = AdmittedWire(resolved.to_wire(views=True), resolved)
+        return Admission(wire, steering, names, self.default is not None)
 
     def _carrying_what_workers_lack(self, steering: Steering, names: Catalogue) -> Steering:
         """The same spec with each name replaced by its content where workers do not hold it from start."""

@@ -47,7 +47,7 @@ def stamped_settings(vllm_config: Any) -> SteeringSettings | None:
 def check_request(core: Any, request: Any) -> None:
     """Read and check what an `EngineCoreRequest` carries. Raises `SteeringError`, which refuses the request alone."""
     given = carried(request.sampling_params)
-    if given is None or type(given) is DecodedWire:
+    if given is None or isinstance(given, DecodedWire):
         return
     if (served := _served_by(core)) is None:
         return

@@ -8,7 +8,7 @@ block keys, and for a worker in the core's process. What comes from another proc
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.flags import SETTINGS_KEY
@@ -21,8 +21,8 @@ from trimtab.spec import Steering
 from trimtab.wire import KEYS
 
 
-class DecodedWire(dict[str, Any]):
-    """A wire form that has been read and checked, and is not to be changed. Pickles as the plain dict."""
+class Wire(dict[str, Any]):
+    """A wire form with what it stands for; not to be changed. Pickles as the plain dict."""
 
     steering: ResolvedSteering
 
@@ -31,18 +31,22 @@ class DecodedWire(dict[str, Any]):
         self.steering = steering
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
+        return dict, ({**self, "vectors": [_copied(vector) for vector in self["vectors"]]},)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "DecodedWire":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # clones of sampling parameters may share it
 
     def __repr__(self) -> str:
         return f"<steering with {len(self['vectors'])} vectors>"  # logs of requests print sampling parameters
 
 
-class AdmittedWire(DecodedWire):
+class AdmittedWire(Wire):
     """A wire form made by the front end of this process; what a caller or another process hands in never has this
     type. An engine core still checks that it serves what is in it."""
+
+
+class DecodedWire(Wire):
+    """A wire form that an engine core has read and checked."""
 
 
 Decoded = Recent[ResolvedSteering]  # what one engine read in wire forms that hold little but names
@@ -60,7 +64,7 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: D
     Takes the wire form, or a spec as users write it from a producer that bypassed the front end. `recent` is what this
     engine read before. Raises `SteeringError`.
     """
-    if type(given) is DecodedWire:
+    if isinstance(given, DecodedWire):
         return given
     if isinstance(given, AdmittedWire) and _is_at_home(given.steering, settings, model):
         _check_served(given.steering, model)  # its content was read and named in this process: not again
@@ -96,6 +100,10 @@ def held_bytes(steering: ResolvedSteering) -> int:
         for vector, reference in references.items()
         if reference is None or reference.layers is not None
     )
+
+
+def _copied(vector: dict[str, Any]) -> dict[str, Any]:
+    return vector | {"data": bytes(vector["data"])} if "data" in vector else vector
 
 
 def _terms(steering: ResolvedSteering) -> tuple[Term, ...]:
