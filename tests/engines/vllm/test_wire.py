@@ -64,6 +64,19 @@ def test_what_another_engine_of_this_process_admitted_is_read_anew() -> None:
         checked(admitted("calm"), nameless, MODEL)
 
 
+def test_what_one_engine_took_over_another_still_checks() -> None:
+    wire = admitted(JOY)
+    assert checked(wire, SETTINGS, MODEL) is checked(wire, SETTINGS, MODEL)
+    smaller = ModelSites(WIDTH, 1, frozenset(SITES[:1]))
+    with pytest.raises(SteeringError, match="not served"):
+        checked(wire, SETTINGS, smaller)
+    nameless: Any = SimpleNamespace(start_vectors={}, start_probes={}, start_vectors_by_digest={})
+    by_name = admitted("calm")
+    checked(by_name, SETTINGS, MODEL)
+    with pytest.raises(SteeringError, match="not registered in this process"):
+        checked(by_name, nameless, MODEL)
+
+
 def replace_monitor(wire: AdmittedWire, monitor: str) -> AdmittedWire:
     return AdmittedWire(wire, replace(wire.steering, monitor=monitor))
 

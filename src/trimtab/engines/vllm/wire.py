@@ -42,7 +42,9 @@ class Wire(dict[str, Any]):
 
 class AdmittedWire(Wire):
     """A wire form made by the front end of this process; what a caller or another process hands in never has this
-    type. An engine core still checks that it serves what is in it."""
+    type. An engine core still checks that it serves what is in it, once: a spec of names comes again and again."""
+
+    taken: "tuple[SteeringSettings, ModelSites, DecodedWire] | None" = None  # by which engine core, and as what
 
 
 class DecodedWire(Wire):
@@ -66,9 +68,14 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: D
     """
     if isinstance(given, DecodedWire):
         return given
-    if isinstance(given, AdmittedWire) and _is_at_home(given.steering, settings, model):
-        _check_served(given.steering, model)  # its content was read and named in this process: not again
-        return DecodedWire(given, given.steering)
+    if isinstance(given, AdmittedWire):
+        if (taken := given.taken) is not None and taken[0] is settings and taken[1] is model:
+            return taken[2]
+        if _is_at_home(given.steering, settings, model):
+            _check_served(given.steering, model)  # its content was read and named in this process: not again
+            wire = DecodedWire(given, given.steering)
+            given.taken = settings, model, wire
+            return wire
     if isinstance(given, Mapping) and set(given) == KEYS:
         key = None if recent is None else key_of(given)
         if recent is not None and (known := recent.get(key)) is not None:
