@@ -21,6 +21,7 @@ from support import (
     status,
     tight_engine,
     tiny_model,
+    two_ranks,
 )
 
 SETTINGS = {"probe_layers": [0, 1], "gates": 3, "hook_points": ["pre_attn", "mlp_out", "post_block"]}
@@ -85,7 +86,7 @@ def main(mode, requests):
     report(outcome)
 
 
-def parallel(kind, requests):
+def parallel(kind, requests, mode="eager"):
     """Two ranks. Under pipeline parallelism the second stage holds layers 2 and 3."""
     folder, model = tiny_model()
     early = [gated(1, [0, 1], sharpness=0.2)]
@@ -95,9 +96,8 @@ def parallel(kind, requests):
     specs = [specs[i % 4] for i in range(requests)]
     prompts = random_prompts([4 + (5 * i) % 37 for i in range(requests)])
     expected = oracle(model, prompts, specs)
-    sizes = {"tp": {"tensor_parallel_size": 2}, "pp": {"pipeline_parallel_size": 2, "async_scheduling": False}}[kind]
     settings = SETTINGS | {"probe_layers": [0, 2]}
-    llm = engine(folder, steering=settings, distributed_executor_backend="mp", max_num_batched_tokens=64, **sizes)
+    llm = engine(folder, steering=settings, mode=mode, max_num_batched_tokens=64, **two_ranks(kind))
     outcome = {
         "differs from unsteered": sum(
             e != p for e, p in zip(expected, oracle(model, prompts, [None] * requests), strict=True)

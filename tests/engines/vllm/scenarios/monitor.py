@@ -22,6 +22,7 @@ from support import (
     status,
     tight_engine,
     tiny_model,
+    two_ranks,
 )
 from trimtab import Probe
 from trimtab.ops.emission import emission
@@ -119,7 +120,7 @@ def emissions(llm):
     return found
 
 
-def parallel(kind, requests):
+def parallel(kind, requests, mode="eager"):
     """Two ranks. Under pipeline parallelism the second stage, of layers 2 and 3, holds the monitor."""
     folder, model = tiny_model()
     setting, ours = monitor(2 if kind == "pp" else 1)
@@ -127,8 +128,7 @@ def parallel(kind, requests):
     prompts = random_prompts([4 + (5 * i) % 37 for i in range(requests)])
     expected = oracle(model, prompts, specs, 12, monitor=ours)
     unmonitored = oracle(model, prompts, specs, 12)
-    sizes = {"tp": {"tensor_parallel_size": 2}, "pp": {"pipeline_parallel_size": 2, "async_scheduling": False}}[kind]
-    options = {"distributed_executor_backend": "mp", "max_num_batched_tokens": 64} | sizes
+    options = {"mode": mode, "max_num_batched_tokens": 64} | two_ranks(kind)
     llm = engine(folder, steering={"monitor": setting}, **options)
     outcome = {
         "differs from unmonitored": sum(e != u for e, u in zip(expected, unmonitored, strict=True)),

@@ -1,8 +1,8 @@
-"""Runs another scenario on a CUDA device: `python on_gpu.py parity V2 graphs 48`. Prints one line per finding.
+"""Runs another scenario on CUDA devices: `python on_gpu.py parity V2 graphs 48 [tp]`. Prints one line.
 
 Arguments: scenario (parity, gates or monitor); runner (V1 or V2); eager, graphs (full CUDA graphs for decode) or
-piecewise; number of requests. The oracle stays on the CPU in float32, so attention must multiply in float32 on the
-device too.
+piecewise; number of requests; tp or pp for two ranks on two devices. The oracle stays on the CPU in float32, so
+attention must multiply in float32 on the device too.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 
-def main(scenario: str, runner: str, mode: str, requests: int) -> int:
+def main(scenario: str, runner: str, mode: str, requests: int, ranks: str = "") -> int:
     scratch = Path(tempfile.mkdtemp(prefix="trimtab-gpu-"))
     os.environ |= {
         "TRIMTAB_TEST_SCRATCH": str(scratch),
@@ -35,22 +35,26 @@ def main(scenario: str, runner: str, mode: str, requests: int) -> int:
         return engine(folder, mode=mode, **options)
 
     support.engine = on_device
-    module = importlib.import_module(scenario)
+    module = importlib.import_module("parallel" if ranks and scenario == "parity" else scenario)
     module.engine = on_device
-    module.main(mode, requests)
-    return _told(scenario, runner, mode, json.loads((scratch / "report.json").read_text()))
+    if ranks:
+        module.parallel(ranks, requests, mode)
+    else:
+        module.main(mode, requests)
+    case = f"{scenario:7} {runner} {mode:9} {ranks and ranks + ' '}"
+    return _told(case, json.loads((scratch / "report.json").read_text()))
 
 
-def _told(scenario: str, runner: str, mode: str, outcome: dict) -> int:
-    """Print what was found; 1 if an answer differed."""
+def _told(case: str, outcome: dict) -> int:
+    """Print what was found; 1 if an answer differed, a total is wrong or a kernel was compiled late."""
     compared = ("mixed", "unsteered", "again", "alone", "reloaded", "chunked", "preempted")
     compared += ("next turn", "pre_attn", "mlp_out")
     found = {name: len(outcome[name]) for name in compared if name in outcome or name == "mixed"}
     counts = {name: outcome[name] for name in outcome if name.startswith("differs") or name.startswith("steered")}
     totals = "" if "totals" not in outcome else "right" if outcome["totals"] == outcome["tokens"] else "WRONG"
-    late = outcome["status"][0]["late_variants"]
+    late = sum(rank["late_variants"] for rank in outcome["status"])
     print(
-        f"{scenario:7} {runner} {mode:9} answers that differ: {_plain(found)}; {_plain(counts)}; "
+        f"{case}answers that differ: {_plain(found)}; {_plain(counts)}; "
         f"preemptions {outcome.get('preemptions', '-')}; {totals and f'gate totals {totals}; '}"
         f"late variants {late}",
         flush=True,
@@ -63,4 +67,4 @@ def _plain(numbers: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:4], int(sys.argv[4])))
+    sys.exit(main(*sys.argv[1:4], int(sys.argv[4]), *sys.argv[5:]))

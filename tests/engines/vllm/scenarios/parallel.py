@@ -1,4 +1,4 @@
-"""Tensor or pipeline parallelism, worker processes of their own. Arguments: "tp" or "pp"."""
+"""Tensor or pipeline parallelism, worker processes of their own. Arguments: "tp" or "pp", requests."""
 
 import sys
 
@@ -13,23 +13,24 @@ from support import (
     report,
     status,
     tiny_model,
+    two_ranks,
 )
 
 HOOKS = ("pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block")
 
 
-def main(kind: str) -> None:
+def parallel(kind: str, requests: int, mode: str = "eager") -> None:
     folder, model = tiny_model()
-    specs = [*eight_specs(), *(random_spec(90 + i, hooks=[hook]) for i, hook in enumerate(HOOKS))] * 3
-    prompts = random_prompts([4 + (5 * i) % 37 for i in range(len(specs))])
+    kinds = [*eight_specs(), *(random_spec(90 + i, hooks=[hook]) for i, hook in enumerate(HOOKS))]
+    specs = [kinds[i % len(kinds)] for i in range(requests)]
+    prompts = random_prompts([4 + (5 * i) % 37 for i in range(requests)])
     expected = oracle(model, prompts, specs)
-    sizes = {"tp": {"tensor_parallel_size": 2}, "pp": {"pipeline_parallel_size": 2, "async_scheduling": False}}[kind]
-    settings = {"hook_points": list(HOOKS)}
-    llm = engine(folder, steering=settings, distributed_executor_backend="mp", max_num_batched_tokens=64, **sizes)
-    found = generate(llm, prompts, specs)
+    llm = engine(
+        folder, steering={"hook_points": list(HOOKS)}, mode=mode, max_num_batched_tokens=64, **two_ranks(kind)
+    )  # fmt: skip
     report(
         {
-            "differences": differences(found, expected),
+            "mixed": differences(generate(llm, prompts, specs), expected),
             "again": differences(generate(llm, prompts, specs), expected),
             "status": status(llm),
         }
@@ -37,4 +38,4 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parallel(sys.argv[1], int(sys.argv[2]))

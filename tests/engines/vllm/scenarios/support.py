@@ -128,6 +128,12 @@ def engine(folder: str, *, steering: Any = None, mode: str = "eager", **options:
     return LLM(model=folder, **(defaults | options))
 
 
+def two_ranks(kind: str) -> dict[str, Any]:
+    """Options of an engine on two worker processes: tensor ranks ("tp") or pipeline stages ("pp")."""
+    sizes = {"tp": {"tensor_parallel_size": 2}, "pp": {"pipeline_parallel_size": 2, "async_scheduling": False}}
+    return {"distributed_executor_backend": "mp", **sizes[kind]}
+
+
 def tight_engine(folder: str, *, steering: Any) -> Any:
     """An engine whose KV cache is too small for eight growing requests, prefix caching on: some are thrown out."""
     block = 2 * 32 * 2 * 16 * 4 * 4  # keys and values, block size, kv heads, head size, bytes, layers
