@@ -156,6 +156,7 @@ def _forward_v1(worker: Any) -> Callable[[int], Tensor]:
     runner = worker.model_runner
 
     def forward(tokens: int) -> Tensor:
+        _clear_received(runner)
         with _recorded(runner, "model") as results:
             # Without attention its result would be whatever the memory holds, which may drown a canary.
             last = runner._dummy_run(tokens, force_attention=True)[0]
@@ -168,11 +169,23 @@ def _forward_v2(worker: Any) -> Callable[[int], Tensor]:
     runner = worker.model_runner
 
     def forward(tokens: int) -> Tensor:
+        _clear_received(runner)
         with _recorded(runner, "execute_model") as results:
             last = runner._dummy_run(tokens)[0]
         return _stream(results[-1] if last is None else last, tokens)
 
     return forward
+
+
+def _clear_received(runner: Any) -> None:
+    """Zero what an earlier pipeline stage would have sent.
+
+    A dummy run starts from what is in these buffers, and layers that add in place have left the last run's stream
+    there, canary and all: each run would begin where the one before it ended.
+    """
+    received = runner.intermediate_tensors
+    for tensor in () if received is None else received.tensors.values():
+        tensor.zero_()
 
 
 class _Recorder:

@@ -1,0 +1,63 @@
+"""The start-up check on a runner that stands in for vLLM's: a pipeline stage that adds to its input in place."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.vllm.attach import Attachment
+from trimtab.engines.vllm.canary import require_live_sites
+from trimtab.errors import SteeringError
+from trimtab.ops import SteeringBuffers
+from trimtab.ops.emit import emit
+from trimtab.sites import HookPoint, Site
+
+WIDTH, MOST = 16, 8
+SITES = [Site(layer, HookPoint.POST_BLOCK) for layer in (2, 3)]
+
+
+class Runner:
+    """A stage whose layers add to the stream where it lies, as fused norms do on a GPU, and which ends in a norm."""
+
+    def __init__(self, layers: list[nn.Module], deaf: bool) -> None:
+        self.intermediate_tensors = SimpleNamespace(tensors={"residual": torch.zeros(MOST, WIDTH)})
+        self._layers, self._deaf = layers, deaf
+
+    def model(self, stream: Tensor) -> Tensor:
+        for layer in self._layers:
+            steered = emit(layer, HookPoint.POST_BLOCK, stream)
+            stream.copy_(stream if self._deaf and layer is self._layers[-1] else steered)
+            stream += 0.1 * torch.tanh(stream.flip(-1))
+        return stream / (1 + stream.norm(dim=-1, keepdim=True))
+
+    def execute_model(self, tokens: int) -> Tensor:
+        return self.model(self.intermediate_tensors.tensors["residual"][:tokens])
+
+    def _dummy_run(self, tokens: int, **options: Any) -> tuple[Tensor]:
+        return (self.execute_model(tokens),)
+
+
+def check(v2: bool, deaf: bool = False) -> None:
+    buffers = SteeringBuffers(
+        SITES, hidden_size=WIDTH, max_rows=4, max_tokens=MOST, dtype=torch.float32, gates=2, max_probes=3,
+        probe_sites=SITES[:1],
+    )  # fmt: skip
+    layers = [nn.Module() for _ in SITES]
+    for layer, site in zip(layers, SITES, strict=True):
+        buffers.attach(layer, site)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MOST))
+    worker = SimpleNamespace(model_runner=Runner(layers, deaf), vllm_config=config)
+    require_live_sites(worker, Attachment(buffers, dict(zip(SITES, layers, strict=True)), tuple(SITES[:1])), v2)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_what_a_run_leaves_in_the_input_of_a_stage_does_not_hide_the_next_canary(v2: bool) -> None:
+    check(v2)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_a_site_whose_result_the_stage_drops_is_named(v2: bool) -> None:
+    with pytest.raises(SteeringError, match="no effect at post_block:3"):
+        check(v2, deaf=True)
