@@ -22,7 +22,8 @@ class Runner:
     """A stage whose layers add to the stream where it lies, as fused norms do on a GPU, and which ends in a norm."""
 
     def __init__(self, layers: list[nn.Module], deaf: bool) -> None:
-        self.intermediate_tensors = SimpleNamespace(tensors={"residual": torch.zeros(MOST, WIDTH)})
+        with torch.inference_mode():
+            self.intermediate_tensors = SimpleNamespace(tensors={"residual": torch.zeros(MOST, WIDTH)})
         self._layers, self._deaf = layers, deaf
 
     def model(self, stream: Tensor) -> Tensor:
@@ -35,6 +36,7 @@ class Runner:
     def execute_model(self, tokens: int) -> Tensor:
         return self.model(self.intermediate_tensors.tensors["residual"][:tokens])
 
+    @torch.inference_mode()
     def _dummy_run(self, tokens: int, **options: Any) -> tuple[Tensor]:
         return (self.execute_model(tokens),)
 

@@ -184,8 +184,9 @@ def _clear_received(runner: Any) -> None:
     there, canary and all: each run would begin where the one before it ended.
     """
     received = runner.intermediate_tensors
-    for tensor in () if received is None else received.tensors.values():
-        tensor.zero_()
+    with torch.inference_mode():  # in which the runner may have made them
+        for tensor in () if received is None else received.tensors.values():
+            tensor.zero_()
 
 
 class _Recorder:
