@@ -4,7 +4,7 @@
     python benchmarks/plot.py --markdown    also fills docs/performance.md between its markers
 
 Reads `ops*.json` (of `ops.py`), `vllm*.json` (of `vllm_decode.py`), `admission*.json`, `gpu-tests.txt` (of
-`make test-gpu`) and `vllm-parity.txt` (of `gpu_vllm.sh`) in benchmarks/results. What has no result is left as it is.
+`make test-gpu`) and `vllm-parity*.txt` (of `gpu_vllm.sh`) in benchmarks/results. What has no result is left as it is.
 """
 
 import argparse
@@ -59,9 +59,8 @@ def main() -> None:
             line.strip("= ") for line in summary.read_text().splitlines() if re.search(r"\d (passed|failed)", line)
         ]
         texts["tests"].append("".join(f"- `{count}`\n" for count in counts).strip())
-    parity = options.results / "vllm-parity.txt"
-    if parity.exists():
-        texts["parity"].append(f"```\n{parity.read_text().strip()}\n```")
+    for path in sorted(options.results.glob("vllm-parity*.txt")):
+        texts["parity"].append(f"```\n{path.read_text().strip()}\n```\n")
     if options.markdown:
         page = options.page.read_text()
         for mark, parts in texts.items():
@@ -239,7 +238,8 @@ CASE_STYLES = {
     "64 vectors": (ORANGE, "v"), "256 vectors": (RED, "D"), "scales": (PURPLE, "P"), "gates, none used": (GREEN, "*"),
     "gates, 1 used": (BLUE, "*"), "gates, 4 used": (RED, "*"), "2 gates, none used": (GREEN, "1"),
     "2 gates, 1 used": (BLUE, "1"), "2 gates, 2 used": (RED, "1"), "monitor, idle": (GREEN, "3"),
-    "monitor, 1 vectors": (BLUE, "3"), "monitor, 256 vectors": (RED, "3"),
+    "monitor, 1 vectors": (BLUE, "3"), "monitor, 8 vectors": (SKY, "3"), "monitor, 64 vectors": (ORANGE, "3"),
+    "monitor, 256 vectors": (RED, "3"),
 }  # fmt: skip
 CASE_LABELS = {
     "stock, second engine": "stock, started twice", "idle": "no steering asked", "1 vectors": "1 vector",

@@ -54,7 +54,7 @@ def _told(case: str, outcome: dict) -> int:
     totals = "" if "totals" not in outcome else "right" if outcome["totals"] == outcome["tokens"] else "WRONG"
     late = sum(rank["late_variants"] for rank in outcome["status"])
     print(
-        f"{case}answers that differ: {_plain(found)}; {_plain(counts)}; "
+        f"{case}answers that differ: {_plain(found)}; {_plain(counts) + '; ' if counts else ''}"
         f"preemptions {outcome.get('preemptions', '-')}; {totals and f'gate totals {totals}; '}"
         f"late variants {late}",
         flush=True,
