@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
-from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.sites import HookPoint, ModelSites, Phase, Site
 from trimtab.spec import Steering
 from trimtab.vectors import SteeringVector
 
@@ -201,3 +201,22 @@ def test_junk_anywhere_is_refused_or_harmless(data: st.DataObject) -> None:
         assert program is not None
         if program.terms:
             assert np.isfinite(program.row(program.sites)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_views_are_of_numbers_that_no_one_can_write_to(dtype: str) -> None:
+    bits = np.ones(H, np.float32).view("<u2")[1::2] if dtype == "bfloat16" else np.ones(H, dtype)
+    body = {"dtype": dtype, "shape": [1, H], "layer_indices": [0], "data": bits.tobytes()}
+    sent = resolved({"vector": {"post_block": body}}).to_wire(views=True)["vectors"][0]["data"]
+    assert isinstance(sent, memoryview)
+    assert sent.readonly
+
+
+def test_numbers_that_their_owner_may_still_change_are_copied() -> None:
+    mine = np.ones((1, H), np.float32)
+    vector = SteeringVector.from_block([Site(0, HookPoint.POST_BLOCK)], mine)
+    steering = resolved({"vector": vector})
+    wire = steering.to_wire(views=True)
+    mine[:] = 2.0
+    back = ResolvedSteering.from_wire(through_msgpack(wire), {})
+    assert back.identity(Phase.DECODE) == steering.identity(Phase.DECODE)

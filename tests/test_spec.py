@@ -3,9 +3,11 @@
 import base64
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -156,6 +158,21 @@ def test_a_spec_can_be_copied_and_its_vectors_are_shared() -> None:
 def test_the_request_format_does_not_load_torch() -> None:
     code = "import sys, trimtab.spec, trimtab.wire, trimtab.vectors.files; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
+def test_reading_half_precision_starts_no_threads_after_which_a_process_must_not_fork() -> None:
+    code = """
+import os, numpy, torch
+from trimtab.vectors.inline import parse_inline
+rows = numpy.ones((64, 8192), numpy.float16)
+body = {"dtype": "float16", "shape": list(rows.shape), "layer_indices": list(range(64)), "data": rows.tobytes()}
+torch.ones(1) + 1
+before = len(os.listdir("/proc/self/task"))
+parse_inline({"post_block": body})
+assert len(os.listdir("/proc/self/task")) == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
 
 
 def test_a_new_kind_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

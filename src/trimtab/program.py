@@ -255,8 +255,8 @@ class ResolvedSteering:
     def to_wire(self, *, views: bool = False) -> dict[str, Any]:
         """A plain dict for msgpack; see `trimtab.wire`.
 
-        With `views`, content is not copied: it is a memoryview of the vector's own numbers, which msgpack takes as
-        bytes too, but pickle does not.
+        With `views`, content that no one can write to is not copied: it is a memoryview of the vector's own numbers,
+        which msgpack takes as bytes too, but pickle and deepcopy do not.
         """
         from trimtab.wire import encode
 

@@ -18,7 +18,7 @@ from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate, VectorReference, check_gate
 from trimtab.program import PhaseProgram, ResolvedSteering, Term, checked
 from trimtab.sites import HookPoint, Site
-from trimtab.vectors.values import LARGEST_FLOAT32
+from trimtab.vectors.values import LARGEST_FLOAT32, FloatArray
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown
 
@@ -78,7 +78,13 @@ def _encode_vector(vector: SteeringVector, reference: VectorReference | None, vi
         return {"name": reference.name, "digest": reference.digest, "layers": layers}
     sites = [[site.layer, site.hook.value] for site in vector.sites]
     data = vector.block.astype("<f4", copy=False).data.cast("B")
+    views = views and _sealed(vector.block)  # what is sent must be what was named by its digest
     return {"sites": sites, "width": vector.hidden_size, "data": data if views else bytes(data)}
+
+
+def _sealed(block: FloatArray) -> bool:
+    """Whether the array that `block` is a view of is read-only too, so that no one can write to its numbers."""
+    return isinstance(block.base, np.ndarray) and not block.base.flags.writeable
 
 
 def _decode_vector(

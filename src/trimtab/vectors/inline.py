@@ -52,6 +52,9 @@ def parse_inline(value: Mapping[Any, Any]) -> SteeringVector:
         sites.extend(Site(layer, hook) for layer in layers)
         blocks.append(block)
     block = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+    for array in (block.base, block):  # nobody else has them: a wire form need not copy what none can write to
+        if isinstance(array, np.ndarray):
+            array.flags.writeable = False
     return SteeringVector.from_block(sites, block, max_abs=peak)
 
 
@@ -119,12 +122,15 @@ def _bytes(data: Any, size: int, path: str) -> bytearray:
 def _floats(raw: bytearray, dtype: str) -> FloatArray:
     if dtype == "float32":
         return np.frombuffer(raw, dtype="<f4").astype(np.float32, copy=False)
-    import torch  # only here: NumPy takes ten times as long for float16, and does not know bfloat16
+    if dtype == "bfloat16":  # the upper half of a float32
+        wide = np.frombuffer(raw, dtype="<u2").astype(np.uint32)
+        wide <<= np.uint32(16)
+        return wide.view(np.float32)
+    import torch  # only here: NumPy takes several times as long
 
-    bits = np.frombuffer(raw, dtype="<i2").astype(np.int16, copy=False)
-    half = torch.from_numpy(bits).view(getattr(torch, dtype))
-    floats = torch.empty(len(bits), dtype=torch.float32, device="cpu")
-    for start in range(0, len(bits), _PIECE):
+    half = torch.from_numpy(np.frombuffer(raw, dtype="<f2").astype(np.float16, copy=False))
+    floats = torch.empty(len(half), dtype=torch.float32, device="cpu")
+    for start in range(0, len(half), _PIECE):
         floats[start : start + _PIECE] = half[start : start + _PIECE]
     return floats.numpy()
 

@@ -1,6 +1,6 @@
 """A steering vector: one float32 direction per site, immutable, known by the digest of its content.
 
-Only NumPy is needed here, so that the front-end process of a server never has to load torch.
+Only NumPy is needed here, so that a client or a front end need not load torch for it.
 """
 
 import hashlib

@@ -19,11 +19,15 @@ SITES = [Site(layer, HookPoint.POST_BLOCK) for layer in (2, 3)]
 
 
 class Runner:
-    """A stage whose layers add to the stream where it lies, as fused norms do on a GPU, and which ends in a norm."""
+    """A stage whose layers add to the stream where it lies, as fused norms do on a GPU, and that ends in a norm."""
 
-    def __init__(self, layers: list[nn.Module], deaf: bool) -> None:
+    def __init__(self, layers: list[nn.Module], first: bool, deaf: bool) -> None:
         with torch.inference_mode():
-            self.intermediate_tensors = SimpleNamespace(tensors={"residual": torch.zeros(MOST, WIDTH)})
+            residual, embeddings = torch.zeros(2, MOST, WIDTH)
+        self.intermediate_tensors = None if first else SimpleNamespace(tensors={"residual": residual})
+        self.inputs_embeds = SimpleNamespace(gpu=embeddings)
+        self.supports_mm_inputs = self.is_first_pp_rank = first
+        self.model_state = SimpleNamespace(dummy_inputs_embeds=lambda tokens: embeddings[:tokens])
         self._layers, self._deaf = layers, deaf
 
     def model(self, stream: Tensor) -> Tensor:
@@ -34,14 +38,15 @@ class Runner:
         return stream / (1 + stream.norm(dim=-1, keepdim=True))
 
     def execute_model(self, tokens: int) -> Tensor:
-        return self.model(self.intermediate_tensors.tensors["residual"][:tokens])
+        received = self.intermediate_tensors
+        return self.model((self.inputs_embeds.gpu if received is None else received.tensors["residual"])[:tokens])
 
     @torch.inference_mode()
     def _dummy_run(self, tokens: int, **options: Any) -> tuple[Tensor]:
         return (self.execute_model(tokens),)
 
 
-def check(v2: bool, deaf: bool = False) -> None:
+def check(v2: bool, first: bool = False, deaf: bool = False) -> None:
     buffers = SteeringBuffers(
         SITES, hidden_size=WIDTH, max_rows=4, max_tokens=MOST, dtype=torch.float32, gates=2, max_probes=3,
         probe_sites=SITES[:1],
@@ -50,13 +55,14 @@ def check(v2: bool, deaf: bool = False) -> None:
     for layer, site in zip(layers, SITES, strict=True):
         buffers.attach(layer, site)
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MOST))
-    worker = SimpleNamespace(model_runner=Runner(layers, deaf), vllm_config=config)
+    worker = SimpleNamespace(model_runner=Runner(layers, first, deaf), vllm_config=config)
     require_live_sites(worker, Attachment(buffers, dict(zip(SITES, layers, strict=True)), tuple(SITES[:1])), v2)
 
 
 @pytest.mark.parametrize("v2", [False, True])
-def test_what_a_run_leaves_in_the_input_of_a_stage_does_not_hide_the_next_canary(v2: bool) -> None:
-    check(v2)
+@pytest.mark.parametrize("first", [False, True], ids=["later stage", "first stage, given embeddings"])
+def test_what_a_run_leaves_in_its_input_does_not_hide_the_next_canary(v2: bool, first: bool) -> None:
+    check(v2, first)
 
 
 @pytest.mark.parametrize("v2", [False, True])

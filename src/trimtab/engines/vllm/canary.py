@@ -156,7 +156,7 @@ def _forward_v1(worker: Any) -> Callable[[int], Tensor]:
     runner = worker.model_runner
 
     def forward(tokens: int) -> Tensor:
-        _clear_received(runner)
+        _clear_inputs(runner, runner.inputs_embeds.gpu)
         with _recorded(runner, "model") as results:
             # Without attention its result would be whatever the memory holds, which may drown a canary.
             last = runner._dummy_run(tokens, force_attention=True)[0]
@@ -169,7 +169,7 @@ def _forward_v2(worker: Any) -> Callable[[int], Tensor]:
     runner = worker.model_runner
 
     def forward(tokens: int) -> Tensor:
-        _clear_received(runner)
+        _clear_inputs(runner, _embeddings_v2(runner, tokens))
         with _recorded(runner, "execute_model") as results:
             last = runner._dummy_run(tokens)[0]
         return _stream(results[-1] if last is None else last, tokens)
@@ -177,16 +177,24 @@ def _forward_v2(worker: Any) -> Callable[[int], Tensor]:
     return forward
 
 
-def _clear_received(runner: Any) -> None:
-    """Zero what an earlier pipeline stage would have sent.
+def _clear_inputs(runner: Any, embeddings: Tensor | None) -> None:
+    """Zero the buffers that a dummy run starts from: what an earlier pipeline stage would have sent, and `embeddings`.
 
-    A dummy run starts from what is in these buffers, and layers that add in place have left the last run's stream
-    there, canary and all: each run would begin where the one before it ended.
+    Layers that add in place have left the last run's stream there, canary and all: each run would begin where the one
+    before it ended.
     """
     received = runner.intermediate_tensors
+    inputs = [] if received is None else list(received.tensors.values())
     with torch.inference_mode():  # in which the runner may have made them
-        for tensor in () if received is None else received.tensors.values():
+        for tensor in inputs if embeddings is None else [*inputs, embeddings]:
             tensor.zero_()
+
+
+def _embeddings_v2(runner: Any, tokens: int) -> Tensor | None:
+    """Where a dummy run takes embeddings from, if this model is given such in place of token ids."""
+    given = getattr(runner, "uses_inputs_embeds", runner.supports_mm_inputs)  # newer versions have the first too
+    found: Tensor | None = runner.model_state.dummy_inputs_embeds(tokens) if given and runner.is_first_pp_rank else None
+    return found
 
 
 class _Recorder:
