@@ -10,9 +10,15 @@ class SteeringError(ValueError):
     """
 
     def __init__(self, field: str, message: str) -> None:
+        field, message = _sendable(field), _sendable(message)
         super().__init__(f"{field}: {message}" if field else message)
         self.field = field
         self.message = message
 
     def __reduce__(self) -> tuple[type["SteeringError"], tuple[str, str]]:
         return SteeringError, (self.field, self.message)  # engines send it from process to process
+
+
+def _sendable(text: str) -> str:
+    """`text` as any answer can carry it: keys may hold half a surrogate pair, for which UTF-8 has no bytes."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -7,17 +7,25 @@
 A new kind of intervention is a subclass of `Intervention` here, listed in `KINDS`.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate, VectorReference, check_gate, check_served
+from trimtab.json_text import read_json
 from trimtab.program import MAX_VALUE, PhaseProgram, ResolvedSteering, Term, checked, out_of_range
 from trimtab.sites import ModelSites, Phase
 from trimtab.spec_errors import join, translate
@@ -25,7 +33,7 @@ from trimtab.spec_fields import Layers, Number, ProbeSource, Source
 from trimtab.vectors.inline import MAX_INLINE_BYTES
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
-from trimtab.wording import summary, with_suggestions
+from trimtab.wording import shown, summary, with_suggestions
 
 MAX_INTERVENTIONS = 16
 MAX_JSON_CHARACTERS = 96 << 20  # the numbers of MAX_INLINE_BYTES in decimal digits
@@ -34,11 +42,18 @@ MAX_JSON_CHARACTERS = 96 << 20  # the numbers of MAX_INLINE_BYTES in decimal dig
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:  # by position alone: a caller's object may have any key, "self" too
         try:
             super().__init__(**data)
         except ValidationError as error:
             raise translate(error, type(self)) from None
+
+
+def _keys_are_text(value: Any) -> Any:
+    """An object within a spec is handed to its model key by key, which works for text alone."""
+    if isinstance(value, Mapping) and (other := [key for key in value if not isinstance(key, str)]):
+        raise SteeringError("", f"has the key {shown(other[0])}, a {type(other[0]).__name__}; keys are text")
+    return value
 
 
 class Gate(_Model):
@@ -86,7 +101,7 @@ class Intervention(_Model):
     vector: Source
     phase: Literal["all", "prefill", "decode"] = "all"
     layers: Layers | None = None
-    gate: Gate | None = None
+    gate: Annotated[Gate | None, BeforeValidator(_keys_are_text)] = None
 
     def term(self, vectors: Mapping[str, SteeringVector], path: str) -> Term:
         """What this intervention adds; each kind has its own. Raises `SteeringError` below `path`."""
@@ -137,7 +152,16 @@ class _ByKind:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         choices = {str(model.model_fields["kind"].default): handler.generate_schema(model) for model in KINDS}
-        return core_schema.tagged_union_schema(choices, discriminator="kind")
+        by_kind = core_schema.tagged_union_schema(choices, discriminator="kind")
+
+        def with_a_kind_in_words(value: Any) -> Any:
+            _keys_are_text(value)
+            if isinstance(value, Mapping) and "kind" in value and not isinstance(value["kind"], str):
+                said = f"got {shown(value['kind'])}, want a name; the kinds are {', '.join(choices)}"
+                raise SteeringError("kind", said)
+            return value
+
+        return core_schema.no_info_before_validator_function(with_a_kind_in_words, by_kind)
 
 
 class Steering(_Model):
@@ -163,7 +187,10 @@ class Steering(_Model):
         if isinstance(spec, Steering):
             return spec
         if isinstance(spec, (str, bytes)):
-            spec = _read_json(spec)
+            if len(spec) > MAX_JSON_CHARACTERS:
+                said = f"the JSON text has {len(spec)} characters, at most {MAX_JSON_CHARACTERS} are read"
+                raise SteeringError("", said)
+            spec = read_json(spec)
         if not isinstance(spec, Mapping) or not all(isinstance(key, str) for key in spec):
             raise SteeringError("", f'got {type(spec).__name__}, want an object: {{"interventions": [...]}}')
         return cls(**spec)
@@ -255,23 +282,3 @@ def _misfit(term: Term, model: ModelSites, path: str, *, inline: bool) -> Steeri
         return SteeringError(here, f"this model does not serve {site.hook}; it serves {served}")
     layers = sorted(other.layer for other in model.sites if other.hook == site.hook)
     return SteeringError(here, f"layer {site.layer} is not served at {site.hook}; served are {summary(layers)}{remedy}")
-
-
-def _read_json(text: str | bytes) -> Any:
-    if len(text) > MAX_JSON_CHARACTERS:
-        raise SteeringError("", f"the JSON text has {len(text)} characters, at most {MAX_JSON_CHARACTERS} are read")
-    try:
-        return json.loads(text, object_pairs_hook=_object_without_duplicates)
-    except SteeringError:
-        raise
-    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of 10,000 digits, nesting
-        raise SteeringError("", f"is not JSON ({error})"[:200]) from None
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise SteeringError("", f"the key {twice!r:.80} is given twice in one object")
-    return result

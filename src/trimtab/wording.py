@@ -24,6 +24,6 @@ def shown(value: object) -> str:
     """A value as a message quotes it, cut where it is long."""
     try:
         text = repr(value)
-    except ValueError:  # a whole number with more digits than Python prints
+    except (ValueError, RecursionError):  # a number with more digits than Python prints, a list within 1,000 others
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."
