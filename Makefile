@@ -11,17 +11,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CPU_VLLM := tests/support/vllm_cpu
 # One thread per test process: the suite runs two of them, and tiny matrices lose time to threads.
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \
+  TRIMTAB_TESTS_MUST_RUN=1
 
 .PHONY: demo test lint types test-gpu clean
 
 demo: $(VENV)/.base
 	$(BIN)/trimtab demo --output demo-output
 
-# Two runs: vLLM changes torch's settings in every process that imports it.
+# Two runs: vLLM changes torch's settings in every process that imports it. The second runs whatever the first found.
 test: $(VENV)/.vllm
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/engines/vllm $(PYTEST_ARGS)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile tests/engines/vllm $(PYTEST_ARGS)
+	@failed=0; set -x; \
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/engines/vllm $(PYTEST_ARGS) || failed=1; \
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile tests/engines/vllm $(PYTEST_ARGS) || failed=1; \
+	exit $$failed
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,11 +1,31 @@
-"""A run of the GPU tests alone (`-m gpu`) imports only the files that hold some.
+"""What every run of the tests shares: caches of its own, no clocks, and no test that is left out in silence.
 
-A GPU machine then needs torch, triton, numpy and pytest, and none of the engines that other tests import.
+A run of the GPU tests alone (`-m gpu`) imports only the files that hold some: a GPU machine then needs torch, triton,
+numpy and pytest, and none of the engines that other tests import.
 """
 
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+CACHES = {  # the variable that names a cache of compiled code, and the folder of a run's own
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "VLLM_CACHE_ROOT": "vllm",
+}
+
+if find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # Hypothesis measures time by default, and a busy machine is no fault.
+    settings.register_profile("no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("no clock")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -14,3 +34,35 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
     return None if any("mark.gpu" in file.read_text() for file in files) else True
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the run caches of its own, shared by its worker processes: code compiled by an earlier run proves nothing."""
+    if hasattr(config, "workerinput"):
+        return
+    folder = Path(tempfile.mkdtemp(prefix="trimtab-caches-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for variable, name in CACHES.items():
+        os.environ[variable] = str(folder / name)
+
+
+def _must_run() -> bool:
+    return os.environ.get("TRIMTAB_TESTS_MUST_RUN", "") == "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where every test must run, count one that was skipped as failed, unless it needs a GPU."""
+    report = yield
+    if report.skipped and _must_run() and item.get_closest_marker("gpu") is None:
+        report.outcome, report.longrepr = "failed", f"skipped where every test must run: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: Any) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same for a whole file."""
+    report = yield
+    if report.skipped and _must_run():
+        report.outcome, report.longrepr = "failed", f"skipped where every test must run: {report.longrepr}"
+    return report

@@ -25,7 +25,7 @@ def test_the_interpreted_kernel_equals_the_oracle() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.strip() == "24 gate cases equal the oracle"

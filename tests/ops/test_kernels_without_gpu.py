@@ -32,7 +32,7 @@ def test_interpreted_kernels_equal_the_oracle() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.strip() == "64 steering cases, 6 layouts, 12 monitor cases equal the oracle"

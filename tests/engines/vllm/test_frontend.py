@@ -4,13 +4,13 @@ import base64
 import copy
 import gc
 import json
-import time
 import weakref
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from work import calls, peak_bytes
 
 from trimtab.engines.vllm.frontend import FrontEnd, merge, refusal_reason
 from trimtab.engines.vllm.registry import VectorRegistry
@@ -250,22 +250,17 @@ def test_content_is_not_kept_once_its_request_is_gone(make):
     assert gone() is None
 
 
-def best_of(call, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def test_admission_is_cheap_at_the_size_of_a_large_model():
-    # The targets are 50 microseconds and 1 ms on a quiet core; the bounds here allow for a busy machine.
     layers, width = 32, 4096
     model = ModelSites(width, layers, frozenset(Site(layer, HookPoint.POST_BLOCK) for layer in range(layers)))
     front = FrontEnd(model, VectorRegistry({"calm": vector(1, width, layers)}))
     front.admit(add("calm"))
-    rows = np.random.default_rng(0).normal(size=(40, layers, width))
+    rows = np.random.default_rng(0).normal(size=(4, layers, width))
     inline = iter([add(packed(block)) for block in rows])
-    assert best_of(lambda: front.admit(add("calm", scale=1.25)), 300) < 200e-6
-    assert best_of(lambda: front.admit(next(inline)), 40) < 4e-3
+    front.admit(next(inline))  # what the first call imports is not counted
+    assert calls(lambda: front.admit(add("calm", scale=1.25))) < 400
+    assert calls(lambda: front.admit(add("calm", scale=1.25))) < 100  # seen before
+    given = [next(inline), next(inline)]
+    assert calls(lambda: front.admit(given[0])) < 1500
+    float16 = 2 * layers * width
+    assert peak_bytes(lambda: front.admit(given[1])) < 1.5 * float16  # decoded once, and never copied

@@ -63,7 +63,7 @@ def lists(rows: dict[int, np.ndarray]) -> dict[str, Any]:
 
 def send(server: Server, method: str, path: str, **more: Any) -> httpx.Response:
     """One request on a connection of its own: the kernel gives it to either API server."""
-    return httpx.request(method, server.url + path, headers={"Authorization": f"Bearer {KEY}"}, timeout=120, **more)
+    return httpx.request(method, server.url + path, headers={"Authorization": f"Bearer {KEY}"}, timeout=600, **more)
 
 
 def text(server: Server, steering: dict[str, Any] | None = None) -> str:

@@ -25,12 +25,11 @@ CASES = {  # runner, mode
 }
 
 
-def run_scenario(
-    script: str, *arguments: str, runner: str = "v1", cache: Path | None = None, timeout: float = 1000
-) -> dict[str, Any]:
+def run_scenario(script: str, *arguments: str, runner: str = "v1", cache: Path | None = None) -> dict[str, Any]:
     """What `scenarios/<script>.py` reported, run with `arguments` on the model runner "v1" or "v2".
 
-    `cache` is where vLLM keeps its compile artifacts; by default a folder that goes with the call.
+    `cache` is where vLLM keeps its compile artifacts; by default the folder of this run of the tests, so that vLLM
+    looks into each model's class once.
     """
     with tempfile.TemporaryDirectory(prefix="trimtab-vllm-") as scratch:
         report = Path(scratch) / "report.json"
@@ -43,7 +42,7 @@ def run_scenario(
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_USE_V2_MODEL_RUNNER": "1" if runner == "v2" else "0",
-            "VLLM_CACHE_ROOT": str(cache or Path(scratch) / "cache"),
+            "VLLM_CACHE_ROOT": str(cache or os.environ["VLLM_CACHE_ROOT"]),
             "TRIMTAB_TEST_REPORT": str(report),
             "TRIMTAB_TEST_SCRATCH": scratch,
         }
@@ -51,7 +50,7 @@ def run_scenario(
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             [sys.executable, str(SCENARIOS / f"{script}.py"), *arguments],
-            env=environment, cwd=scratch, capture_output=True, text=True, timeout=timeout, check=False,
+            env=environment, cwd=scratch, capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode != 0 or not report.exists():
             raise AssertionError(f"{script} {arguments} ended with {done.returncode}:\n{_tail(done)}")

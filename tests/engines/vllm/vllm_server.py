@@ -130,7 +130,7 @@ class Server:
         with log.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=settings)
 
-    def wait(self, timeout: float = 400, processes: int = 1) -> None:
+    def wait(self, timeout: float = 1800, processes: int = 1) -> None:
         """Return once all API server `processes` answer; raises with the end of the log if they do not."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -147,9 +147,9 @@ class Server:
 
     def client(self) -> httpx.Client:
         """A client that knows the key."""
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=120)
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=600)
 
-    def stop(self, timeout: float = 60) -> list[str]:
+    def stop(self, timeout: float = 300) -> list[str]:
         """Ask the server to end; returns the command lines of processes that outlived it, which are then killed."""
         if self.process.poll() is not None:
             return []
@@ -160,7 +160,7 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=10)
+        _, alive = psutil.wait_procs(family, timeout=60)
         left = []
         for process in alive:
             try:
