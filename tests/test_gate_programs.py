@@ -41,9 +41,9 @@ def gate(probe: Any = "angry", threshold: float = 1.0, **options: Any) -> dict[s
 
 def test_a_gate_keeps_its_intervention_out_of_the_row_that_every_token_gets() -> None:
     program = resolved({"scale": 2.0}, {"scale": 0.5, **gate(sharpness=4)}).decode
-    assert (program.row_key, program.coefficient) == (CALM.digest, 2.0)
+    assert (program.row_key, program.factor) == (CALM.digest, 2.0)
     (item,) = program.gated
-    assert (item.total.row_key, item.total.coefficient, item.total.gated) == (CALM.digest, 0.5, ())
+    assert (item.total.row_key, item.total.factor, item.total.gated) == (CALM.digest, 0.5, ())
     assert (item.gate.site, item.gate.sharpness, item.gate.hard) == (ANGRY.site, 4.0, False)
     np.testing.assert_array_equal(item.gate.probe.directions[ANGRY.site], ANGRY.direction)
 
@@ -63,7 +63,7 @@ def test_a_hard_gate_has_no_slope() -> None:
 
 def test_interventions_behind_equal_gates_share_one_and_empty_ones_have_none() -> None:
     program = resolved({"scale": 2, **gate()}, {"scale": 1, **gate(sharpness=1.0)}).decode
-    assert [item.total.coefficient for item in program.gated] == [3.0]
+    assert [item.total.factor for item in program.gated] == [3.0]
     nothing = resolved({"scale": 2, **gate()}, {"scale": -2, **gate()})
     assert (nothing.decode.gated, nothing.identity(Phase.DECODE), nothing.sites) == ((), "", ())
 
@@ -120,10 +120,12 @@ def test_identities_of_gates_do_not_drift() -> None:
 
     spec = resolved({"scale": 2.0}, {"scale": 0.5, **gate(sharpness=4, invert=True)})
     key = sha(b"trimtab gate 1\0" + ANGRY.vector.digest + struct.pack("<ff?", 0.25, 4.0, True))
-    plain, behind = (sha(b"trimtab program 1\0" + CALM.digest + struct.pack("<f", scale)) for scale in (2.0, 0.5))
+    unit = 2.0**-13  # calm's largest number, 4, is 32768 of them
+    numbers = [CALM.digest + struct.pack("<f", scale * unit) for scale in (2.0, 0.5)]
+    plain, behind = (sha(b"trimtab program 2\0" + part) for part in numbers)
     whole = sha(b"trimtab gated program 1\0" + plain + b"\0" + key + behind)
     assert spec.identity(Phase.DECODE) == whole.hex()
-    assert whole.hex() == "cbc2d2275c6a52781d2336cb425045c8cfe6ebcd7d361be033331b8ee60f2871"
+    assert whole.hex() == "b0b25e2d646d26256f59e3171ca142c8ecf1c9ea6024f9236a42c63f871bb875"
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -145,7 +147,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], str, str]] = {
         "interventions[0].gate.probe.bias",
         "want a number",
     ),
-    "sharpness that vanishes": (gate(sharpness=1e-60), "interventions[0].gate.sharpness", "above 0"),
+    "sharpness that vanishes": (gate(sharpness=1e-60), "interventions[0].gate.sharpness", "from 1.2e-38 on"),
+    "sharpness without digits": (gate(sharpness=1e-40), "interventions[0].gate.sharpness", "from 1.2e-38 on"),
+    "probe without digits": (
+        gate({"post_block": {"2": [1e-30] * H}}),
+        "interventions[0].gate.probe",
+        "multiply probe and threshold",
+    ),
 }
 
 
@@ -222,14 +230,6 @@ def test_gated_steering_comes_back_bit_for_bit() -> None:
     assert back.to_wire() == wire
     assert [entry.get("name") for entry in wire["vectors"]].count("angry") == 1
     assert sum("data" in entry for entry in wire["vectors"]) == 1  # the probe that was given inline
-
-
-def test_content_that_a_worker_lacks_travels_inline() -> None:
-    held = {CALM.digest}
-    programs = [program.with_content_inline(held.__contains__) for program in (MIXED.prefill, MIXED.decode)]
-    wire = ResolvedSteering(*programs).to_wire()
-    assert {entry["name"] for entry in wire["vectors"] if "name" in entry} == {"calm"}
-    assert ResolvedSteering.from_wire(wire, {CALM.digest: CALM}) == MIXED
 
 
 MALFORMED: dict[str, tuple[list[Any], Any, str]] = {

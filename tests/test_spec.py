@@ -66,8 +66,8 @@ def spec(vector: Any, **keys: Any) -> dict[str, Any]:
 def test_every_form_of_a_vector_carries_the_same_numbers(form: str) -> None:
     program = Steering.parse(spec(FORMS[form], scale=1.5)).resolve(NAMES, MODEL).decode
     assert program.row_key == VECTOR.digest
-    assert program.coefficient == 1.5
-    np.testing.assert_array_equal(program.row(list(VECTOR.sites)), NUMBERS)
+    assert program.factor == 1.5
+    np.testing.assert_array_equal(program.row(list(VECTOR.sites)) * program.unit, NUMBERS)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -105,8 +105,8 @@ def test_a_phase_limits_what_is_added_to_it() -> None:
         ]
     }
     resolved = Steering.parse(both).resolve(NAMES, MODEL)
-    assert (resolved.prefill.row_key, resolved.prefill.coefficient) == (VECTOR.digest, 3.0)
-    assert (resolved.decode.row_key, resolved.decode.coefficient) == (OTHER.digest, 1.0)
+    assert (resolved.prefill.row_key, resolved.prefill.factor) == (VECTOR.digest, 3.0)
+    assert (resolved.decode.row_key, resolved.decode.factor) == (OTHER.digest, 1.0)
     assert resolved.sites == (Site(0, HookPoint.MLP_IN), *VECTOR.sites)
     only_decode = Steering.parse(spec("calm", phase="decode")).resolve(NAMES, MODEL)
     assert only_decode.identity(Phase.PREFILL) == ""
@@ -189,7 +189,7 @@ def test_a_new_kind_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) 
         pass
 
     both = Wider.parse({"interventions": [{"kind": "twice", "vector": "calm"}, {"kind": "add", "vector": "calm"}]})
-    assert both.resolve(NAMES, MODEL).decode.coefficient == 3.0
+    assert both.resolve(NAMES, MODEL).decode.factor == 3.0
     with pytest.raises(SteeringError, match=r"interventions\[0\]\.kind: unknown kind 'tice', did you mean 'twice'"):
         Wider.parse({"interventions": [{"kind": "tice", "vector": "calm"}]})
     with pytest.raises(SteeringError, match=r"interventions\[0\]\.scale: unknown key"):

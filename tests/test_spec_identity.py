@@ -139,14 +139,14 @@ def test_the_phases_of_one_spec_share_an_identity_where_they_add_the_same() -> N
 CALM = SteeringVector({Site(14, HookPoint.POST_BLOCK): [0.5, -1.0, 2.0], Site(3, HookPoint.MLP_IN): [1.0, 0.0, 0.0]})
 BOLD = SteeringVector({Site(14, HookPoint.POST_BLOCK): [1.0, 1.0, 1.0]})
 GOLDEN = {
-    "one": ([{"vector": "calm", "scale": 1.5}], "1449550ac93e5e40de26c9d1389404864f7177b5ee5151c11713dd58aa091d1e"),
+    "one": ([{"vector": "calm", "scale": 1.5}], "9bd43d4e054629f4cacea412772b71b8c82ae2591898c9637817ed6903ff1eec"),
     "one, narrowed": (
         [{"vector": "calm", "scale": 1.5, "layers": [14]}],
-        "cc97a2364dc4cbcbecec1e5c9236c15a6404afadb53ba2eb77e165e0738f7c29",
+        "aa1b94ec3a44922980851c28526f43f2685641790f952eafdf5ae760f6620e89",
     ),
     "sum": (
         [{"vector": "calm", "scale": 1.5}, {"vector": "bold", "scale": -0.1}],
-        "dc1df5cc027cf88bb07cbcb237d284ab488549c686da3e582569a17d6c3fa8a8",
+        "ca2371fd12f57e7a80b0ee1c1c69539db4b82949ae74c9744d856299e670e19b",
     ),
 }
 
@@ -174,8 +174,9 @@ def test_digests_are_what_the_format_page_says() -> None:
     calm = sha(b"trimtab vector 1\0" + site(3, "mlp_in", 1, 0, 0) + site(14, "post_block", 0.5, -1, 2))
     bold = sha(b"trimtab vector 1\0" + site(14, "post_block", 1, 1, 1))
     assert (CALM.digest, BOLD.digest) == (calm, bold)
-    one = sha(b"trimtab program 1\0" + calm + struct.pack("<f", 1.5))
+    unit = 2.0**-14  # calm's largest number, 2, is 32768 of them
+    one = sha(b"trimtab program 2\0" + calm + struct.pack("<f", 1.5 * unit))
     assert one.hex() == GOLDEN["one"][1]
     terms = sorted([calm + struct.pack("<d", 1.5), bold + struct.pack("<d", -0.1)])
-    both = sha(b"trimtab program 1\0" + sha(b"trimtab row 1\0" + b"".join(terms)) + struct.pack("<f", 1.0))
+    both = sha(b"trimtab program 2\0" + sha(b"trimtab row 1\0" + b"".join(terms)) + struct.pack("<f", 1.0))
     assert both.hex() == GOLDEN["sum"][1]

@@ -22,6 +22,8 @@ from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import summary
 
 MAX_PROBE_VALUE = 65504.0  # scores of any stream that fits a model dtype then stay finite in float32
+MIN_PROBE_VALUE = 2.0**-64  # 5.4e-20: products with such a stream then keep their digits in float32
+MIN_SHARPNESS = 2.0**-126  # the smallest normal float32; 0 would mean a hard gate
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,17 @@ class ResolvedGate:
         with np.errstate(over="ignore"):
             rounded = float(np.float32(threshold)) + 0.0  # of -0.0, 0.0
             slope = 0.0 if sharpness is None else float(np.float32(sharpness))
+        if 0.0 < probe.max_abs < MIN_PROBE_VALUE:
+            remedy = "multiply probe and threshold by one factor, and divide the sharpness by it"
+            raise SteeringError(
+                "probe",
+                f"values reach {probe.max_abs:g}, less than {MIN_PROBE_VALUE:.2g}: scores would lose digits; {remedy}",
+            )
         if not math.isfinite(rounded):
             raise SteeringError("threshold", f"is {threshold} with the probe's bias, not finite in float32")
-        if sharpness is not None and not (slope > 0.0 and math.isfinite(slope)):
-            raise SteeringError("sharpness", f"got {sharpness}, want a number above 0 that is finite in float32")
+        if sharpness is not None and not (slope >= MIN_SHARPNESS and math.isfinite(slope)):
+            wanted = f"a number from {MIN_SHARPNESS:.2g} on that is finite in float32"
+            raise SteeringError("sharpness", f"got {sharpness}, want {wanted}")
         return cls(probe, rounded, slope, bool(invert), reference)
 
     @property

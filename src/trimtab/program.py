@@ -2,17 +2,23 @@
 
 A program is canonical: two requests that add the same numbers have the same terms, the same row and the same identity,
 however they were written. The engines receive nothing else of a request.
+
+Tables hold rows in the model's dtype, and float16 knows no number between 0 and 6e-8. So a row is stored in units of a
+power of two that brings its largest number just below the largest float16; tokens multiply the unit back in. Powers of
+two cost no digit: what is stored differs from the sum by one rounding to the table's dtype, relative to the row's
+largest number, however small or large the numbers of the request are.
 """
 
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate, VectorReference
@@ -20,7 +26,8 @@ from trimtab.sites import GateLimits, Phase, Site, site_order
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
 
-MAX_VALUE = 65504.0  # the largest float16: whatever the model's dtype, a table row can hold what we let through
+MAX_VALUE = 65504.0  # the largest float16: whatever the model's dtype, its stream can hold what we let through
+MIN_VALUE = 2.0**-110  # 7.7e-34: what adds less needs a coefficient below the smallest normal float32, 2**-126
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +48,13 @@ class PhaseProgram:
     """What is added to the tokens of one phase; build it with `PhaseProgram.of`.
 
     `terms` are added to every token, `gated` as far as a gate says. `row_key` names the content of the table row of
-    `terms` (b"" = none: row 0), `coefficient` is the factor that each token applies to that row, `identity` is the hex
-    digest of all of it ("" = unsteered) and hence of all that changes the token's KV cache.
+    `terms` (b"" = none: row 0), and a token receives that content times `factor`: a vector's scale, or 1 for a sum.
+    `identity` is the hex digest of all of it ("" = unsteered) and hence of all that changes the token's KV cache.
     """
 
     terms: tuple[Term, ...]
     row_key: bytes
-    coefficient: float
+    factor: float
     identity: str
     gated: tuple["GatedProgram", ...] = ()
 
@@ -55,9 +62,9 @@ class PhaseProgram:
     def of(cls, terms: Iterable[Term]) -> "PhaseProgram":
         """The canonical program: sorted by vector digest, equal vectors merged, what adds nothing dropped.
 
-        One vector is its own row and its scale the coefficient, so that every scale of it shares one row; a sum has its
+        One vector is its own row and its scale the factor, so that every scale of it shares one row; a sum has its
         scales inside the row. Terms behind equal gates are one gated sum, and gates of empty sums are dropped. Raises
-        `ValueError` for vectors of different widths.
+        `ValueError` for vectors of different widths, `SteeringError` without a field for values out of range.
         """
         terms = list(terms)
         behind = [term for term in terms if term.gate is not None]
@@ -71,12 +78,13 @@ class PhaseProgram:
         )
         if not gated:
             return plain
+        _check_range([*plain.terms, *(term for item in gated for term in item.total.terms)])
         widths = {term.vector.hidden_size for total in (plain, *(item.total for item in gated)) for term in total.terms}
         if len(widths) > 1:
             raise ValueError(f"vectors of different widths cannot be added: {sorted(widths)}")
         whole = b"trimtab gated program 1\0" + bytes.fromhex(plain.identity) + b"\0"
         whole += b"".join(item.gate.digest + bytes.fromhex(item.total.identity) for item in gated)
-        return cls(plain.terms, plain.row_key, plain.coefficient, hashlib.sha256(whole).hexdigest(), gated)
+        return cls(plain.terms, plain.row_key, plain.factor, hashlib.sha256(whole).hexdigest(), gated)
 
     @classmethod
     def _ungated(cls, terms: Iterable[Term]) -> "PhaseProgram":
@@ -84,19 +92,22 @@ class PhaseProgram:
         for term in terms:
             groups.setdefault(term.vector.digest, []).append(term)
         kept = [group[0] if len(group) == 1 else _merged(group) for _, group in sorted(groups.items())]
-        kept = [term for term in kept if float(np.float32(term.scale)) != 0.0 and term.vector.max_abs != 0.0]
+        kept = [term for term in kept if term.scale != 0.0 and term.vector.max_abs != 0.0]
         if not kept:
             return EMPTY
+        _check_range(kept)
         if len(kept) == 1:
-            row_key, coefficient = kept[0].vector.digest, float(np.float32(kept[0].scale))
+            row_key, factor = kept[0].vector.digest, kept[0].scale
+            coefficient = factor * _unit(kept[0].vector.max_abs)
         else:
             widths = sorted({term.vector.hidden_size for term in kept})
             if len(widths) > 1:
                 raise ValueError(f"vectors of different widths cannot be added: {widths}")
             content = b"".join(term.vector.digest + struct.pack("<d", term.scale) for term in kept)
-            row_key, coefficient = hashlib.sha256(b"trimtab row 1\0" + content).digest(), 1.0
-        whole = b"trimtab program 1\0" + row_key + struct.pack("<f", coefficient)
-        return cls(tuple(kept), row_key, coefficient, hashlib.sha256(whole).hexdigest())
+            row_key, factor = hashlib.sha256(b"trimtab row 1\0" + content).digest(), 1.0
+            coefficient = 1.0  # a sum's unit follows from its content, which the row key names
+        whole = b"trimtab program 2\0" + row_key + struct.pack("<f", coefficient)
+        return cls(tuple(kept), row_key, factor, hashlib.sha256(whole).hexdigest())
 
     @property
     def all_terms(self) -> Iterator[Term]:
@@ -111,34 +122,28 @@ class PhaseProgram:
         return _together(*{term.vector.sites for term in self.all_terms})
 
     @property
-    def bound(self) -> float:
-        """No value that this program stores in its rows, or adds to the stream, is larger than this."""
-        terms = list(self.all_terms)
-        stored = max((term.vector.max_abs for term in terms), default=0.0)
-        return max(stored, sum(abs(term.scale) * term.vector.max_abs for term in terms))
+    def unit(self) -> float:
+        """The power of two that `row` counts in; `factor` times it is a normal number of float32.
 
-    def with_content_inline(self, known: Callable[[bytes], bool]) -> "PhaseProgram":
-        """The same program, without references to content whose digest the receiver does not know."""
+        Of a sum it is computed from all of its numbers, at each call.
+        """
+        if len(self.terms) == 1:
+            return _unit(self.terms[0].vector.max_abs)
+        whole = self._content(_together(*{term.vector.sites for term in self.terms}))
+        return max(_unit(float(np.abs(whole).max())), 2.0**-126)  # terms may cancel to less than `MIN_VALUE`
 
-        def inline(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-            lacking = [term for term in terms if term.reference is not None and not known(term.reference.digest)]
-            if not lacking:
-                return terms
-            return tuple(replace(term, reference=None) if term in lacking else term for term in terms)
-
-        gated = []
-        for item in self.gated:
-            reference = item.gate.reference
-            lacks = reference is not None and not known(reference.digest)
-            gate = replace(item.gate, reference=None) if lacks else item.gate
-            gated.append(GatedProgram(gate, replace(item.total, terms=inline(item.total.terms))))
-        return replace(self, terms=inline(self.terms), gated=tuple(gated))
+    @property
+    def coefficient(self) -> float:
+        """What a token multiplies `row` by, before it is rounded to float32; 0 where there is none."""
+        return self.factor * self.unit if self.terms else 0.0
 
     def row(self, sites: Sequence[Site], out: FloatArray | None = None) -> FloatArray:
-        """The content of this program's table row at `sites`: float32 [len(sites), H], zero where it has no direction.
+        """The content of this program's table row at `sites`, in units of `unit`: float32 [len(sites), H].
 
-        Sums are taken in float64 in canonical order and rounded once, so every rank composes the same bits. The
-        coefficient is not in it. Writes to `out` if given. Raises `ValueError` for the empty program, which has no row.
+        It is zero where the program has no direction; a token that multiplies it by `coefficient` receives the sum.
+        No number is larger than `MAX_VALUE`, and the largest, which may be at another site, is at least half of that.
+        Sums are taken in float64 in canonical order and rounded once, so every rank composes the same bits. Writes to
+        `out` if given. Raises `ValueError` for the empty program, which has no row.
         """
         if not self.terms:
             raise ValueError("the empty program has no row of its own: its tokens use row 0")
@@ -146,21 +151,20 @@ class PhaseProgram:
         result = np.empty(shape, np.float32) if out is None else out
         if result.shape != shape:
             raise ValueError(f"out has shape {result.shape}, want {shape}")
-        if len(self.terms) == 1:
-            vector = self.terms[0].vector
-            if tuple(sites) == vector.sites:
-                result[:] = vector.block
-                return result
-            for position, site in enumerate(sites):
-                result[position] = vector.directions.get(site, 0.0)
-            return result
-        total = np.zeros(shape, np.float64)
+        per_unit = np.float64(1.0 / self.unit)  # float64: it need not be a float32 number
+        if len(self.terms) == 1 and tuple(sites) == self.terms[0].vector.sites:
+            return np.multiply(self.terms[0].vector.block, per_unit, out=result, casting="same_kind")
+        return np.multiply(self._content(sites), per_unit, out=result, casting="same_kind")
+
+    def _content(self, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
+        """What a token receives for each unit of `factor`: float64 [len(sites), H]."""
+        total = np.zeros((len(sites), self.terms[0].vector.hidden_size), np.float64)
         for term in self.terms:
+            scale = np.float64(1.0 if len(self.terms) == 1 else term.scale)
             for position, site in enumerate(sites):
                 if (direction := term.vector.directions.get(site)) is not None:
-                    total[position] += direction * np.float64(term.scale)
-        result[:] = total
-        return result
+                    total[position] += direction * scale
+        return total
 
 
 @dataclass(frozen=True)
@@ -174,20 +178,35 @@ class GatedProgram:
 EMPTY = PhaseProgram((), b"", 0.0, "")
 
 
-def checked(program: PhaseProgram, field: str) -> PhaseProgram:
-    """The program itself, or a `SteeringError` at `field` where its values exceed `MAX_VALUE`."""
-    if program.bound > MAX_VALUE:
-        raise SteeringError(field, out_of_range(program.bound))
-    return program
+def fault_of_range(value: float) -> str | None:
+    """What is wrong with a program whose largest number, not zero, is `value`; None if nothing is."""
+    if not value <= MAX_VALUE:
+        return f"values reach {value:g}, more than the {MAX_VALUE:g} that every model dtype can hold"
+    if value < MIN_VALUE:
+        return f"adds {value:g} at most, less than the {MIN_VALUE:.2g} that can be computed with: leave it out"
+    return None
 
 
-def out_of_range(largest: float) -> str:
-    """The message for values beyond `MAX_VALUE`."""
-    return f"values reach {largest:g}, more than the {MAX_VALUE:g} that every model dtype can hold"
+def _check_range(terms: Sequence[Term]) -> None:
+    """Raise `SteeringError` where the sum may be too large, or a term is too small, to be computed with."""
+    sizes = [abs(term.scale) * term.vector.max_abs for term in terms]
+    if (fault := fault_of_range(sum(sizes)) or fault_of_range(min(sizes))) is not None:
+        raise SteeringError("", fault)
+
+
+def _unit(largest: float) -> float:
+    """The power of two by which a row with this largest number just fits into float16: to 65504, or half of it."""
+    if not largest:
+        return 1.0
+    fraction, exponent = math.frexp(largest)
+    return math.ldexp(1.0, exponent - (16 if fraction * 2.0**16 <= MAX_VALUE else 15))
 
 
 def _merged(group: list[Term]) -> Term:
-    scale = math.fsum(term.scale for term in group)  # exact, so that the order in which they were written is lost
+    try:
+        scale = math.fsum(term.scale for term in group)  # exact: the order in which they were written is lost
+    except OverflowError:
+        scale = math.inf
     return Term(group[0].vector, scale, next((term.reference for term in group if term.reference), None))
 
 

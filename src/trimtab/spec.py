@@ -26,7 +26,7 @@ from pydantic_core import CoreSchema, core_schema
 from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate, VectorReference, check_gate, check_served
 from trimtab.json_text import read_json
-from trimtab.program import MAX_VALUE, PhaseProgram, ResolvedSteering, Term, checked, out_of_range
+from trimtab.program import PhaseProgram, ResolvedSteering, Term, fault_of_range
 from trimtab.sites import ModelSites, Phase
 from trimtab.spec_errors import join, translate
 from trimtab.spec_fields import Layers, Number, ProbeSource, Source
@@ -138,9 +138,10 @@ class Add(Intervention):
     def term(self, vectors: Mapping[str, SteeringVector], path: str) -> Term:
         """The vector and its scale. Raises `SteeringError` for an unknown name or layer, values out of range."""
         vector, reference = self.narrowed_vector(vectors, path)
-        if vector.max_abs * max(1.0, abs(self.scale)) > MAX_VALUE:
-            field, factor = ("vector", 1.0) if vector.max_abs > MAX_VALUE else ("scale", abs(self.scale))
-            raise SteeringError(f"{path}.{field}", out_of_range(vector.max_abs * factor))
+        value = vector.max_abs * abs(self.scale)
+        if vector.max_abs and self.scale and (fault := fault_of_range(value)) is not None:
+            by_scale = abs(self.scale) > 1.0 if value > 1.0 else abs(self.scale) < 1.0
+            raise SteeringError(f"{path}.{'scale' if by_scale else 'vector'}", fault)
         return Term(vector, self.scale, reference)
 
 
@@ -251,7 +252,8 @@ class Steering(_Model):
     def _programs(self, terms: list[Term], monitor: str = "") -> ResolvedSteering:
         def program(left_out: str) -> PhaseProgram:
             kept = [term for term, step in zip(terms, self.interventions, strict=True) if step.phase != left_out]
-            return checked(PhaseProgram.of(kept), "interventions")
+            with _below("interventions"):
+                return PhaseProgram.of(kept)
 
         prefill = program("decode")
         same = all(step.phase == "all" for step in self.interventions)

@@ -16,13 +16,14 @@ import numpy as np
 
 from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate, VectorReference, check_gate
-from trimtab.program import PhaseProgram, ResolvedSteering, Term, checked
+from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.sites import HookPoint, Site
-from trimtab.vectors.values import LARGEST_FLOAT32, FloatArray
+from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown
 
 VERSION = 1
+LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
 KEYS = frozenset({"version", "vectors", "gates", "prefill", "decode"})
 
 
@@ -163,7 +164,10 @@ def _decode_phase(
             except SteeringError as error:
                 raise SteeringError(f"{path}[{i}][2]", error.message) from None
         terms.append(Term(vector, scale, reference, gate))
-    return checked(PhaseProgram.of(terms), path)
+    try:
+        return PhaseProgram.of(terms)
+    except SteeringError as error:
+        raise SteeringError(path, error.message) from None
 
 
 def _index(value: Any, count: int, what: str, path: str) -> int:
@@ -173,7 +177,7 @@ def _index(value: Any, count: int, what: str, path: str) -> int:
 
 
 def _number(value: Any, path: str) -> float:
-    if type(value) not in (float, int) or not abs(value) <= LARGEST_FLOAT32:
+    if type(value) not in (float, int) or not abs(value) <= LARGEST_FLOAT64:  # float32 cannot hold every merged scale
         raise SteeringError(path, f"got {shown(value)}, want a finite number")
     return float(value)
 

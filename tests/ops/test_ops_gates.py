@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from trimtab.gates import ResolvedGate
 from trimtab.ops import ROWS_ONLY, Emission, GateOpArgs, SteeringBuffers, emit, set_emission
 from trimtab.ops.gates import gate_count, gate_op_args
 from trimtab.sites import HookPoint
+from trimtab.vectors import SteeringVector
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # one rounding of values of about 4
 
@@ -43,6 +45,24 @@ def test_three_sites_in_a_row_give_what_the_formula_says(tokens, width, gates, d
     for (token, slot), factor in oracle.factors.items():
         if token not in oracle.near:
             assert stack.buffers.gates.values[slot, token].item() == pytest.approx(factor, abs=2e-5)
+
+
+@given(power=st.floats(-18, 4), seed=st.integers(0, 1000), dtype=st.sampled_from(list(TOLERANCE)))
+@settings(max_examples=60, deadline=None)
+def test_probes_of_any_admitted_magnitude_decide_as_the_formula_says(power, seed, dtype):
+    rng = np.random.default_rng(seed)
+    probe = (rng.standard_normal(16) * 10.0**power).astype(np.float32)
+    hidden = torch.from_numpy(rng.standard_normal((4, 16)).astype(np.float32)).to(dtype)
+    scores = hidden.double().numpy() @ probe.astype(np.float64)
+    sharpness, threshold = np.float32(1 / 10.0**power), np.float32(0.3 * 10.0**power)
+    gate = ResolvedGate.of(SteeringVector({SITES[0]: probe}), float(threshold), float(sharpness))
+    buffers, modules, _ = alone(dtype=dtype)
+    buffers.gates.probe_table[1] = torch.from_numpy(probe)
+    buffers.gates.params[:4, 0] = torch.tensor([1.0, gate.threshold, gate.sharpness, 0.0])
+    buffers.gates.probes[:4, 0] = buffers.gates.sites[:4, 0] = 1
+    emit(modules[0], HookPoint.POST_BLOCK, hidden)
+    expected = 1.0 / (1.0 + np.exp(-np.float64(sharpness) * (scores - np.float64(threshold))))
+    np.testing.assert_allclose(buffers.gates.values[0, :4].double().numpy(), expected, atol=1e-5)
 
 
 def alone(width=16, dtype=torch.float32, tokens=4):

@@ -57,6 +57,12 @@ def vector(seed: int, sites: tuple[Site, ...] = SITES, hidden: int = HIDDEN) -> 
     return SteeringVector(dict(zip(sites, numbers, strict=True)))
 
 
+def unit(of: SteeringVector) -> float:
+    """The power of two in which a vector of ordinary numbers is stored: its largest lies between 32768 and 65504."""
+    largest = float(np.abs(of.block).max())
+    return next(2.0**power for power in range(-64, 64) if 32752 <= largest / 2.0**power <= 65504)
+
+
 def make_buffers(max_requests=4, *, max_tokens=64, sites=SITES, hidden=HIDDEN, dtype=torch.float32, device="cpu"):
     return SteeringBuffers(
         sites,

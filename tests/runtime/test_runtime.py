@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from runtime_model import HIDDEN, SITES, make_buffers, poison, received, resolved, snapshot, vector, written
+from runtime_model import HIDDEN, SITES, make_buffers, poison, received, resolved, snapshot, unit, vector, written
 
 from trimtab.errors import SteeringError
 from trimtab.runtime import SteeringRuntime, upload
@@ -48,7 +48,7 @@ def test_a_change_writes_its_own_rows_and_no_other(runtime, buffers):
     assert runtime.row_uploads == 4
     assert int(buffers.index[2]) in rows
     np.testing.assert_array_equal(
-        buffers.table[0, int(buffers.index[2])].numpy(),
+        buffers.table[0, int(buffers.index[2])].double().numpy() * float(buffers.row_gate[2]),
         (vector(4).directions[SITES[0]].astype(float) + 2.0 * CALM.directions[SITES[0]].astype(float)).astype("f4"),
     )
     poison(buffers)
@@ -165,7 +165,7 @@ def test_one_vector_at_a_thousand_scales_takes_one_row():
     decode_step(runtime, *names)
     assert runtime.rows_in_use == runtime.row_uploads == 1
     assert set(buffers.index.tolist()) == {1}
-    np.testing.assert_array_equal(buffers.row_gate.numpy(), scales.astype(np.float32))
+    np.testing.assert_array_equal(buffers.row_gate.numpy(), scales.astype(np.float32) * np.float32(unit(CALM)))
 
 
 @pytest.mark.parametrize("first", range(6, 12))
@@ -176,7 +176,8 @@ def test_row_and_gate_change_at_the_token_where_the_prompt_ends(runtime, buffers
     runtime.admit("y", resolved([], [(CALM, 4.0)]))
     runtime.step(["x", "y"], np.array([first, first]), np.array([count, count]), np.array([prompt, prompt]))
     row = {True: None, False: None}
-    for lane, (prefill_gate, decode_gate) in enumerate([(0.1, -7.3), (1.0, 4.0)]):
+    steps = [(0.1 * unit(CALM), -7.3 * unit(BOLD)), (1.0, 4.0 * unit(CALM))]
+    for lane, (prefill_gate, decode_gate) in enumerate(steps):
         for token in range(count):
             at, decode = lane * count + token, first + token >= prompt
             steered = lane == 0 or decode
@@ -304,7 +305,7 @@ def test_a_batch_of_the_same_ids_sees_a_later_admission(runtime, buffers):
     decode_step(runtime, "a", "b")
     runtime.admit("b", both([(CALM, 2.0)]))
     decode_step(runtime, "a", "b")
-    assert buffers.row_gate[:2].tolist() == [1.0, 2.0]
+    assert buffers.row_gate[:2].tolist() == [unit(CALM), 2.0 * unit(CALM)]
     runtime.release("a")
     decode_step(runtime, "a", "b")
     assert (buffers.index[:2] != 0).tolist() == [False, True]
@@ -317,7 +318,8 @@ def test_table_rows_are_rounded_once_to_the_models_dtype():
     decode_step(runtime, "a")
     exact = np.float64(1.1) * CALM.directions[SITES[0]].astype(float)
     exact += np.float64(0.3) * BOLD.directions[SITES[0]].astype(float)
-    assert torch.equal(buffers.table[0, 1], torch.from_numpy(exact.astype(np.float32)).bfloat16())
+    rounded = torch.from_numpy(exact.astype(np.float32)).bfloat16().double()
+    np.testing.assert_array_equal(received(buffers)[0, 0], rounded.numpy())
 
 
 def test_pipeline_stages_with_other_sites_agree_and_hold_only_their_own():
@@ -330,7 +332,8 @@ def test_pipeline_stages_with_other_sites_agree_and_hold_only_their_own():
         runtime.release("a")
         decode_step(runtime, "b")
     assert len({runtime.digest() for runtime in runtimes}) == 1
-    np.testing.assert_array_equal(stages[1].table[:, 1].numpy(), [CALM.directions[s] for s in SITES[1:]])
+    content = stages[1].table[:, 1].numpy() * unit(CALM)
+    np.testing.assert_array_equal(content, [CALM.directions[s] for s in SITES[1:]])
     assert not stages[1].table[:, 2].any()
     assert stages[0].any_active.all()
     assert not stages[1].any_active.any()

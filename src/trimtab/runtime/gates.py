@@ -14,7 +14,7 @@ from trimtab.gates import ResolvedGate
 from trimtab.ops.gates import GateBuffers, gate_record
 from trimtab.program import PhaseProgram
 from trimtab.runtime.meters import GateMeters
-from trimtab.runtime.plan import DECODE, PREFILL
+from trimtab.runtime.plan import DECODE, PREFILL, RowUse
 from trimtab.runtime.rows import RowAllocator
 from trimtab.runtime.upload import RowUploader, TokenUploader
 from trimtab.vectors.values import FloatArray
@@ -52,19 +52,23 @@ class GateLanes:
         return self._probes.in_use
 
     def add(
-        self, slot: int, request_id: str, phases: tuple[PhaseProgram, PhaseProgram], row: Callable[[PhaseProgram], int]
+        self,
+        slot: int,
+        request_id: str,
+        phases: tuple[PhaseProgram, PhaseProgram],
+        acquire: Callable[[PhaseProgram], RowUse],
     ) -> None:
-        """Give `slot`, which has none, the gates of both phases; `row` acquires the row of a gated sum."""
+        """Give `slot`, which has none, the gates of both phases; `acquire` takes the row of a gated sum."""
         if not any(program.gated for program in phases):
             return
         for phase, program in zip((PREFILL, DECODE), phases, strict=True):
             record = self._records[slot, phase]
             for place, item in enumerate(program.gated):
                 gate = item.gate
-                record["row"][place] = row(item.total)
+                record["row"][place], coefficient = acquire(item.total)
                 record["probe"][place] = self._probe(gate)
                 record["site"][place] = self._buffers.number(gate.site)
-                record["params"][place] = item.total.coefficient, gate.threshold, gate.sharpness, gate.invert
+                record["params"][place] = coefficient, gate.threshold, gate.sharpness, gate.invert
         self._gated[slot] = True
         here = self._buffers.number
         gates = tuple(tuple(g.gate if here(g.gate.site) else None for g in program.gated) for program in phases)

@@ -7,7 +7,7 @@ token is decided by its position, so a chunk that straddles the end of the promp
 
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,13 @@ TOKEN_WORDS = TOKEN.itemsize // 8
 PREFILL, DECODE = 0, 1  # columns of a slot's two records
 
 NO_SLOT = 0  # the slot of every request that is not steered; its records route to row 0
+
+
+class RowUse(NamedTuple):
+    """What a token receives: `coefficient`, rounded to float32, times a table row."""
+
+    row: int
+    coefficient: float
 
 
 class StepPlanner:
@@ -65,12 +72,12 @@ class StepPlanner:
         """Tokens per request of that batch and phase, [B, 2], as `plan` last counted them."""
         return self._counts[: len(self._last_slots)]
 
-    def add(self, request_id: str, rows: tuple[int, int], coefficients: tuple[float, float]) -> int:
-        """Give `request_id`, not yet known, a slot with one (row, coefficient) per phase: (prefill, decode)."""
+    def add(self, request_id: str, prefill: RowUse, decode: RowUse) -> int:
+        """Give `request_id`, not yet known, a slot with what the tokens of each phase receive."""
         slot = self._free.pop()
         self._slot_of[request_id] = slot
-        self._rows[slot] = rows
-        self._coefficients[slot] = coefficients
+        self._rows[slot] = prefill.row, decode.row
+        self._coefficients[slot] = prefill.coefficient, decode.coefficient
         self._last_ids = None
         return slot
 

@@ -17,7 +17,7 @@ from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.runtime.gates import GateLanes
 from trimtab.runtime.meters import GateUse
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, row_probes
-from trimtab.runtime.plan import TOKEN, StepPlanner, as_ints
+from trimtab.runtime.plan import TOKEN, RowUse, StepPlanner, as_ints
 from trimtab.runtime.rows import RowAllocator
 from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
 from trimtab.sites import Site
@@ -64,6 +64,7 @@ class SteeringRuntime:
         self._flags = FlagUploader(buffers.any_active)
         self._tokens = TokenUploader(buffers.token_slab)
         self._site_position = {site: position for position, site in enumerate(buffers.sites)}
+        self._units = np.ones(max_rows)  # what one stands for in each row: see `PhaseProgram.unit`
         self._row_sites = np.zeros((max_rows, len(buffers.sites)), np.bool_)  # where a row has content
         self._site_rows = np.zeros(len(buffers.sites), np.int64)  # held rows with content at each site
         self._unwritten: dict[int, PhaseProgram] = {}  # held rows whose content the device has not seen
@@ -121,11 +122,7 @@ class SteeringRuntime:
         behind = row_probes(probes, self._buffers)
         self.release(request_id)
         phases = (steering.prefill, steering.decode)
-        prefill_row, decode_row = self._acquire(steering.prefill), self._acquire(steering.decode, behind)
-        prefill_coefficient, decode_coefficient = (
-            program.coefficient if program.row_key else 1.0 for program in phases
-        )
-        slot = self._planner.add(request_id, (prefill_row, decode_row), (prefill_coefficient, decode_coefficient))
+        slot = self._planner.add(request_id, self._acquire(steering.prefill), self._acquire(steering.decode, behind))
         if self._gates is not None:
             self._gates.add(slot, request_id, phases, self._acquire)
 
@@ -233,19 +230,20 @@ class SteeringRuntime:
     def _compose(self, program: PhaseProgram) -> FloatArray:
         return program.row(self._buffers.sites)
 
-    def _acquire(self, program: PhaseProgram, probes: RowProbes = ()) -> int:
+    def _acquire(self, program: PhaseProgram, probes: RowProbes = ()) -> RowUse:
         if not program.row_key:
-            return 0
+            return RowUse(0, 1.0)
         row, fresh = self._allocator.acquire(program.row_key + b"".join(gate.digest for gate in probes))
         if fresh and self._row_monitors is not None:
             self._row_monitors.fill(row, probes)
         if fresh:
             self._unwritten[row] = program
+            self._units[row] = program.unit
             self._row_sites[row] = False
             self._row_sites[row, list(self._positions(program))] = True
         if self._allocator.holders(row) == 1:
             self._site_rows += self._row_sites[row]
-        return row
+        return RowUse(row, program.factor * float(self._units[row]))
 
     def _release(self, row: int) -> None:
         if not self._allocator.release(row):
