@@ -1,6 +1,7 @@
 """`trimtab probe` on the bundled model: the file, the tables, the picture, and what is refused."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 
 from trimtab.cli import main
 from trimtab.demo import model_path
-from trimtab.demo.contrast import contrasting_prompts
+from trimtab.demo.gates import beginnings
+from trimtab.demo.grammar import sample_review
 from trimtab.engines.transformers import SteeredModel
 from trimtab.vectors import Probe
 
@@ -16,45 +18,97 @@ from trimtab.vectors import Probe
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("texts")
-    positive, negative = contrasting_prompts("sentiment", 24, seed=5)
-    for name, lines in (("positive", sorted(set(positive))), ("negative", sorted(set(negative)))):
-        (folder / name).write_text("\n".join(line.replace("\n", " ") for line in lines))
+    for name in ("positive", "negative"):
+        (folder / name).write_text("\n".join(beginnings(name, 130, "probe", sentences=2)))
     return folder / "positive", folder / "negative"
+
+
+@pytest.fixture(scope="module")
+def chance(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two files of reviews that nothing tells apart."""
+    folder, rng = tmp_path_factory.mktemp("chance"), random.Random(4)
+    for name in ("one", "two"):
+        (folder / name).write_text("\n".join(sample_review(rng, sentences=1).text for _ in range(40)))
+    return folder / "one", folder / "two"
+
+
+def arguments_of(files: tuple[Path, Path], output: Path, *more: object) -> list[str]:
+    return list(map(str, ["probe", "--positive", files[0], "--negative", files[1], "-o", output, *more]))
 
 
 def test_a_probe_is_trained_written_and_told_about(texts, tmp_path, capsys):
     output, picture = tmp_path / "p.safetensors", tmp_path / "p.png"
-    arguments = ["probe", "--positive", texts[0], "--negative", texts[1], "-o", output, "--layers", "0-1"]
-    assert main([*map(str, arguments), "--picture", str(picture)]) == 0
-    shown = capsys.readouterr().out
-    assert "held-out AUROC" in shown
-    assert "<= 5.0%" in shown
+    arguments = arguments_of(texts, output, "--layers", "0-1")
+    assert main([*arguments, "--picture", str(picture)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "on 32 positive and 32 negative texts that nothing was chosen by: AUROC 0." in shown
+    assert "better than chance, p = 0.0002" in shown
+    assert "NOT better" not in shown
+    assert "<= 10.0% of texts" in shown
+    assert "<= 1.0% of texts: 33 negative texts cannot promise it, 299 could" in shown
     assert picture.read_bytes().startswith(b"\x89PNG")
     probe = Probe.load(output)
     assert probe.site.layer in (0, 1)
 
-    assert main([*map(str, arguments), "--json", "--rate", "0.2"]) == 0
+    assert main([*arguments, "--json", "--rate", "0.2"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["digest"], told["site"]) == (probe.digest.hex(), str(probe.site))
-    assert [one["false_positive_rate"] for one in told["thresholds"]] == [0.2]
+    assert (told["output"], told["digest"], told["site"]) == (str(output), probe.digest.hex(), str(probe.site))
+    assert [(one["unit"], one["false_positive_rate"]) for one in told["thresholds"]] == [("token", 0.2), ("text", 0.2)]
     assert [one["site"] for one in told["layers"]] == ["post_block:0", "post_block:1"]
-    assert told["auroc"] == max(one["auroc"] for one in told["layers"]) > 0.8
+    assert told["auroc"]["low"] < told["auroc"]["value"] < told["auroc"]["high"]
+    assert told["auroc"]["low"] > 0.55
+    assert told["better_than_chance"]
+    assert told["texts"]["reported_on"] == {"positive": 32, "negative": 32}
 
 
-def test_the_threshold_holds_on_new_texts(texts, tmp_path, capsys):
+def test_a_probe_that_is_not_better_than_chance_is_written_only_by_force(chance, tmp_path, capsys):
     output = tmp_path / "p.safetensors"
-    arguments = ["probe", "--positive", texts[0], "--negative", texts[1], "-o", output, "--layers", "1", "--json"]
-    assert main([*map(str, arguments), "--rate", "0.1"]) == 0
-    (operating,) = json.loads(capsys.readouterr().out)["thresholds"]
+    assert main(arguments_of(chance, output)) == 1
+    printed = capsys.readouterr()
+    assert "NOT better than chance, p = " in " ".join(printed.out.split())
+    assert printed.err.startswith("trimtab: not better than chance (p = ")
+    assert printed.err.count("\n") == 1
+    assert not output.exists()
+
+    assert main(arguments_of(chance, output, "--json")) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert (told["output"], told["better_than_chance"]) == (None, False)
+
+    assert main(arguments_of(chance, output, "--force")) == 0
+    assert "NOT better than chance" in " ".join(capsys.readouterr().out.split())
+    assert Probe.load(output).metadata.extra["better_than_chance"] == "no"
+
+
+def test_the_promise_holds_on_new_texts_of_the_same_kind(texts, tmp_path, capsys):
+    output = tmp_path / "p.safetensors"
+    assert main(arguments_of(texts, output, "--layers", "1", "--json", "--rate", "0.1")) == 0
+    found = {one["unit"]: one["threshold"] for one in json.loads(capsys.readouterr().out)["thresholds"]}
     probe = Probe.load(output)
-    positive, negative = contrasting_prompts("sentiment", 40, seed=99)
     with SteeredModel.from_pretrained(model_path()) as model:
-        rates = []
-        for lines in (negative, positive):
-            rows = np.concatenate([a[probe.site] for a in model.activations(lines, [probe.site])])
-            rates.append(float((rows @ probe.direction + probe.bias > operating["threshold"]).mean()))
-    assert rates[0] < 0.2
-    assert rates[1] > rates[0] + 0.2
+        scores = {
+            name: [
+                one[probe.site] @ probe.direction + probe.bias
+                for one in model.activations(beginnings(name, 150, "fresh", sentences=2), [probe.site])
+            ]
+            for name in ("positive", "negative")
+        }
+    assert np.mean([(one > found["token"]).mean() for one in scores["negative"]]) <= 0.1
+    assert np.mean([(one > found["text"]).any() for one in scores["negative"]]) <= 0.1
+    assert np.mean([(one > found["text"]).any() for one in scores["positive"]]) > 0.5
+
+
+def test_pairs_need_files_of_one_length(texts, tmp_path, capsys):
+    shorter = tmp_path / "shorter"
+    shorter.write_text("\n".join(texts[1].read_text().splitlines()[:50]))
+    assert main(arguments_of((texts[0], shorter), tmp_path / "p.safetensors", "--paired")) != 0
+    assert "--paired: " in capsys.readouterr().err
+
+
+def test_too_few_texts_are_refused(tmp_path, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("\n".join(f"{name} {n}" for n in range(12)))
+    assert main(arguments_of((tmp_path / "one", tmp_path / "two"), tmp_path / "p.safetensors")) == 1
+    assert "positive: has 12 different texts; want 20 or more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_terminal_marks_the_tokens_that_were_steered(made):
     show_gates(result, console)
     shown = console.export_text()
     assert "negative beginnings" in shown
-    assert f"{result.report.auroc:.3f}" in shown
+    assert f"{result.report.auroc.value:.3f}" in shown
 
 
 @pytest.mark.parametrize(("name", "value"), [("gated", 0.4), ("gated", math.nan)])

@@ -1,7 +1,7 @@
-"""`trimtab probe`: a probe from two files of texts, with its AUROC per layer and thresholds to gate with."""
+"""`trimtab probe`: a probe from two files of texts, judged on texts of its own, with thresholds to gate with."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -9,7 +9,7 @@ from trimtab.cli.failure import CommandError
 from trimtab.cli.options import BUNDLED, Json, Layers, Model, load_model, read_layers, read_prompts
 
 if TYPE_CHECKING:
-    from trimtab.vectors.probe_training import ProbeReport
+    from trimtab.vectors.probe_report import ProbeReport
 
 
 def probe(
@@ -25,13 +25,17 @@ def probe(
         Literal["all", "last"], typer.Option(help="Train on every token of a text, or on its last one.")
     ] = "all",
     rate: Annotated[
-        list[float] | None, typer.Option("--rate", help="False-positive rate to give a threshold for; repeatable.")
+        list[float] | None, typer.Option("--rate", help="False-positive rate to promise; repeatable.")
     ] = None,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Line n of both files belongs together and is never split up.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write a probe that is not better than chance too.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Also draw AUROC by layer into this .png or .svg file.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of held-out texts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split into parts.")] = 0,
     json_: Json = False,
 ) -> None:
-    """Train a probe by logistic regression; the layer is the one that separates held-out texts best."""
+    """Train a probe by logistic regression; layer, thresholds and report each come from texts of their own."""
     chosen = read_layers(layers)
     wanted, opposite = read_prompts(positive), read_prompts(negative)
     for path, suffixes in ((output, {".safetensors"}), (picture, {".png", ".svg"})):
@@ -39,6 +43,8 @@ def probe(
             raise CommandError(f"{path}: want a file name that ends in {' or '.join(sorted(suffixes))}")
         if path is not None and not path.parent.is_dir():
             raise CommandError(f"{path}: there is no directory {path.parent}")
+    if paired and len(wanted) != len(opposite):
+        raise CommandError(f"--paired: {positive} has {len(wanted)} texts, {negative} has {len(opposite)}")
     steered = load_model(model)
     from trimtab.vectors.probe_training import FALSE_POSITIVE_RATES, train_probe
 
@@ -51,68 +57,91 @@ def probe(
             hook_point=hook_point,
             token=token,
             rates=rate or FALSE_POSITIVE_RATES,
+            groups=[*range(len(wanted))] * 2 if paired else None,
             seed=seed,
         )
-    report.probe.save(output)
+    written = report.better_than_chance or force
+    if written:
+        report.probe.save(output)
     if picture is not None:
         draw(report, picture)
     if json_:
         import json
 
-        typer.echo(json.dumps({"output": str(output), **as_json(report)}))
+        typer.echo(json.dumps({"output": str(output) if written else None, **report.as_json()}))
     else:
-        show(report, output)
+        show(report)
+    if not written:
+        raise CommandError(
+            f"not better than chance (p = {report.p_value:.3g}, want {report.significance:g} or less): {output} is not "
+            "written; give more texts, or --force"
+        )
+    if not json_:
+        typer.echo(f"{output}: {report.probe.site}")
 
 
-def as_json(report: "ProbeReport") -> dict[str, Any]:
-    """The report in plain values."""
-    return {
-        "digest": report.probe.digest.hex(),
-        "site": str(report.probe.site),
-        "bias": report.probe.bias,
-        "auroc": report.auroc,
-        "layers": [{"site": str(result.site), "auroc": result.auroc} for result in report.layers],
-        "thresholds": [vars(operating) for operating in report.thresholds],
-        "trained_on": report.trained_on,
-        "held_out": report.held_out,
-    }
-
-
-def show(report: "ProbeReport", output: Path) -> None:
+def show(report: "ProbeReport") -> None:
     """The report as tables on the terminal."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    by_layer = Table("layer", "held-out AUROC", "", title=f"trained on {report.trained_on} texts")
+    console = Console(highlight=False)
+    by_layer = Table("layer", "AUROC", "", title="chosen on the training texts, held out in turn", title_justify="left")
     for result in report.layers:
         mark = "<- chosen" if result.site == report.probe.site else ""
         bar = "#" * round(40 * max(0.0, 2 * result.auroc - 1))
         by_layer.add_row(str(result.site.layer), f"{result.auroc:.3f}", f"{bar} {mark}")
     console.print(by_layer)
-    table = Table("false positives", "threshold", "measured", "true positives", title="thresholds, per token")
+
+    sure = f"{report.confidence:.0%}"
+    table = Table("promised", "threshold", "fires on negative", "and on positive", title_justify="left")
+    table.title = f"thresholds from {report.thresholds_from[1]} negative texts; what they give on the report's texts"
     for one in report.thresholds:
-        table.add_row(
-            f"<= {one.false_positive_rate:.1%}",
-            f"{one.threshold:.3f}",
-            f"{one.measured_false_positive_rate:.1%}",
-            f"{one.true_positive_rate:.1%}",
-        )
+        for unit, false, true in (
+            ("tokens", one.false_positives_per_token, one.true_positives_per_token),
+            ("texts", one.false_positives_per_text, one.true_positives_per_text),
+        ):
+            mine = unit.startswith(one.unit)
+            table.add_row(
+                f"<= {one.false_positive_rate:.1%} of {unit}" if mine else "",
+                f"{one.threshold:.3f}" if mine else "",
+                f"{false.value:.1%} of {unit} (at most {false.high:.1%})",
+                f"{true.value:.1%} (at least {true.low:.1%})",
+            )
     console.print(table)
-    console.print(f"{output}: {report.probe.site}, AUROC {report.auroc:.3f} on {report.held_out} held-out texts")
+    for refused in report.unpromised:
+        console.print(
+            f"<= {refused.false_positive_rate:.1%} of {refused.unit}s: {refused.texts} negative texts cannot promise "
+            f"it, {refused.texts_needed} could; theirs is {refused.lowest:.1%}"
+        )
+    verdict = "better than chance" if report.better_than_chance else "NOT better than chance"
+    texts = "{} positive and {} negative texts".format(*report.reported_on)
+    console.print(f"on {texts} that nothing was chosen by: AUROC {report.auroc} of tokens,")
+    console.print(f"{report.auroc_of_texts} of texts by their highest token, {sure} intervals; {verdict}, "
+                  f"p = {report.p_value:.3g}")  # fmt: skip
+    if report.repeated:
+        console.print(f"{report.repeated} texts repeat others or belong to them, and count with them")
 
 
 def draw(report: "ProbeReport", path: Path) -> None:
-    """AUROC by layer as a picture."""
+    """AUROC by layer, and that of the chosen probe on the report's texts with its interval, as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    axes.plot([r.site.layer for r in report.layers], [r.auroc for r in report.layers], marker="o", color="#1f6feb")
+    layers, values = [r.site.layer for r in report.layers], [r.auroc for r in report.layers]
+    axes.plot(layers, values, marker="o", color="#1f6feb", label="training texts, held out in turn")
+    found, layer = report.auroc, report.probe.site.layer
+    reach = [[max(found.value - found.low, 0.0)], [max(found.high - found.value, 0.0)]]
+    label = f"texts of the report, {report.confidence:.0%} interval"
+    axes.errorbar([layer], [found.value], reach, fmt="s", capsize=4, color="#d1242f", label=label)
     axes.axhline(0.5, color="#999999", linewidth=1, linestyle="--")
-    axes.axvline(report.probe.site.layer, color="#d1242f", linewidth=1)
-    axes.set(xlabel="layer", ylabel="held-out AUROC", ylim=(0.4, 1.02), title=f"probe at {report.probe.site}")
+    verdict = f"p = {report.p_value:.2g}" + ("" if report.better_than_chance else ": not better than chance")
+    axes.set(
+        xlabel="layer", ylabel="AUROC of tokens", ylim=(0.2, 1.02), title=f"probe at {report.probe.site}, {verdict}"
+    )
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
