@@ -31,6 +31,7 @@ class GateLanes:
         self._words = self._records.view(np.int64).reshape(max_requests + 1, -1)
         self._gated = np.zeros(max_requests + 1, np.bool_)
         self._probes = RowAllocator(len(buffers.probe_table))
+        self._read_at = np.zeros(len(buffers.probe_table), np.int32)  # how this rank numbers the site of each probe
         self._unwritten: dict[int, ResolvedGate] = {}
         self._table = RowUploader(buffers.probe_table[None], _direction)
         self._slab = TokenUploader(buffers.slab, np.zeros(record.itemsize // 8, np.int64))
@@ -66,8 +67,8 @@ class GateLanes:
             for place, item in enumerate(program.gated):
                 gate = item.gate
                 record["row"][place], coefficient = acquire(item.total)
-                record["probe"][place] = self._probe(gate)
-                record["site"][place] = self._buffers.number(gate.site)
+                record["probe"][place] = probe = self._probe(gate)
+                record["site"][place] = self._read_at[probe]
                 record["params"][place] = coefficient, gate.threshold, gate.sharpness, gate.invert
         self._gated[slot] = True
         here = self._buffers.number
@@ -105,15 +106,24 @@ class GateLanes:
         self.meters.expect(slots, counts)
 
     def state(self) -> Iterator[bytes]:
-        """All that later choices depend on, the same on every pipeline stage, for digests."""
+        """What the device holds and all that later choices depend on, the same on every pipeline stage, for digests.
+
+        Numbers of sites differ from stage to stage, so in their place stands whether each is that of its probe.
+        """
         yield from self._probes.state()
-        for field in ("row", "probe", "params"):
-            yield self._records[field].tobytes()
+        yield repr(sorted((probe, gate.digest.hex()) for probe, gate in self._unwritten.items())).encode()
+        yield self._gated.tobytes()
+        planned = np.ascontiguousarray(self._slab.held).view(self._records.dtype)
+        for records in (self._records, planned):
+            for field in ("row", "probe", "params"):
+                yield records[field].tobytes()
+            yield (records["site"] == self._read_at[records["probe"]]).tobytes()
 
     def _probe(self, gate: ResolvedGate) -> int:
         probe, fresh = self._probes.acquire(gate.probe.digest)
         if fresh:
             self._unwritten[probe] = gate
+            self._read_at[probe] = self._buffers.number(gate.site)
         return probe
 
 

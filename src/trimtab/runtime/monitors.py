@@ -6,7 +6,7 @@
 Both are the operator's own (see `trimtab.ops.args`), so both open gradually and leave prefill tokens alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -31,6 +31,7 @@ class SiteMonitors:
         self._buffers = buffers
         self._position = {site: position for position, site in enumerate(buffers.sites)}
         self._gates: dict[Site, ResolvedGate] = {}
+        self._elsewhere: ResolvedGate | None = None
         self._changed: set[Site] = set()
         self._active = False  # on the device, since the last `write`
 
@@ -44,6 +45,17 @@ class SiteMonitors:
         check_probe(gate, self._buffers)
         self._gates[gate.site] = gate
         self._changed.add(gate.site)
+
+    def note(self, gate: ResolvedGate) -> None:
+        """Remember that another pipeline stage has this monitor, which changes nothing here."""
+        check_monitor(gate)
+        self._elsewhere = gate
+
+    def state(self) -> Iterator[bytes]:
+        """Every monitor of the engine, wherever it is, for digests."""
+        elsewhere = [] if self._elsewhere is None else [self._elsewhere]
+        for gate in sorted((*self._gates.values(), *elsewhere), key=lambda gate: gate.digest):
+            yield gate.digest
 
     def clear(self, site: Site) -> None:
         """Leave `site` without a monitor. One that has none is no error."""
@@ -96,6 +108,11 @@ class RowMonitors:
         active = np.zeros(len(self._position), np.bool_)
         active[[self._position[gate.site] for probes in self._held.values() for gate in probes]] = True
         self._flags.write(active)
+
+    def state(self) -> bytes:
+        """The probes of each row, and which of them the device has yet to see, for digests."""
+        held = {row: [gate.digest.hex() for gate in probes] for row, probes in self._held.items()}
+        return repr((sorted(held.items()), sorted(self._unwritten))).encode()
 
     def _directions(self, probes: RowProbes) -> FloatArray:
         block = np.zeros((len(self._position), self._width), np.float32)

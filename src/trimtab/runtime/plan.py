@@ -119,7 +119,8 @@ class StepPlanner:
     def state(self) -> bytes:
         """Who holds which slot with which records, in a fixed order, for digests."""
         members = sorted(self._slot_of.items())
-        return repr((members, self._free)).encode() + self._records[[slot for _, slot in members]].tobytes()
+        # As words: copies of records leave whatever the memory held between their fields.
+        return repr((members, self._free)).encode() + self._record_words[[slot for _, slot in members]].tobytes()
 
     def _resize(self, batch: int) -> None:
         self._counts = np.zeros((batch, 2), np.int64)

@@ -5,7 +5,7 @@ all that reaches the device are the rows, flags and token records that changed s
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -93,14 +93,20 @@ class SteeringRuntime:
         """The monitor of each site that has one; for reading."""
         return self._monitors.gates
 
-    def set_monitor(self, gate: ResolvedGate) -> None:
+    def set_monitor(self, gate: ResolvedGate, *, elsewhere: bool = False) -> None:
         """Let `gate` multiply the rows of all decode tokens at its probe's site, from the next `step` on.
 
         Where the site's module emits across layers (`Emission.cross_layer`), it multiplies them at all later sites too,
         and what the device holds of a plan is written anew in each step. Sums behind gates are not touched. Replaces
         the site's monitor. Raises SteeringError for a hard gate, a site that the buffers lack, or another width.
+
+        `elsewhere` says that another pipeline stage has the site: it is noted, so that `digest` agrees, and does
+        nothing here.
         """
-        self._monitors.set(gate)
+        if elsewhere:
+            self._monitors.note(gate)
+        else:
+            self._monitors.set(gate)
 
     def clear_monitor(self, site: Site) -> None:
         """Leave `site` without a monitor from the next `step` on. One that has none is no error."""
@@ -199,13 +205,28 @@ class SteeringRuntime:
         return () if self._gates is None else self._gates.meters.totals()
 
     def digest(self) -> str:
-        """Hex SHA-256 of the state: rows, requests and the last plan. Equal on ranks that saw the same calls."""
-        state = hashlib.sha256()
-        gates = () if self._gates is None else self._gates.state()
-        for part in (*self._allocator.state(), self._planner.state(), self._tokens.held.tobytes(), *gates):
-            state.update(len(part).to_bytes(8, "little"))
-            state.update(part)
-        return state.hexdigest()
+        """Hex SHA-256 of the state: rows, requests, gates, monitors and the last plan; not what gates were seen to do.
+
+        Equal on ranks that saw the same calls, those of other pipeline stages included.
+        """
+        digest = hashlib.sha256()
+        for name, parts in self._state():
+            digest.update(name.encode())
+            for part in parts:
+                digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()
+
+    def _state(self) -> Iterator[tuple[str, Iterable[bytes]]]:
+        yield "rows", self._allocator.state()
+        yield "content", (self._units.tobytes(), repr(sorted(self._unwritten)).encode())
+        held = [row for row in range(len(self._row_sites)) if self._allocator.holders(row)]
+        in_place = self._site_rows == self._row_sites[held].sum(axis=0)  # sites differ from stage to stage
+        yield "sites", (b"as held" if in_place.all() else in_place.tobytes(),)
+        yield "requests", (self._planner.state(),)
+        yield "plan", (self._tokens.held.tobytes(),)
+        yield "gates", () if self._gates is None else self._gates.state()
+        yield "monitors", self._monitors.state()
+        yield "row monitors", () if self._row_monitors is None else (self._row_monitors.state(),)
 
     def _check(self, request_id: str, steering: ResolvedSteering) -> None:
         width = self._buffers.table.shape[2]

@@ -45,8 +45,8 @@ def attach_worker(worker: Any) -> None:
         limit = int(worker.vllm_config.scheduler_config.max_num_seqs)
         runtime = SteeringRuntime(attachment.buffers, max_requests=limit)
         monitor = settings.start_monitor
-        if monitor is not None and monitor.site in attachment.modules:
-            runtime.set_monitor(monitor)
+        if monitor is not None:
+            runtime.set_monitor(monitor, elsewhere=monitor.site not in attachment.modules)
         _account_for_memory(runner, attachment.buffers.nbytes)
         (drive_v2 if _is_v2(runner) else drive_v1)(runner, runtime, settings, limit)
     worker._trimtab = WorkerSteering(attachment, runtime)
