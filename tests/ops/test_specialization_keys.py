@@ -4,30 +4,24 @@ The operators' CPU implementation is exchanged for the one that launches kernels
 sides go through the registered operator, the real buffers and the real launch.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from ops_triton import RecordedKernel, recorded
+from kernel_recorders import Recorders
 
 from trimtab.ops import (
     Emission,
     SteeringBuffers,
     emit,
-    library,
     register_steering_buffers,
     resize_row_monitor_buffers,
     set_emission,
     share_token_buffers,
     warmup,
 )
-from trimtab.ops.kernels import apply_steering as apply_module
-from trimtab.ops.kernels import steering_monitor as monitor_module
 from trimtab.sites import HookPoint, Site
 
 POST = HookPoint.POST_BLOCK
@@ -37,30 +31,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 APPLY_VARIANTS = 2  # out of place and in place; neither the number of tokens nor the site selects one
 MONITOR_VARIANTS = 1
-
-
-@dataclass
-class Recorders:
-    apply: RecordedKernel
-    monitor: RecordedKernel
-
-
-@pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorders]:
-    monkeypatch.setattr(warmup, "_launches_kernels", lambda args: True)
-    implementations = torch.library.Library(library.NAMESPACE, "IMPL")
-    for name, launches in {
-        "apply_steering": library._apply_cuda,
-        "apply_steering_": library._apply_in_place_cuda,
-        "steering_monitor": library._monitor_cuda,
-    }.items():
-        implementations.impl(name, launches, "CPU", allow_override=True)
-    with (
-        recorded(apply_module, "apply_steering_kernel") as apply,
-        recorded(monitor_module, "steering_monitor_kernel") as monitor,
-    ):
-        yield Recorders(apply, monitor)
-    implementations._destroy()
 
 
 def engine(dtype: torch.dtype, *, row_monitor: bool, cross_layer: bool, slab: bool) -> list[nn.Module]:

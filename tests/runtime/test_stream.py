@@ -121,6 +121,9 @@ class Engine(RuleBasedStateMachine):
             position = SITES.index(site)
             assert flag or not any(r.due(p)[position].any() for r in running for p in (0, r.prompt))
             assert not flag or any(site in v.directions for r in running for v, _ in (*r.prefill, *r.decode))
+            resting = self.buffers[0].states[position].resting
+            assert not (resting and any(sums[position].any() for sums in due))
+            assert resting or any(site in v.directions for r in running for v, _ in (*r.prefill, *r.decode))
 
     @invariant()
     def twins_agree_and_row_zero_is_zero(self):

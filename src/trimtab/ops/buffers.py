@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trimtab.ops.args import NO_THRESHOLD, MonitorOpArgs, SteeringOpArgs
 from trimtab.ops.emission import emission
 from trimtab.ops.gates import GateBuffers
+from trimtab.ops.host import SiteState, set_site_state
 from trimtab.sites import HookPoint, Site, site_order
 
 TOKEN_BYTES = 64
@@ -163,6 +164,7 @@ class SteeringBuffers:
     token_scales: Tensor  # [T] float32
     decode_mask: Tensor  # [T] float32
     gates: "GateBuffers | None"  # None where the engine serves none
+    states: tuple[SiteState, ...]  # of each site, on the host
 
     def __init__(
         self,
@@ -185,6 +187,7 @@ class SteeringBuffers:
         self.sites = tuple(sorted(set(sites), key=site_order))
         self._position = {site: position for position, site in enumerate(self.sites)}
         count = len(self.sites)
+        self.states = tuple(SiteState() for _ in self.sites)
 
         def stacked(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return _aligned(count, shape, dtype, device)
@@ -238,6 +241,7 @@ class SteeringBuffers:
         for field, tensor in by_field.items():
             module.register_buffer(buffer_name(field, site.hook), tensor, persistent=False)
         module.register_buffer(MONITOR_OFF, self._monitor_off, persistent=False)
+        set_site_state(module, site.hook, self.states[at])
         if self.gates is not None:
             self.gates.attach(module, site)
 

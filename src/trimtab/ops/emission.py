@@ -16,6 +16,7 @@ class Emission(NamedTuple):
     terms: Terms = ALL_TERMS  # what the traced form computes
     cross_layer: bool = False  # a site's probe gates that site and everything after it, instead of that site alone
     monitor_at: HookPoint | None = None  # the one hook point that evaluates its probe for that; None is every one
+    eager: bool = False  # no pass is compiled or captured, so the host decides in each whether a site rests
 
 
 def set_emission(module: nn.Module, mode: Emission) -> None:

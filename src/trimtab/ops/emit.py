@@ -8,6 +8,7 @@ from trimtab.ops.args import SteeringOpArgs
 from trimtab.ops.buffers import has_steering, monitor_op_args, steering_op_args
 from trimtab.ops.emission import emission
 from trimtab.ops.gates import decided_gates, decides, gate_count, gate_op_args
+from trimtab.ops.host import site_state
 from trimtab.sites import HookPoint
 
 
@@ -16,23 +17,26 @@ def emit(
 ) -> Tensor:
     """Steer `hidden` [..., H] with the buffers that `module` holds for `hook`, and return the result.
 
-    A module without buffers for the hook returns `hidden` itself, and a compiled graph then holds nothing of ours.
-    How the module steers is set by its `Emission`. `rest`, of the same shape, is what must
-    be added to `hidden` to make the stream that a probe reads, where the model keeps it in two parts: for gates and for
-    the monitor in cross-layer mode; the monitors that are part of the operator read `hidden` alone. `in_place` lets the
-    operator write into `hidden`, so an idle site costs a launch and no copy; callers must use the returned tensor in
-    either case.
+    A module without buffers for the hook returns `hidden` itself, and a compiled graph then holds nothing of ours; so
+    does, in eager execution, a site that rests. How the module steers is set by its `Emission`. `rest`, of the same
+    shape, is what must be added to `hidden` to make the stream that a probe reads, where the model keeps it in two
+    parts: for gates and for the monitor in cross-layer mode; the monitors that are part of the operator read `hidden`
+    alone. `in_place` lets the operator write into `hidden`, outside of compiled graphs, so an idle site costs a launch
+    and no copy; callers must use the returned tensor in either case.
     """
     if not has_steering(module, hook):
         return hidden
+    compiling = torch.compiler.is_compiling()
+    mode = emission(module)
+    if mode.eager and not compiling and site_state(module, hook).resting:
+        return hidden
     tokens = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     rest = None if rest is None else rest.reshape(tokens.shape)
-    mode = emission(module)
     args = steering_op_args(module, hook, tokens)
     monitor = None
     if mode.cross_layer and mode.monitor_at in (None, hook):
         monitor = monitor_op_args(module, hook, tokens if rest is None else tokens.float() + rest.float())
-    if mode.traced and torch.compiler.is_compiling():
+    if mode.traced and compiling:
         if monitor is not None:
             reference.steering_monitor(monitor, mode.terms)
         if decides(module, hook):  # the first site with gates does: what later ones add was decided in this pass
@@ -45,7 +49,7 @@ def emit(
         if monitor is not None:
             torch.ops.trimtab.steering_monitor(*monitor)
         gated = gate_count(module, hook) > 0
-        out = _operator(args, in_place and not gated)  # probes read what the tensor was before
+        out = _operator(args, in_place and not (compiling or gated))  # probes read what the tensor was before
         if gated:
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, out, tokens, rest))
     return out if hidden.dim() == 2 else out.reshape(hidden.shape)

@@ -18,15 +18,20 @@ def compiled_variants(kernel: Any) -> int:
 
     Raises RuntimeError where the kernel has neither of the caches that we know: a count of 0 would hide what it is for.
     """
-    return len(variant_keys(kernel))
+    return sum(map(len, _variants(kernel).values()))
 
 
 def variant_keys(kernel: Any) -> set[Any]:
     """The keys of those variants: (device, Triton's own key)."""
+    return {(device, key) for device, variants in _variants(kernel).items() for key in variants}
+
+
+def _variants(kernel: Any) -> dict[Any, Any]:
+    """The variants on each device, by Triton's own keys."""
     if hasattr(kernel, "device_caches"):  # from Triton 3.3 on: device -> (variants, ...)
-        return {(device, key) for device, (variants, *_) in kernel.device_caches.items() for key in variants}
+        return {device: caches[0] for device, caches in kernel.device_caches.items()}
     if hasattr(kernel, "cache"):  # before: device -> variants
-        return {(device, key) for device, variants in kernel.cache.items() for key in variants}
+        return dict(kernel.cache)
     raise RuntimeError(
         f"{kernel!r} has neither `device_caches` nor `cache`: this Triton keeps compiled variants elsewhere, "
         f"and trimtab {__name__} must learn where"

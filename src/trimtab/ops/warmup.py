@@ -7,6 +7,7 @@ on a machine without CUDA or Triton it does nothing.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
@@ -22,7 +23,9 @@ from trimtab.ops.buffers import (
     row_monitor_tensors,
     steering_op_args,
 )
+from trimtab.ops.emission import emission
 from trimtab.ops.gates import gate_count, gate_op_args
+from trimtab.ops.host import site_state
 from trimtab.ops.library import kernels_serve
 from trimtab.ops.variants import compiled_variants, late_variants, pause, watch
 from trimtab.sites import HookPoint
@@ -30,6 +33,8 @@ from trimtab.sites import HookPoint
 __all__ = [
     "compiled_variants",
     "late_variants",
+    "unwarmed_sites",
+    "warmed_launches",
     "warmup_apply_gates_kernel",
     "warmup_apply_steering_kernel",
     "warmup_steering_monitor_kernel",
@@ -53,12 +58,13 @@ def warmup_apply_steering_kernel(
     that appears later is counted by `late_variants`.
     """
 
-    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> None:
-        for args in _row_monitor_states(steering_op_args(module, hook, hidden), row_monitor):
-            if False in in_place:
-                torch.ops.trimtab.apply_steering(*args)
-            if True in in_place:
-                torch.ops.trimtab.apply_steering_(*args)
+    operators = {False: torch.ops.trimtab.apply_steering, True: torch.ops.trimtab.apply_steering_}
+
+    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> int:
+        states = list(_row_monitor_states(steering_op_args(module, hook, hidden), row_monitor))
+        for args, form in product(states, in_place):
+            operators[form](*args)
+        return len(states) * len(in_place)
 
     sites = _served_sites(modules)
     if not sites:
@@ -76,13 +82,14 @@ def warmup_steering_monitor_kernel(
     The per-token buffers that it multiplies keep their values. Returns how many variants this compiled.
     """
 
-    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> None:
+    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> int:
         args = monitor_op_args(module, hook, hidden)
         written = (args.steering_token_scales, args.steering_row_gate)
         before = [tensor.clone() for tensor in written]
         torch.ops.trimtab.steering_monitor(*args)
         for tensor, values in zip(written, before, strict=True):
             tensor.copy_(values)
+        return 1
 
     sites = _served_sites(modules)
     if not sites:
@@ -102,9 +109,11 @@ def warmup_apply_gates_kernel(
     how many variants this compiled.
     """
 
-    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> None:
-        for steered, rest in product((torch.empty_like(hidden), hidden.new_empty(0, hidden.shape[1])), (None, hidden)):
+    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> int:
+        forms = list(product((torch.empty_like(hidden), hidden.new_empty(0, hidden.shape[1])), (None, hidden)))
+        for steered, rest in forms:
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, steered, hidden, rest))
+        return len(forms)
 
     sites = [(module, hook) for module, hook in _served_sites(modules) if gate_count(module, hook)]
     if not sites:
@@ -114,10 +123,42 @@ def warmup_apply_gates_kernel(
     return _warm(apply_gates_kernel, sites, sizes, dtype, launches)
 
 
+def warmed_launches(modules: Iterable[nn.Module]) -> dict[str, int]:
+    """How many launches warmed the sites of `modules`, by kernel. Empty where no kernel was: nothing is warm then."""
+    total: Counter[str] = Counter()
+    for module, hook in _sites(modules):
+        total += site_state(module, hook).warmed
+    return dict(sorted(total.items()))
+
+
+def unwarmed_sites(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, HookPoint]]:
+    """The (module, hook) pairs whose operator launches a kernel that was not warmed for them."""
+    return [
+        (module, hook)
+        for module, hook in _served_sites(modules)
+        if not _kernels_of(module, hook) <= site_state(module, hook).warmed.keys()
+    ]
+
+
+def _kernels_of(module: nn.Module, hook: HookPoint) -> set[str]:
+    """The kernels that `emit` may launch at a site."""
+    mode, kernels = emission(module), {"apply_steering_kernel"}
+    if mode.cross_layer and mode.monitor_at in (None, hook):
+        kernels.add("steering_monitor_kernel")
+    if gate_count(module, hook):
+        kernels.add("apply_gates_kernel")
+    return kernels
+
+
+def _sites(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, HookPoint]]:
+    return [(module, hook) for module in modules for hook in HookPoint if has_steering(module, hook)]
+
+
 def _served_sites(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, HookPoint]]:
     """The (module, hook) pairs whose operator launches a kernel."""
-    sites = [(module, hook) for module in modules for hook in HookPoint if has_steering(module, hook)]
-    return [(module, hook) for module, hook in sites if _launches_kernels(steering_op_args(module, hook, _NONE))]
+    return [
+        (module, hook) for module, hook in _sites(modules) if _launches_kernels(steering_op_args(module, hook, _NONE))
+    ]
 
 
 _NONE = torch.empty(0, 0)
@@ -143,7 +184,7 @@ def _warm(
     sites: list[tuple[nn.Module, HookPoint]],
     sizes: Iterable[int],
     dtype: torch.dtype | None,
-    launches: Callable[[nn.Module, HookPoint, Tensor], None],
+    launches: Callable[[nn.Module, HookPoint, Tensor], int],
 ) -> int:
     started, before = time.perf_counter(), compiled_variants(kernel)
     pause(kernel)
@@ -154,8 +195,9 @@ def _warm(
             hidden = torch.zeros(
                 max(tokens, default=0), table.shape[1], dtype=dtype or table.dtype, device=table.device
             )
+            warmed = site_state(module, hook).warmed
             for size in tokens:
-                launches(module, hook, hidden[:size])
+                warmed[kernel.__name__] += launches(module, hook, hidden[:size])
             if hidden.is_cuda:
                 torch.cuda.synchronize(hidden.device)
     watch(kernel)

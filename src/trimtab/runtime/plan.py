@@ -72,6 +72,10 @@ class StepPlanner:
         """Tokens per request of that batch and phase, [B, 2], as `plan` last counted them."""
         return self._counts[: len(self._last_slots)]
 
+    def rows(self, slots: IntArray) -> IntArray:
+        """The rows of both phases of `slots` [B], as [2 B]."""
+        return self._rows[slots].reshape(-1)
+
     def add(self, request_id: str, prefill: RowUse, decode: RowUse) -> int:
         """Give `request_id`, not yet known, a slot with what the tokens of each phase receive."""
         slot = self._free.pop()

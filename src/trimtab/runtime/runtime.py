@@ -67,6 +67,8 @@ class SteeringRuntime:
         self._units = np.ones(max_rows)  # what one stands for in each row: see `PhaseProgram.unit`
         self._row_sites = np.zeros((max_rows, len(buffers.sites)), np.bool_)  # where a row has content
         self._site_rows = np.zeros(len(buffers.sites), np.int64)  # held rows with content at each site
+        self._no_site = np.zeros(len(buffers.sites), np.bool_)
+        self._used = ~self._no_site  # sites that do not rest: all, until the first step
         self._unwritten: dict[int, PhaseProgram] = {}  # held rows whose content the device has not seen
         self._row_uploads = 0
         self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests)
@@ -164,6 +166,7 @@ class SteeringRuntime:
         if gates is not None:
             gates.meters.collect()
         if not self._planner.slots and not self._tokens.tokens and self._flags.clear and (gates is None or gates.idle):
+            self._rest(self._no_site)
             return
         if self._unwritten:
             self._rows.write(self._unwritten)
@@ -190,6 +193,7 @@ class SteeringRuntime:
         self._tokens.write(words, worn=worn)
         if gates is not None:
             gates.write(self._planner.batch, gated)
+        self._rest(self._sites_in_use() if len(words) or gated is not None else self._no_site)
 
     def gate_report(self, *request_ids: str) -> tuple[GateUse, ...]:
         """What each gate of these requests, running or recently gone, has done; waits for the pass under way."""
@@ -227,6 +231,23 @@ class SteeringRuntime:
         yield "gates", () if self._gates is None else self._gates.state()
         yield "monitors", self._monitors.state()
         yield "row monitors", () if self._row_monitors is None else (self._row_monitors.state(),)
+
+    def _sites_in_use(self) -> npt.NDArray[np.bool_]:
+        """[S]: the sites at which the batch last planned may change a token, or decide about later ones."""
+        batch = self._planner.batch
+        if self._gates is not None and self._gates.in_batch(batch):
+            return ~self._no_site
+        used = np.asarray(np.logical_or.reduce(self._row_sites[self._planner.rows(batch)]))
+        used[[self._site_position[site] for site in self.monitors]] = True  # they act on the factors of later sites
+        return used
+
+    def _rest(self, used: npt.NDArray[np.bool_]) -> None:
+        """Let all sites but the `used` [S] rest in the coming pass: what the device now holds changes nothing there."""
+        if np.array_equal(used, self._used):
+            return
+        self._used = used
+        for state, busy in zip(self._buffers.states, used.tolist(), strict=True):
+            state.resting = not busy
 
     def _check(self, request_id: str, steering: ResolvedSteering) -> None:
         width = self._buffers.table.shape[2]

@@ -114,6 +114,31 @@ def test_a_branch_is_steered_at_its_input_its_output_or_both(x: Tensor) -> None:
     torch.testing.assert_close(branch(x=x), 2 * (x + added(1)) + added(2))
 
 
+def test_results_are_steered_in_place_and_inputs_are_not(x: Tensor) -> None:
+    """A layer's result is its own; what a branch is given may be read by others too."""
+
+    class Keeps(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.given, self.made = x, 2 * x
+            return self.made
+
+    for base, convention in ((Keeps, Convention.WHOLE), (Split, Convention.SPLIT)):
+        layer = steer(base(), convention, HookPoint.POST_BLOCK)
+        results = layer(x) if convention is Convention.WHOLE else layer(torch.arange(N), x, x)
+        stream = results if convention is Convention.WHOLE else results[1]
+        torch.testing.assert_close(stream, 2 * x + added(1))
+        if convention is Convention.WHOLE:
+            assert layer.made.data_ptr() == stream.data_ptr()
+    branch, buffers = Keeps(), buffers_for(HookPoint.MLP_IN, HookPoint.MLP_OUT)
+    branch.__class__ = steered_branch_class(Keeps, HookPoint.MLP_IN, HookPoint.MLP_OUT)
+    for site in buffers.sites:
+        buffers.attach(branch, site)
+    before = x.clone()
+    out = branch(x)
+    assert torch.equal(x, before)
+    assert branch.made.data_ptr() == out.data_ptr()
+
+
 def test_other_instances_of_the_class_are_untouched(x: Tensor) -> None:
     steer(Whole(), Convention.WHOLE, HookPoint.POST_BLOCK)
     assert torch.equal(Whole()(x), 3 * x)

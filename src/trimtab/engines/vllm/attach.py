@@ -50,7 +50,7 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
         max_probes=probes_needed(int(vllm_config.scheduler_config.max_num_seqs), wanted.gates.count),
         probe_sites=wanted.gates.probe_sites,
     )
-    mode = Emission(traced=settings.backend != "triton", terms=ROWS_ONLY)
+    mode = Emission(traced=settings.backend != "triton", terms=ROWS_ONLY, eager=_runs_eagerly(vllm_config))
     modules: dict[Site, nn.Module] = {}
     for index in sorted({site.layer for site in held}):
         hooks = {site.hook for site in held if site.layer == index}
@@ -65,6 +65,12 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
     if monitor is not None and (watched := modules.get(monitor.site)) is not None:
         set_emission(watched, emission(watched)._replace(cross_layer=True, monitor_at=monitor.site.hook))
     return Attachment(buffers, modules, probe_sites)
+
+
+def _runs_eagerly(vllm_config: Any) -> bool:
+    """Whether this engine neither compiles nor captures its model, so that Python runs in every forward pass."""
+    compilation = vllm_config.compilation_config
+    return all(getattr(choice, "name", choice) == "NONE" for choice in (compilation.mode, compilation.cudagraph_mode))
 
 
 def _place(layer: nn.Module, hooks: set[HookPoint]) -> dict[HookPoint, nn.Module]:

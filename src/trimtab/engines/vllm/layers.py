@@ -33,10 +33,10 @@ class SteeredLayer:
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
         if self.steering_convention is Convention.SPLIT:
             hidden, residual = out
-            return hidden, emit(_module(self), HookPoint.POST_BLOCK, residual, rest=hidden)
+            return hidden, emit(_module(self), HookPoint.POST_BLOCK, residual, rest=hidden, in_place=True)
         if isinstance(out, tuple):
-            return (emit(_module(self), HookPoint.POST_BLOCK, out[0]), *out[1:])
-        return emit(_module(self), HookPoint.POST_BLOCK, out)
+            return (emit(_module(self), HookPoint.POST_BLOCK, out[0], in_place=True), *out[1:])
+        return emit(_module(self), HookPoint.POST_BLOCK, out, in_place=True)
 
     def _steer_entering(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         slot, rest = self.steering_hidden, None
@@ -71,8 +71,8 @@ class SteeredBranch:
         if self.steering_output is None:
             return out
         if isinstance(out, tuple):
-            return (emit(_module(self), self.steering_output, out[0]), *out[1:])
-        return emit(_module(self), self.steering_output, out)
+            return (emit(_module(self), self.steering_output, out[0], in_place=True), *out[1:])
+        return emit(_module(self), self.steering_output, out, in_place=True)
 
 
 def steered_layer_class(base: type, convention: Convention) -> type:

@@ -12,9 +12,9 @@ from trimtab.engines.vllm.refusals import require_steerable
 from trimtab.engines.vllm.runner_v1 import drive_v1
 from trimtab.engines.vllm.runner_v2 import drive_v2
 from trimtab.engines.vllm.start import stamped_settings
-from trimtab.engines.vllm.warmup import warm_up_kernels
+from trimtab.engines.vllm.warmup import require_warm, warm_up_kernels
 from trimtab.errors import SteeringError
-from trimtab.ops.warmup import late_variants
+from trimtab.ops.warmup import late_variants, warmed_launches
 from trimtab.runtime import SteeringRuntime
 
 logger = logging.getLogger("vllm.trimtab")
@@ -77,6 +77,7 @@ def trimtab_status(self: Any) -> dict[str, Any]:
         "row_uploads": runtime.row_uploads if runtime else 0,
         "digest": runtime.digest() if runtime else "",
         "nbytes": steering.attachment.buffers.nbytes,
+        "warmed": warmed_launches(steering.attachment.modules.values()),  # launches by kernel; {} where none serves
         "late_variants": late_variants(),
         "gates": [asdict(use) for use in runtime.gate_totals()] if runtime else [],
         "monitors": {str(site): gate.digest.hex() for site, gate in runtime.monitors.items()} if runtime else {},
@@ -114,6 +115,7 @@ def _check_after_warm_up(worker: Any, settings: SteeringSettings) -> None:
     def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
         steering: WorkerSteering = worker._trimtab
         warm_up_kernels(worker.vllm_config, steering.attachment)
+        require_warm(steering.attachment)
         result = original(*args, **kwargs)
         monitor = None if settings.start_monitor is None else settings.start_monitor.site
         require_live_sites(worker, steering.attachment, _is_v2(worker.model_runner), monitor)

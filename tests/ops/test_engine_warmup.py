@@ -1,0 +1,116 @@
+"""What an engine's worker warms before it captures graphs: all that its layers will launch, and it is counted."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from kernel_recorders import Recorders
+
+from trimtab.engines.vllm import worker as worker_module
+from trimtab.engines.vllm.attach import Attachment
+from trimtab.engines.vllm.warmup import require_warm, warm_up_kernels
+from trimtab.errors import SteeringError
+from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, emit, set_emission
+from trimtab.ops.warmup import late_variants, warmed_launches
+from trimtab.sites import HookPoint, Site
+
+POST = HookPoint.POST_BLOCK
+SITES = [Site(layer, POST) for layer in range(3)]
+WIDTH = 64
+CAPTURED = [1, 2, 4, 8]
+LONGEST = 32
+SIZES = 7  # the captured ones, 16, 17 and the longest
+CONFIG = SimpleNamespace(
+    compilation_config=SimpleNamespace(cudagraph_capture_sizes=CAPTURED),
+    scheduler_config=SimpleNamespace(max_num_batched_tokens=LONGEST),
+)
+
+
+def attached(dtype: torch.dtype = torch.bfloat16) -> Attachment:
+    """Three layers; probes of gates and the engine's monitor are read at layer 1."""
+    buffers = SteeringBuffers(
+        SITES, hidden_size=WIDTH, max_rows=5, max_tokens=LONGEST, dtype=dtype, gates=2, max_probes=3,
+        probe_sites={SITES[1]},
+    )  # fmt: skip
+    modules: dict[Site, nn.Module] = {}
+    for site in SITES:
+        modules[site] = nn.Module()
+        buffers.attach(modules[site], site)
+        set_emission(modules[site], Emission(terms=ROWS_ONLY, cross_layer=site == SITES[1], monitor_at=POST))
+    return Attachment(buffers, modules, (SITES[1],))
+
+
+def serve(attachment: Attachment, dtype: torch.dtype) -> None:
+    """Layers that keep the stream in one part and in two, steered in place and not, at every captured size."""
+    for tokens in (*CAPTURED, LONGEST):
+        for module in attachment.modules.values():
+            for rest in (None, torch.zeros(tokens, WIDTH, dtype=dtype)):
+                for in_place in (False, True):
+                    emit(module, POST, torch.zeros(tokens, WIDTH, dtype=dtype), rest=rest, in_place=in_place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_warm_engine_compiles_nothing_in_service(kernels: Recorders, dtype: torch.dtype) -> None:
+    attachment, late = attached(dtype), late_variants()
+    warm_up_kernels(CONFIG, attachment)
+    keys = kernels.keys
+    serve(attachment, dtype)
+    assert kernels.keys == keys
+    assert late_variants() == late
+    assert all(keys)
+
+
+def test_what_was_warmed_is_a_number(kernels: Recorders) -> None:
+    attachment = attached()
+    assert warmed_launches(attachment.modules.values()) == {}
+    warm_up_kernels(CONFIG, attachment)
+    assert warmed_launches(attachment.modules.values()) == {
+        "apply_gates_kernel": 2 * SIZES * 4,  # from layer 1 on; adding and only deciding, one part and two
+        "apply_steering_kernel": 3 * SIZES * 2,  # out of place and in place
+        "steering_monitor_kernel": 1 * SIZES * 2,  # the model's dtype, and float32 for a stream in two parts
+    }
+
+
+def test_an_engine_that_is_not_warm_does_not_start(kernels: Recorders) -> None:
+    attachment = attached()
+    with pytest.raises(SteeringError, match="kernels of post_block:0, post_block:1, post_block:2 were not warmed"):
+        require_warm(attachment)
+    warm_up_kernels(CONFIG, attachment)
+    require_warm(attachment)
+
+
+def test_a_kernel_that_was_left_out_of_warm_up_is_noticed(kernels: Recorders) -> None:
+    attachment = attached()
+    warm_up_kernels(CONFIG, attachment)
+    del attachment.buffers.states[1].warmed["steering_monitor_kernel"]
+    with pytest.raises(SteeringError, match="kernels of post_block:1 were not warmed"):
+        require_warm(attachment)
+
+
+def test_the_worker_warms_before_it_captures(kernels: Recorders, monkeypatch: pytest.MonkeyPatch) -> None:
+    attachment, calls = attached(), []
+
+    def capture() -> str:
+        calls.append(sum(warmed_launches(attachment.modules.values()).values()))
+        return "captured"
+
+    worker: Any = SimpleNamespace(
+        vllm_config=CONFIG,
+        model_runner=object(),
+        compile_or_warm_up_model=capture,
+        _trimtab=worker_module.WorkerSteering(attachment, None),
+    )
+    monkeypatch.setattr(worker_module, "require_live_sites", lambda *args: calls.append("checked"))
+    worker_module._check_after_warm_up(worker, SimpleNamespace(start_monitor=None))  # type: ignore[arg-type]
+    assert worker.compile_or_warm_up_model() == "captured"
+    assert calls == [112, "checked"]
+
+    monkeypatch.setattr(worker_module, "warm_up_kernels", lambda *args: None)
+    worker._trimtab = worker_module.WorkerSteering(attached(), None)
+    with pytest.raises(SteeringError, match="not warmed"):
+        worker.compile_or_warm_up_model()
