@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from trimtab.ops.gather import table_rows, teach_inductor
+from trimtab.ops.gather import NAME, table_rows, teach_inductor
 
 ROWS = torch.tensor([0, 3, 0, 1, 4])
 
@@ -40,8 +40,8 @@ def test_the_compiler_generates_code_for_it() -> None:
         torch.compile(lambda rows, x: (x + table_rows(table, rows)).sum(-1)), ROWS, torch.ones(5, 24)
     )
     assert len(code) == 1
-    assert "table_rows(" not in code[0].split("def call")[1]
+    assert "ops.trimtab" not in code[0]
 
 
 def test_the_operator_is_described_right() -> None:
-    torch.library.opcheck(torch.ops.trimtab.table_rows.default, (torch.randn(5, 8), ROWS))
+    torch.library.opcheck(getattr(torch.ops.trimtab, NAME).default, (torch.randn(5, 8), ROWS))

@@ -1,10 +1,13 @@
 """Rows of a table by number inside compiled graphs, where row 0 is zero and never read.
 
-    torch.ops.trimtab.table_rows(Tensor table, Tensor rows) -> Tensor      table [R, H], rows [N] -> [N, H]
+    torch.ops.trimtab.table_rows_{version}(Tensor table, Tensor rows) -> Tensor      table [R, H], rows [N] -> [N, H]
 
 An operator of its own, because of what a compiler makes of PyTorch's: a plain gather reads row 0 for every token that
 nobody steers and waits for it, and a masked one reads the number of the row once per element, so that it cannot load
 neighbouring elements together. `teach_inductor` says how to do it; it stays fused with everything around it.
+
+Compilers keep what they made on disk, and find it again by the graph: names of operators, not what they mean. So the
+name of this one, which is in every graph that steers by traced code, holds the version of the code behind it.
 """
 
 import logging
@@ -14,25 +17,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.version import code_version
+
 logger = logging.getLogger("trimtab")
 
+NAME = f"table_rows_{code_version('ops')[:16]}"
+
 _library = torch.library.Library("trimtab", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("table_rows(Tensor table, Tensor rows) -> Tensor")  # type: ignore[no-untyped-call]
-_library.impl("table_rows", lambda table, rows: table[rows], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.define(f"{NAME}(Tensor table, Tensor rows) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl(NAME, lambda table, rows: table[rows], "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def _fake(table: Tensor, rows: Tensor) -> Tensor:
     return table.new_empty(rows.shape[0], table.shape[1])
 
 
-torch.library.register_fake("trimtab::table_rows", _fake, lib=_library)
+torch.library.register_fake(f"trimtab::{NAME}", _fake, lib=_library)
+
+_operator = getattr(torch.ops.trimtab, NAME).default
 
 
 def table_rows(table: Tensor, rows: Tensor) -> Tensor:
     """`table[rows]` [N, H], where row 0 must be zero."""
     if not torch.compiler.is_compiling():
         return table[rows]
-    found: Tensor = torch.ops.trimtab.table_rows(table, rows)
+    found: Tensor = _operator(table, rows)
     return found
 
 
@@ -65,4 +74,4 @@ def teach_inductor() -> None:
             device=table.get_device(), dtype=table.get_dtype(), inner_fn=value, ranges=[rows.get_size()[0], width]
         )
 
-    register_lowering(torch.ops.trimtab.table_rows.default, type_promotion_kind=None)(lower)
+    register_lowering(_operator, type_promotion_kind=None)(lower)

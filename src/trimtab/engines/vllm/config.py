@@ -19,8 +19,7 @@ from trimtab.gates import ResolvedGate, rows_needed
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
-
-STAMP_SCHEMA = 3  # to be raised by whoever changes what the steered layers compile to
+from trimtab.version import code_version
 
 UNREADABLE = {
     HookPoint.POST_ATTN: "vLLM adds what is steered there to the stream only later, so there is no whole stream to read"
@@ -173,8 +172,8 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> dict[str, Any]:
     model = model_sites(vllm_config, settings)
     plain = settings.model_dump(mode="json", exclude={"stamp"}, exclude_none=True)
     plain["stamp"] = {
-        "schema": STAMP_SCHEMA,
         "trimtab": trimtab.__version__,
+        "code": code_version(),
         "layers": sorted({site.layer for site in model.sites}),
         "gates": model.gates.count,
         "probe_sites": sorted(map(str, model.gates.probe_sites)),

@@ -8,12 +8,13 @@ from typing import Any
 
 import trimtab
 from trimtab.engines.vllm.compat import require_supported
-from trimtab.engines.vllm.config import STAMP_SCHEMA, SteeringSettings, model_sites, stamped
+from trimtab.engines.vllm.config import SteeringSettings, model_sites, stamped
 from trimtab.engines.vllm.flags import SETTINGS_KEY
 from trimtab.engines.vllm.refusals import require_steerable
 from trimtab.engines.vllm.wire import Decoded, DecodedWire, carried, checked
 from trimtab.errors import SteeringError
 from trimtab.sites import ModelSites
+from trimtab.version import code_version
 
 
 def prepare_config(vllm_config: Any) -> None:
@@ -35,11 +36,12 @@ def stamped_settings(vllm_config: Any) -> SteeringSettings | None:
     if settings is None:
         return None
     stamp = settings.stamp or {}
-    if (stamp.get("schema"), stamp.get("trimtab")) != (STAMP_SCHEMA, trimtab.__version__):
+    if stamp.get("code") != code_version():
         raise SteeringError(
             SETTINGS_KEY,
-            f"the configuration was prepared by trimtab {stamp.get('trimtab', 'of no known version')}, this process "
-            f"has {trimtab.__version__}: install the same one wherever vLLM runs",
+            f"the configuration was prepared by trimtab {stamp.get('trimtab', 'of no known version')} with code "
+            f"{str(stamp.get('code'))[:12]}, this process has {trimtab.__version__} with code {code_version()[:12]}: "
+            "install the same one wherever vLLM runs",
         )
     return settings
 
