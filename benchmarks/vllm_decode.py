@@ -153,8 +153,8 @@ class Comparison:
         self._interleave(f"throughput {requests}", base, runs, lambda m: m.total_s * 1e3)
 
     def _runs(self, base: Case, cases: list[Case]) -> list[Run]:
-        second = self.engines.get("second")
-        control = [(second, replace(base, name="stock, second engine"))] if second else []
+        again = [(name, self.engines[name]) for name in ("second", "third") if name in self.engines]
+        control = [(engine, replace(base, name=f"stock, {name} engine")) for name, engine in again]
         return [*control, *((self.engines["steered"], case) for case in cases if "steered" in self.engines)]
 
     def _interleave(
@@ -239,11 +239,13 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=16384, help="prompt length of the prefill case; 0 for none")
     parser.add_argument("--throughput", action="store_true", help="256 requests of 96 + 128 tokens, whole run")
     parser.add_argument(
-        "--engines", nargs="+", choices=("steered", "second", "gates", "gates2", "monitor", "v1"), default=["steered"],
-        help="beside stock: steered; a second stock one, to see what chance does; with gates, 4 or 2; behind a "
-        "monitor; steered and stock on the V1 runner",
+        "--engines", nargs="+", default=["steered"],
+        choices=("steered", "second", "third", "gates", "gates2", "monitor", "v1"),
+        help="beside stock: steered; a second and a third stock one, to see what chance does; with gates, 4 or 2; "
+        "behind a monitor; steered and stock on the V1 runner",
     )  # fmt: skip
     parser.add_argument("--few", action="store_true", help="only idle and the most distinct vectors")
+    parser.add_argument("--eager", action="store_true", help="neither compile nor capture graphs")
     parser.add_argument("--stock-last", action="store_true", help="start stock after the others, not before")
     parser.add_argument("--pause", type=float, default=0, help="seconds between the starts, so that their order holds")
     parser.add_argument("--repeats", type=int, default=5)
@@ -262,7 +264,7 @@ def main() -> None:
             "max_num_batched_tokens": max(8192, arguments.prefill), "max_model_len": max(4096, arguments.prefill + 64),
             # a fixed cache: two engines that start together must not size theirs from the memory they see free
             "kv_cache_memory_bytes": arguments.cache_gib << 30, "gpu_memory_utilization": 0.12,
-            "enable_prefix_caching": False,
+            "enable_prefix_caching": False, "enforce_eager": arguments.eager,
         }  # fmt: skip
         if arguments.attention:
             common["attention_config"] = {"backend": arguments.attention}
@@ -272,7 +274,7 @@ def main() -> None:
         probed = steering | {"probes": make_probes(Path(folder) / "probes", arguments.shape)}
         v1, v2 = ({"VLLM_USE_V2_MODEL_RUNNER": value} for value in "01")
         configured: dict[str, tuple[dict[str, Any] | None, dict[str, str]]] = {"stock": (None, v2)}
-        choices = {"steered": (steering, v2), "second": (None, v2), "v1": (steering, v1)}
+        choices = {"steered": (steering, v2), "v1": (steering, v1)} | dict.fromkeys(("second", "third"), (None, v2))
         choices |= {name: (probed | {"gates": count}, v2) for name, count in GATES.items()}
         monitor = {"probe": probed["probes"]["p0"], "threshold": 0.0, "sharpness": 1.0}
         choices["monitor"] = (steering | {"monitor": monitor}, v2)

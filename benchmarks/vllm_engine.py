@@ -32,11 +32,16 @@ QWEN2_1B5 = {
     "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "tie_word_embeddings": True,
     "torch_dtype": "bfloat16", "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+QWEN2_0B5 = QWEN2_1B5 | {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+}  # fmt: skip
 TINY = LLAMA_8B | {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 32,
     "num_key_value_heads": 1, "vocab_size": 512, "max_position_embeddings": 4096,
 }  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {"llama-8b": LLAMA_8B, "qwen2-1.5b": QWEN2_1B5, "tiny": TINY}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-8b": LLAMA_8B, "qwen2-1.5b": QWEN2_1B5, "qwen2-0.5b": QWEN2_0B5, "tiny": TINY
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

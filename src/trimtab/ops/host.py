@@ -5,6 +5,8 @@ forward pass knows which sites nothing will change in it, so `emit` can pass the
 """
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -30,6 +32,19 @@ def site_state(module: nn.Module, hook: HookPoint) -> SiteState:
     """The state of `module`'s site at `hook`, which it has wherever it has steering buffers."""
     state: SiteState = getattr(module, _NAMES[hook])
     return state
+
+
+@contextmanager
+def awake(states: Sequence[SiteState]) -> Iterator[None]:
+    """Let no site rest while buffers hold what nobody planned; afterwards each does as before."""
+    before = [state.resting for state in states]
+    try:
+        for state in states:
+            state.resting = False
+        yield
+    finally:
+        for state, rested in zip(states, before, strict=True):
+            state.resting = rested
 
 
 _NAMES = {hook: f"_steering_{hook.value}_state" for hook in HookPoint}

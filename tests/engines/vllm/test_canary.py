@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trimtab.engines.vllm.attach import Attachment
 from trimtab.engines.vllm.canary import require_live_sites
 from trimtab.errors import SteeringError
-from trimtab.ops import SteeringBuffers
+from trimtab.ops import Emission, SteeringBuffers, set_emission
 from trimtab.ops.emit import emit
 from trimtab.sites import HookPoint, Site
 
@@ -54,9 +54,13 @@ def check(v2: bool, first: bool = False, deaf: bool = False) -> None:
     layers = [nn.Module() for _ in SITES]
     for layer, site in zip(layers, SITES, strict=True):
         buffers.attach(layer, site)
+        set_emission(layer, Emission(eager=True))
+    for state in buffers.states:
+        state.resting = True  # as after a warm-up that ran real steps
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MOST))
     worker = SimpleNamespace(model_runner=Runner(layers, first, deaf), vllm_config=config)
     require_live_sites(worker, Attachment(buffers, dict(zip(SITES, layers, strict=True)), tuple(SITES[:1])), v2)
+    assert all(state.resting for state in buffers.states)
 
 
 @pytest.mark.parametrize("v2", [False, True])

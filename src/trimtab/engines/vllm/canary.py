@@ -17,6 +17,7 @@ from trimtab.engines.vllm.attach import Attachment
 from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
 from trimtab.ops.args import NO_THRESHOLD
+from trimtab.ops.host import awake
 from trimtab.sites import Site, site_order
 
 _STRENGTH = 64.0  # far above rounding in any dtype, far below float16's range
@@ -26,9 +27,14 @@ def require_live_sites(worker: Any, attachment: Attachment, is_v2: bool, monitor
     """Raise `SteeringError` naming each site of this rank whose canary changes nothing, and each that gates, or an
     engine's monitor, read at the site `monitor`, do not reach. Leaves the buffers as new.
     """
-    buffers = attachment.buffers
-    if not buffers.sites:
+    if not attachment.buffers.sites:
         return
+    with awake(attachment.buffers.states):  # warm-up may have run real steps, with nobody steered
+        _require_live_sites(worker, attachment, is_v2, monitor)
+
+
+def _require_live_sites(worker: Any, attachment: Attachment, is_v2: bool, monitor: Site | None) -> None:
+    buffers = attachment.buffers
     forward = _forward_v2(worker) if is_v2 else _forward_v1(worker)
     most = min(int(worker.vllm_config.scheduler_config.max_num_seqs), buffers.table.shape[1] - 1)
 

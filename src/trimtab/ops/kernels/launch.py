@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -49,13 +49,18 @@ def steering_launch_sizes(args: SteeringOpArgs) -> Launch:
     would leave each too few registers. The bound on registers is what does not spill (4 per element, 6 in float32; of a
     16384-wide float32 row some do), and there are as many programs as are then resident at once.
     """
-    tokens, width = args.hidden_states.shape
+    hidden = args.hidden_states
+    return _steering_sizes(*hidden.shape, hidden.element_size(), args.has_row_monitor, hidden.device)
+
+
+@lru_cache(maxsize=1024)  # computing them takes the host as long as a tenth of the launch
+def _steering_sizes(tokens: int, width: int, element_size: int, row_monitor: bool, device: torch.device) -> Launch:
     block = triton.next_power_of_2(width)
-    per_thread = 32 if args.has_row_monitor or block > 8192 else 16
+    per_thread = 32 if row_monitor or block > 8192 else 16
     num_warps = max(1, block // (32 * per_thread))
-    per_element = 4 if args.hidden_states.element_size() == 2 else 6
+    per_element = 4 if element_size == 2 else 6
     registers = min(per_element * per_thread, REGISTERS // (32 * num_warps))
-    return resident(tokens, Launch(block, num_warps, registers, 1), args.hidden_states.device)
+    return resident(tokens, Launch(block, num_warps, registers, 1), device)
 
 
 def resident(tokens: int, sizes: Launch, device: torch.device) -> Launch:
