@@ -132,6 +132,26 @@ def test_steering_is_admitted_apart_from_a_copy_of_the_sampling_parameters_and_p
     assert plain.extra_args is None
 
 
+@pytest.mark.parametrize(
+    ("extra", "place"),
+    [
+        ({"Steering": SPEC}, "extra_args.Steering"),
+        ({"apply_steering_vectors": []}, "extra_args.apply_steering_vectors"),
+        ({"hotwire": "[]"}, "extra_args.hotwire"),
+        ({"extra_body": {"steering": SPEC}}, "extra_args.extra_body.steering"),
+        ({"steering": SPEC, "steer": "{}"}, "extra_args.steer"),
+    ],
+)
+def test_in_python_another_name_for_steering_is_refused_where_the_engine_steers(front_end, extra, place):
+    with pytest.raises(ValueError, match="would be ignored") as caught:
+        doors.admit_params(front_end, SamplingParams(extra_args=extra))
+    assert caught.value.field == place
+    more = {"ngram_size": 3, "steer": None, "kv_transfer_params": {"steering": 1}}
+    assert doors.admit_params(front_end, SamplingParams(extra_args=more))[0].extra_args == more
+    if "steering" not in extra:
+        assert doors.admit_params(None, SamplingParams(extra_args=extra))[1] is None
+
+
 def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carries_it(front_end, monkeypatch):
     from vllm.v1.engine.input_processor import InputProcessor
 

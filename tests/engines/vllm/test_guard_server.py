@@ -23,6 +23,19 @@ STEERED = {layer: ROW for layer in range(LAYERS)}
 
 PLACES = {"steering": {"steering": SPEC}, "vllm_xargs.steering": {"vllm_xargs": {"steering": json.dumps(SPEC)}}}
 
+IGNORED = {  # what asks for steering in a place, or by a name, that no route reads
+    "Steering": {"Steering": SPEC},
+    "steerings": {"steerings": SPEC},
+    "extra_body.steering": {"extra_body": {"steering": SPEC}},
+    "extra_args.steering": {"extra_args": {"steering": SPEC}},
+    "chat_template_kwargs.steering": {"chat_template_kwargs": {"steering": SPEC}},
+    "steering_vectors": {"steering_vectors": {"post_block": {"0": ROW}}},
+    "decode_steering_vectors": {"decode_steering_vectors": {"post_block": {"0": ROW}}},
+    "vllm_xargs.apply_steering_vectors": {"vllm_xargs": {"apply_steering_vectors": "[]"}},
+    "vllm_xargs.steer": {"vllm_xargs": {"steer": "{}"}},
+    "vllm_xargs.hotwire": {"vllm_xargs": {"hotwire": "[]"}},
+}
+
 MESSAGES = [{"role": "user", "content": "w17 w203 w88"}]
 
 BODIES = {  # of each route that takes a spec and no audio
@@ -111,11 +124,35 @@ def test_every_other_route_refuses_and_names_the_field(steering, place: str):
     assert refusals(steering) == before + len(others)
 
 
+def test_no_route_ignores_what_can_only_mean_steering(steering):
+    for path in BODIES:
+        for place, asked in IGNORED.items():
+            answer = steering.post(path, json=body_of(path) | asked)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, place), (path, answer.text)
+        text = json.dumps(body_of(path))[:-1] + f', "steering": {json.dumps(SPEC)}, "steering": null}}'
+        answer = steering.post(path, content=text, headers={"Content-Type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "steering"), (path, answer.text)
+    nested = [{"role": "user", "content": [{"type": "text", "text": "w17", "steering": SPEC}]}]
+    for path in ("/v1/chat/completions", "/v1/messages"):
+        answer = steering.post(path, json=body_of(path) | {"messages": nested})
+        assert answer.json()["error"]["param"] == "messages[0].content[0].steering"
+    inner = {"sampling_params": {"extra_args": {"steering": SPEC}}}
+    assert steering.post("/v1/completions", json=body_of("/v1/completions") | inner).status_code == 400
+
+
 def test_what_does_not_ask_for_steering_is_answered_as_ever(steering):
     told = steering.post("/tokenize", json={"model": "tiny", "prompt": 'w17 "steering" w203', "steering": None})
     assert (told.status_code, told.json()["count"]) == (200, 3)
     scoring = {"model": "tiny", "query": "w17", "items": ["w203", "w88"], "label_token_ids": [4, 5]}
     assert len(steering.post("/generative_scoring", json=scoring).json()["data"]) == 2
+    escaped = steering.post(
+        "/tokenize", content=b'{"prompt": "w17", "ste\\u0065ring": {}}', headers={"Content-Type": "application/json"}
+    )
+    assert_refused(escaped, "/tokenize", "steering")
+    for path in ("/tokenize", "/v1/completions", "/v1/steering/vectors", "/v1/steering/probes"):
+        for deep in (b"[" * 990 + b"]" * 990, b'{"steering":' * 990 + b"1" + b"}" * 990):
+            told = steering.post(path, content=deep, headers={"Content-Type": "application/json"})
+            assert told.status_code == 400, (path, told.text)
     broken = steering.post("/tokenize", content=b'{"steering', headers={"Content-Type": "application/json"})
     assert broken.status_code in (400, 422)
     assert "cannot be steered" not in broken.text

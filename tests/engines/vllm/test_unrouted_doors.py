@@ -23,9 +23,11 @@ from fastapi.testclient import TestClient
 from vllm.entrypoints.launchers import run_batch
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
+from vllm.entrypoints.speech_to_text.realtime import api_router as realtime
 from vllm.entrypoints.speech_to_text.transcription import api_router as transcription
 from vllm.entrypoints.speech_to_text.translation import api_router as translation
+
+from trimtab.engines.vllm.guard import guard_routes
 
 pytestmark = pytest.mark.vllm
 
@@ -104,44 +106,44 @@ class TestAudioForms:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "use_beam_search")
 
 
-@pytest.mark.parametrize(
-    ("more", "place"),
-    [
+def test_a_realtime_session_is_told_that_it_cannot_be_steered() -> None:
+    app = FastAPI()
+    app.include_router(realtime.router)
+    app.state.openai_serving_realtime = SimpleNamespace(_is_model_supported=lambda model: model == "m")
+    guard_routes(app)
+    update = {"type": "session.update", "model": "m"}
+    asked = [
         ({"steering": SPEC}, "steering"),
         ({"vllm_xargs": {"steering": json.dumps(SPEC)}}, "vllm_xargs.steering"),
-        ({"session": {"steering": SPEC}}, "steering"),
-    ],
-)
-def test_a_realtime_session_is_told_that_it_cannot_be_steered(more: dict[str, Any], place: str) -> None:
-    sent: list[str] = []
-
-    class Connection(RealtimeConnection):
-        def __init__(self) -> None:
-            self._is_model_validated = False
-
-        def _check_model(self, model: str | None) -> None:
-            return None
-
-        async def send_error(self, message: str, code: str | None = None) -> None:
-            sent.append(message)
-
-    connection = Connection()
-    update = {"type": "session.update", "model": "m"}
-    asyncio.run(connection.handle_event(update | more))
-    assert sent[0].startswith(f"{place}: a realtime session cannot be steered")
-    assert not connection._is_model_validated
-    asyncio.run(connection.handle_event(update))
-    assert (len(sent), connection._is_model_validated) == (1, True)
+        ({"session": {"steering": SPEC}}, "session.steering"),
+    ]
+    with TestClient(app).websocket_connect("/v1/realtime") as socket:
+        assert socket.receive_json()["type"] == "session.created"
+        for more, place in asked:
+            socket.send_json(update | more)
+            answer = socket.receive_json()
+            assert answer["type"] == "error"
+            assert answer["error"].startswith(f"{place}: a realtime session cannot be steered")
+        commit = {"type": "input_audio_buffer.commit"}
+        socket.send_json(commit)
+        assert socket.receive_json()["code"] == "model_not_validated"  # since no update reached the session
+        socket.send_json(update)
+        socket.send_json(commit | {"final": True})
+        socket.send_json({"type": "unknown"})
+        assert socket.receive_json()["code"] == "unknown_event"
 
 
 class TestBatches:
-    def run(self, url: str, body: dict[str, Any]) -> Any:
+    def run(self, url: str, body: dict[str, Any], replace: dict[str, str] | None = None) -> Any:
         async def answer(request: Any) -> Any:
             if hasattr(request, "to_sampling_params"):
                 request.to_sampling_params(5, {})
             return ErrorResponse(error=ErrorInfo(message="no model", type="Test", code=418))
 
-        line = run_batch.BatchRequestInput(custom_id="1", method="POST", url=url, body={"model": "m", **body})
+        text = json.dumps({"custom_id": "1", "method": "POST", "url": url, "body": {"model": "m", **body}})
+        for ours, theirs in (replace or {}).items():
+            text = text.replace(ours, theirs)
+        line = run_batch.BatchRequestInput.model_validate_json(text)
         return asyncio.run(run_batch.run_request(answer, line, run_batch.BatchProgressTracker())).response.status_code
 
     @pytest.mark.parametrize("more", [{"steering": SPEC}, {"vllm_xargs": {"steering": json.dumps(SPEC)}}])
@@ -160,3 +162,14 @@ class TestBatches:
         for url, body in {"/v1/chat/completions": chat, "/v1/audio/transcriptions": heard}.items():
             assert self.run(url, body | {"steering": SPEC}) == 418
             assert self.run(url, body | {"steering": UNKNOWN}) == 400
+
+    def test_a_line_is_searched_as_a_body_is(self) -> None:
+        chat, url = {"messages": [{"role": "user", "content": "steering"}]}, "/v1/chat/completions"
+        assert self.run(url, chat) == 418
+        for more in ({"Steering": SPEC}, {"extra_body": {"steering": SPEC}}, {"vllm_xargs": {"hotwire": "[]"}}):
+            assert self.run(url, chat | more) == 400
+        assert self.run(url, chat | {"steering": SPEC}, {'"steering":': '"ste\\u0065ring":'}) == 418
+        twice = {'"model"': '"steering": null, "model"'}
+        assert self.run(url, {**chat, "steering": SPEC}, twice) == 400
+        for where, body in {"/v1/embeddings": {"input": "x"}, "/v1/score": {"text_1": "x", "text_2": "y"}}.items():
+            assert self.run(where, body | {"steering": SPEC}, twice) == 400

@@ -1,6 +1,6 @@
 """Every change made to vLLM's servers: the request models and handlers behind each route that can be steered.
 
-Routes that cannot be are left to `guard`. Batches and realtime sessions have none: what they ask is refused here.
+What a request says is read by `guard`, before its route. Lines of batches have no route: they are read here.
 """
 
 import functools
@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from trimtab.engines.vllm import doors
+from trimtab.engines.vllm.body import Body
 from trimtab.engines.vllm.compat_patching import find, put, take
 from trimtab.engines.vllm.frontend import FIELD
 from trimtab.errors import SteeringError
@@ -33,9 +34,11 @@ MESSAGES_HANDLER = ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessa
 
 MESSAGES_RENDERER = ("vllm.entrypoints.scale_out.render.serving", "ServingRender", "render_messages_request")
 
-REALTIME = ("vllm.entrypoints.speech_to_text.realtime.connection", "RealtimeConnection", "handle_event")
-
 BATCHES = ("vllm.entrypoints.launchers.run_batch", "vllm.entrypoints.openai.run_batch")  # by version
+
+LINE_PLACES = frozenset(f"body.{place}" for place in doors.PLACES)
+
+_LINE = "_trimtab_line"  # where a line of a batch keeps what was read
 
 
 def install_http_doors() -> None:
@@ -52,7 +55,6 @@ def install_http_doors() -> None:
     renderer_class = find(*MESSAGES_RENDERER[:2])
     if hasattr(renderer_class, MESSAGES_RENDERER[2]):  # 0.26 has no such route
         _patch_messages(renderer_class, MESSAGES_RENDERER[2])
-    _patch_realtime()
     _patch_batches()
 
 
@@ -93,8 +95,6 @@ def _patch_handler(handler_class: Any, method: str) -> None:
 
     @functools.wraps(original)
     async def handle(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        if (given := doors.forwarded.get()) is not None:
-            request.model_extra[FIELD] = given
         answer = await original(self, request, *args, **kwargs)
         current = doors.exchange.get()
         # A stream is a generator: its receipt is the header alone. An error answer has no steering to report.
@@ -106,8 +106,7 @@ def _patch_handler(handler_class: Any, method: str) -> None:
 
 
 def _patch_tokens_handler() -> None:
-    # Why: this door takes sampling parameters as they are, may stream, and its request model drops unknown fields, so a
-    # top-level "steering" would be ignored without a word. Until: as for `to_sampling_params`.
+    # Why: this door takes sampling parameters as they are, and may stream. Until: as for `to_sampling_params`.
     if (handler_class := find(*TOKENS_HANDLER[:2], required=False)) is None:
         return
     original = take(handler_class, TOKENS_HANDLER[2], ["self", "request", "raw_request"])
@@ -116,9 +115,10 @@ def _patch_tokens_handler() -> None:
 
     @functools.wraps(original)
     async def serve_tokens(self: Any, request: Any, raw_request: Any = None) -> Any:
-        given = await _dropped(request, raw_request)
-        inner = (request.sampling_params.extra_args or {}).get(FIELD)
-        given = doors.one_of(given, inner, "sampling_params.extra_args")
+        if (current := doors.exchange.get()) is not None and current.was_read:
+            given = current.given
+        else:
+            given = (request.sampling_params.extra_args or {}).get(FIELD)
         request.sampling_params = doors.admit_http(request.sampling_params, given)
         return await original(self, request, raw_request)
 
@@ -126,77 +126,67 @@ def _patch_tokens_handler() -> None:
 
 
 def _patch_messages(handler_class: Any, method: str) -> None:
-    # Why: its request model drops unknown fields too. It makes a chat request and hands that to the chat handler, to
-    # which the spec is passed around it. Until: the model keeps them.
+    # Why: a refusal that is raised in it is a 400 in newer versions and a 500 in 0.26; returned, it is a 400 in all.
+    # Until: 0.26 is not supported any more.
     original = take(handler_class, method, ["self", "request", "raw_request"])
     if original is None:
         return
 
     @functools.wraps(original)
     async def handle_messages(self: Any, request: Any, raw_request: Any = None) -> Any:
-        token = doors.forwarded.set(None)
         try:
-            doors.forwarded.set(await _dropped(request, raw_request))
             return await original(self, request, raw_request)
-        except SteeringError as error:  # raised, it is a 400 in newer versions and a 500 in 0.26; returned, in all
+        except SteeringError as error:
             return self.create_error_response(error)
-        finally:
-            doors.forwarded.reset(token)
 
     put(handler_class, method, handle_messages)
 
 
-async def _dropped(request: Any, raw_request: Any) -> Any:
-    """What a body says as `steering` in places that the model of `request` has no field for."""
-    if raw_request is None:
-        return None
-    body = await raw_request.json()  # parsed already, and kept by the request
-    inner = None if hasattr(request, "vllm_xargs") else doors.in_xargs(body.get("vllm_xargs"))
-    return doors.one_of(body.get(FIELD), inner, "vllm_xargs")
+def _patch_batches() -> None:
+    # Why: `vllm run-batch` answers without routes, its models keep the last of repeated keys, and requests for
+    # embeddings or scores are never sampled. Until: it answers through the routes.
+    for name in BATCHES:
+        if (module := sys.modules.get(name)) is not None:  # a server does not import it
+            _patch_lines(module.BatchRequestInput)
+            _patch_line_answers(module)
 
 
-def _patch_realtime() -> None:
-    # Why: a session has no place for a spec and reads the fields it knows. Until: its events are validated.
-    if (connection_class := find(*REALTIME[:2])) is None:
+def _patch_lines(line_class: Any) -> None:
+    original = take(line_class, "model_validate_json", ["json_data"])
+    if original is None:
         return
-    original = take(connection_class, REALTIME[2], ["self", "event"])
+
+    def model_validate_json(cls: Any, json_data: str | bytes, *args: Any, **kwargs: Any) -> Any:
+        line = original(json_data, *args, **kwargs)
+        line.__dict__[_LINE] = Body.read(json_data)
+        return line
+
+    put(line_class, "model_validate_json", classmethod(model_validate_json))
+
+
+def _patch_line_answers(module: Any) -> None:
+    original = take(module, "run_request", ["serving_engine_func", "request"])
     if original is None:
         return
 
     @functools.wraps(original)
-    async def handle_event(self: Any, event: Any) -> Any:
-        place = doors.asking(event) or doors.asking(event.get("session") if isinstance(event, dict) else None)
-        if place is not None:
-            return await self.send_error(str(doors.refusal_elsewhere("a realtime session", place)), "invalid_event")
-        return await original(self, event)
+    async def run_request(answer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        line = request.__dict__.get(_LINE) or Body({"body": dict(request.body)})
+        current = doors.Exchange(request.url)  # so that an answer carries its receipt
+        try:
+            if not hasattr(request.body, "to_sampling_params"):  # where it would be admitted
+                doors.refuse_all(line, request.url)
+            current.read(doors.spec_in(line, LINE_PLACES))
+        except SteeringError as error:
+            answer = functools.partial(_refused, error)
+        token = doors.exchange.set(current)
+        try:
+            return await original(answer, request, *args, **kwargs)
+        finally:
+            doors.exchange.reset(token)
 
-    put(connection_class, REALTIME[2], handle_event)
+    put(module, "run_request", run_request)
 
 
-def _patch_batches() -> None:
-    # Why: `vllm run-batch` answers without routes, and requests for embeddings or scores are never sampled. Until: it
-    # answers through the routes.
-    for name in BATCHES:
-        if (module := sys.modules.get(name)) is None:  # a server does not import it
-            continue
-        original = take(module, "run_request", ["serving_engine_func", "request"])
-        if original is None:
-            continue
-
-        @functools.wraps(original)
-        async def run_request(answer: Any, request: Any, *args: Any, _original: Any = original, **kwargs: Any) -> Any:
-            sampled = hasattr(request.body, "to_sampling_params")  # where it is admitted
-            if not sampled and (place := doors.asking(dict(request.body))) is not None:
-                error = doors.refusal_elsewhere(request.url, place)
-
-                async def refused(body: Any) -> Any:
-                    doors.refuse(error)
-
-                answer = refused
-            token = doors.exchange.set(doors.Exchange(request.url))  # so that an answer carries its receipt
-            try:
-                return await _original(answer, request, *args, **kwargs)
-            finally:
-                doors.exchange.reset(token)
-
-        put(module, "run_request", run_request)
+async def _refused(error: SteeringError, body: Any) -> Any:
+    doors.refuse(error)

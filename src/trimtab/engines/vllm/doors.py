@@ -6,29 +6,41 @@
 import copy
 import functools
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
+from trimtab.engines.vllm.body import DATA, Body, names_steering
 from trimtab.engines.vllm.frontend import FIELD, Admission, FrontEnd
 from trimtab.engines.vllm.wire import AdmittedWire
 from trimtab.errors import SteeringError
+from trimtab.spec_errors import join
 
 
 class Exchange:
-    """One HTTP request while it is being answered: where it came in, and what admission made of it."""
+    """One HTTP request, or one line of a batch, while it is being answered: where it came in, what its body says as
+    `steering` once that `was_read`, and what admission made of it."""
 
-    __slots__ = ("admission", "path")
+    __slots__ = ("admission", "given", "path", "was_read")
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.was_read = False
+        self.given: Any = None
         self.admission: Admission | None = None
+
+    def read(self, given: Any) -> None:
+        """Note what the body says as `steering`."""
+        self.was_read, self.given = True, given
 
 
 exchange: ContextVar[Exchange | None] = ContextVar("trimtab_exchange", default=None)
 
-# The spec of an HTTP request whose own model has no place for it, on its way to the handler behind.
-forwarded: ContextVar[Any] = ContextVar("trimtab_forwarded", default=None)
+OFF = "steering is off in this engine; start it with --enable-steering"
+
+PLACES = frozenset({FIELD, f"vllm_xargs.{FIELD}"})  # in a body, where a spec may stand
+
+IN_PYTHON = frozenset({f"extra_args.{FIELD}"})
 
 # The routes that steer what they answer, for messages; `guard` has all that take a spec.
 ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/inference/v1/generate")
@@ -63,46 +75,71 @@ async def receipt_of(admission: Admission, request_id: str) -> dict[str, Any]:
 
 
 def given_by(request: Any) -> Any:
-    """What an HTTP request says as `steering`: at the top of its body, or in `vllm_xargs`."""
-    top = (request.model_extra or {}).get(FIELD)
-    return one_of(top, in_xargs(getattr(request, "vllm_xargs", None)), "vllm_xargs")
+    """What a request model says as `steering`. Raises what vLLM answers with HTTP 400 where it stands elsewhere."""
+    current = exchange.get()
+    if current is not None and current.was_read:
+        return current.given
+    try:  # no route of ours read the body: a batch line, or the server of another framework around vLLM's handlers
+        return spec_in(Body(dict(request)))
+    except SteeringError as error:
+        refuse(error)
 
 
-def in_xargs(xargs: Any) -> Any:
-    """The `steering` in a request's `vllm_xargs`, which are JSON text where they come from a form."""
-    if isinstance(xargs, str):
-        try:
-            xargs = json.loads(xargs)
-        except ValueError:
-            return None  # vLLM refuses it, or never reads it
-    return xargs.get(FIELD) if isinstance(xargs, dict) else None
+def spec_in(body: Body, places: frozenset[str] = PLACES) -> Any:
+    """What a body says as `steering` in one of `places`; None if it asks for none.
+
+    Raises `SteeringError` where it asks elsewhere, by another name or twice, and for an object in the spec that repeats
+    a key.
+    """
+    off = current_front_end() is None
+    given: dict[str, Any] = {}
+    for place, value, twice in body.asks(ours_alone=off):
+        if off:
+            raise SteeringError(place, OFF)
+        if twice or given:
+            raise _refused("twice", place, "given twice in one request: leave all but one out")
+        if place not in places:
+            raise _refused("place", place, _where_it_belongs(place, places))
+        if (key := body.key_given_twice(value)) is not None:
+            raise _refused("twice", place, f"the key {key!r:.80} is given twice in one object")
+        given[place] = value
+    return next(iter(given.values()), None)
 
 
-def asking(body: Any) -> str | None:
-    """Where a request's JSON asks for steering, None if it does not."""
-    if not isinstance(body, dict):
-        return None
-    if body.get(FIELD) is not None:
-        return FIELD
-    return None if in_xargs(body.get("vllm_xargs")) is None else f"vllm_xargs.{FIELD}"
+def refuse_names(names: Iterable[str], within: str) -> None:
+    """Raise `SteeringError` where one of `names`, of query parameters or the like, asks for steering."""
+    off = current_front_end() is None
+    for name in names:
+        if off and name.casefold() == FIELD:
+            raise SteeringError(join(within, name), OFF)
+        if not off and names_steering(name):
+            raise _refused("place", join(within, name), _where_it_belongs(name, PLACES))
+
+
+def refuse_all(body: Body, where: str) -> None:
+    """Raise `SteeringError` if a body asks for steering, `where` nothing is steered."""
+    for ask in body.asks(ours_alone=current_front_end() is None):
+        raise refusal_elsewhere(where, ask.place)
+
+
+def _where_it_belongs(place: str, places: frozenset[str]) -> str:
+    known = " or ".join(sorted(places, key=len))
+    if place.rpartition(".")[2] == FIELD:
+        return f"would be ignored here: a spec stands in {known}. (A client's `extra_body` is unpacked by the client.)"
+    return f"would be ignored: what is to be steered is said in {known}; say it there, or leave this out"
+
+
+def _refused(reason: str, field: str, message: str) -> SteeringError:
+    if (front_end := current_front_end()) is not None:
+        front_end.refuse(reason)
+    return SteeringError(field, message)
 
 
 def refusal_elsewhere(where: str, place: str) -> SteeringError:
     """What a request is told that asks, at `place` in its body, for steering `where` nothing is steered."""
-    if (front_end := current_front_end()) is not None:
-        front_end.refuse("route")
     remedy = f"leave the field out, or ask one of {', '.join(ANSWERING)}"
-    here = "" if front_end is not None else " of a server with --enable-steering"
-    return SteeringError(place, f"{where} cannot be steered: {remedy}{here}")
-
-
-def one_of(top: Any, inner: Any, place: str) -> Any:
-    """What is given at the top of a body or in an inner `place`; refused where it is given in both."""
-    if top is not None and inner is not None:
-        if (front_end := current_front_end()) is not None:
-            front_end.refuse("twice")
-        refuse(SteeringError(FIELD, f"given twice, at the top of the body and in {place}"))
-    return inner if top is None else top
+    here = "" if current_front_end() is not None else " of a server with --enable-steering"
+    return _refused("route", place, f"{where} cannot be steered: {remedy}{here}")
 
 
 def admit_http(params: Any, given: Any) -> Any:
@@ -133,10 +170,11 @@ def admit_params(
     behind that, in `carry`. Raises `SteeringError` (a `ValueError`), in the form that vLLM's servers answer with HTTP
     400.
     """
-    extra = getattr(params, "extra_args", None)
-    given = extra.get(FIELD) if extra else None
     if not hasattr(params, "extra_args"):  # a pooling request
         return params, None
+    given = (params.extra_args or {}).get(FIELD)
+    if front_end is not None and params.extra_args:
+        _refuse_misplaced(front_end, params.extra_args)
     if isinstance(given, AdmittedWire):  # admitted before, by a door of the HTTP server
         return _without_steering(params), given
     if resumable and (given is not None or (front_end is not None and front_end.default is not None)):
@@ -170,11 +208,22 @@ def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Adm
     if front_end is None:
         if given is None:
             return None
-        refuse(SteeringError(FIELD, "steering is off in this engine; start it with --enable-steering"))
+        refuse(SteeringError(FIELD, OFF))
     try:
         return front_end.admit(given, count=count)
     except SteeringError as error:
         refuse(error)
+
+
+def _refuse_misplaced(front_end: FrontEnd, extra: Mapping[str, Any]) -> None:
+    """Raise if `extra_args` ask for steering by another name than ours, or deeper within."""
+    for name, value in extra.items():
+        if name == FIELD or name in DATA:
+            continue
+        inner = f".{FIELD}" if isinstance(value, Mapping) and value.get(FIELD) is not None else ""
+        if inner or (value is not None and isinstance(name, str) and names_steering(name)):
+            front_end.refuse("place")
+            refuse(SteeringError(f"extra_args.{name}{inner}", _where_it_belongs(f"{name}{inner}", IN_PYTHON)))
 
 
 def _without_steering(params: Any) -> Any:

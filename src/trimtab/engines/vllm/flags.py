@@ -5,12 +5,12 @@ namespace that it parsed.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import SteeringError
+from trimtab.json_text import read_json
 from trimtab.sites import HookPoint
 
 BACKENDS = ("auto", "traced", "triton")
@@ -179,11 +179,11 @@ def _read_monitor(path: str) -> dict[str, Any]:
 
 def _read_object(path: str, flag: str, content: str) -> dict[str, Any]:
     try:
-        spec = json.loads(Path(path).read_text(encoding="utf-8"))
+        spec = read_json(Path(path).read_bytes())
     except OSError as error:
         raise SteeringError(flag, f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise SteeringError(flag, f"{path} is not JSON: {error}") from error
+    except SteeringError as error:
+        raise SteeringError(flag, f"{path}: {error.message}") from None
     if not isinstance(spec, dict):
         raise SteeringError(flag, f"{path} must hold a JSON object {content}")
     return spec

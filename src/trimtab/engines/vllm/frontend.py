@@ -26,7 +26,7 @@ FIELD = "steering"  # the request's field, at every door
 # Labels of the refusal counter: a fixed set, since field paths hold what callers wrote.
 REASONS = frozenset({"interventions", "kind", "vector", "scale", "phase", "layers", "gate", "probe", "threshold"})
 REASONS |= {"sharpness", "dtype", "shape", "layer_indices", "data", *HookPoint}
-REASONS |= {"disabled", "beam_search", "resumable", "twice", "route"}
+REASONS |= {"disabled", "beam_search", "resumable", "twice", "route", "place"}
 
 
 class Catalogue(NamedTuple):

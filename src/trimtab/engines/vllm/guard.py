@@ -1,14 +1,29 @@
-"""Routes that cannot be steered: a request there that asks for steering is refused, never answered without it."""
+"""What stands before each route of the server: a request is read once, and none is answered as if it had not asked.
+
+A spec is found in the body, wherever the route takes one, and handed to the patches of `compat_http`. Steering that is
+asked for anywhere else is refused: at a route that cannot be steered, in a place that no one reads, by another name.
+"""
 
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.routing import APIRoute
+from fastapi import FastAPI, Request, Response, params
+from fastapi.routing import APIRoute, APIWebSocketRoute, request_response
 
-from trimtab.engines.vllm.doors import asking, current_front_end, refusal_elsewhere
+from trimtab.engines.vllm.body import Body
+from trimtab.engines.vllm.doors import (
+    PLACES,
+    Exchange,
+    current_front_end,
+    exchange,
+    refuse_all,
+    refuse_names,
+    spec_in,
+)
 from trimtab.engines.vllm.frontend import FIELD
 from trimtab.engines.vllm.registration import refusal
+from trimtab.errors import SteeringError
 
 # Routes whose requests reach the patches of `compat_http`, which admit a spec or refuse it.
 DOORS = frozenset(
@@ -30,44 +45,109 @@ DOORS = frozenset(
 
 BY_CONTENT = "/invocations"  # hands a body to the first handler that takes it: a door where the model generates
 
+MORE_PLACES = {"/inference/v1/generate": frozenset({f"sampling_params.extra_args.{FIELD}"})}
+
+# Others' headers may speak of steering too, of traffic or content: these names speak of ours.
+HEADERS = frozenset({"steering", "x-steering", "x-steering-vectors", "x-activation-steering", "x-trimtab-steering"})
+
+_NO_JSON = ("multipart/", "application/x-www-form-urlencoded", "application/octet-stream", "audio/", "image/", "video/")
+
 
 def guard_routes(app: FastAPI) -> None:
-    """Let each route of `app` that is no door refuse bodies that ask for steering. Not for our own routes."""
+    """Stand before each route of `app` that takes a body or a session. Not for our own routes."""
     doors = DOORS if current_front_end() is None else DOORS | {BY_CONTENT}
     for route in app.routes:
-        if isinstance(route, APIRoute) and route.methods & {"POST", "PUT", "PATCH"} and route.path not in doors:
-            route.app = _Guard(route.app, route.path)
+        if isinstance(route, APIRoute) and route.methods & {"POST", "PUT", "PATCH"}:
+            route.app = request_response(_reading(route, door=route.path in doors))
+        elif isinstance(route, APIWebSocketRoute):
+            route.app = _Session(route.app)
 
 
-class _Guard:
-    """An ASGI application in front of a route's own. It reads JSON bodies, which the route would read in whole too."""
+class _ReadRequest(Request):  # type: ignore[misc]
+    """A request whose JSON is parsed with a look at every key, once for us and for the route."""
 
-    def __init__(self, app: Any, path: str) -> None:
-        self._app = app
-        self._path = path
+    _read: Body | None = None
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if b"json" not in dict(scope["headers"]).get(b"content-type", b"").lower():
-            await self._app(scope, receive, send)  # an upload, perhaps a large one
-            return
-        messages = [await receive()]
-        while messages[-1].get("more_body"):
-            messages.append(await receive())
-        body = b"".join(message.get("body", b"") for message in messages)
-        if (place := _asking(body)) is not None:
-            await refusal(refusal_elsewhere(self._path, place))(scope, receive, send)
-            return
+    async def json(self) -> Any:
+        return (await self.read()).value
 
-        async def replay() -> Any:
-            return messages.pop(0) if messages else await receive()
-
-        await self._app(scope, replay, send)
+    async def read(self) -> Body:
+        """Its body. Raises what `json.loads` raises."""
+        if self._read is None:
+            self._read = Body.read(await self.body())
+        return self._read
 
 
-def _asking(body: bytes) -> str | None:
-    if FIELD.encode() not in body:  # nearly always: no body is parsed twice for nothing
+def _reading(route: APIRoute, *, door: bool) -> Callable[[Request], Awaitable[Response]]:
+    """The handler of `route` with our own before it, in the way that FastAPI has for custom requests."""
+    handle = route.get_route_handler()
+    takes_form = route.body_field is not None and isinstance(route.body_field.field_info, params.Form)
+    places = PLACES | MORE_PLACES.get(route.path, frozenset())
+
+    async def handler(plain: Request) -> Response:
+        request = _ReadRequest(plain.scope, plain.receive)
+        try:
+            refuse_names(request.query_params, "query")
+            refuse_names(HEADERS.intersection(request.headers), "headers")
+            body = await _body_of(request, takes_form=takes_form)
+            if not door and body is not None:
+                refuse_all(body, route.path)
+            given = spec_in(body, places) if door and body is not None else None
+        except SteeringError as error:
+            return refusal(error)
+        current = exchange.get() or Exchange(route.path)
+        current.read(given)
+        token = exchange.set(current)
+        try:
+            return await handle(request)
+        finally:
+            exchange.reset(token)
+
+    return handler
+
+
+async def _body_of(request: _ReadRequest, *, takes_form: bool) -> Body | None:
+    """What `request` says; None where it is no JSON, of which the route says what is wrong, and for uploads.
+
+    Raises `SteeringError` for JSON that Python cannot read, about which not every route would find words.
+    """
+    if takes_form:
+        return Body.of_form((await request.form()).multi_items())  # parsed once: a request keeps its form
+    if request.headers.get("content-type", "").lower().startswith(_NO_JSON):
         return None
     try:
-        return asking(json.loads(body))
-    except ValueError:
-        return None  # the route says what is wrong with it
+        return await request.read()
+    except json.JSONDecodeError:
+        return None
+    except RecursionError:
+        raise SteeringError("", "the body cannot be read: its JSON is nested too deeply") from None
+    except ValueError as error:  # no text in a known encoding, a number of 10,000 digits
+        raise SteeringError("", f"the body cannot be read as JSON: {error}"[:300]) from None
+
+
+class _Session:
+    """An ASGI application in front of a realtime session: answers an event that asks for steering with an error."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def receive_checked() -> Any:
+            while True:
+                message = await receive()
+                if (fault := _fault_of(message.get("text"))) is None:
+                    return message
+                event = {"type": "error", "error": str(fault), "code": "invalid_event"}
+                await send({"type": "websocket.send", "text": json.dumps(event)})
+
+        await self._app(scope, receive_checked, send)
+
+
+def _fault_of(event: str | None) -> SteeringError | None:
+    try:
+        refuse_all(Body.read(event or "null"), "a realtime session")
+    except SteeringError as error:
+        return error
+    except (ValueError, RecursionError):
+        return None  # the session says what is wrong with it
+    return None

@@ -1,7 +1,6 @@
 """What the routes that register vectors and probes share: reading what was sent, and answering a refusal."""
 
 import asyncio
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from trimtab.engines.vllm.doors import current_front_end
 from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.registry import check_name
 from trimtab.errors import SteeringError
+from trimtab.json_text import read_json
 
 Content = TypeVar("Content")
 
@@ -50,9 +50,11 @@ async def read_registration(
         name = check_name(request.query_params.get("name"), "name")
         return name, await asyncio.to_thread(load_upload, body, field, load)
     try:
-        data: Any = json.loads(body)
-    except ValueError as error:
-        raise SteeringError("", f"the body is neither JSON nor application/octet-stream: {error}") from error
+        data = read_json(body)
+    except SteeringError as error:
+        raise SteeringError(
+            "", f"the body: {error.message}; send JSON, or a file as application/octet-stream"
+        ) from None
     if not isinstance(data, dict) or set(data) != {"name", field}:
         raise SteeringError("", f'want {{"name": ..., "{field}": {{...}}}}')
     name = check_name(data["name"], "name")
