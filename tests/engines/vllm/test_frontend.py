@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from work import calls, peak_bytes
 
-from trimtab.engines.vllm.frontend import FrontEnd, merge, refusal_reason
+from trimtab.engines.vllm.frontend import FrontEnd, refusal_reason
 from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.engines.vllm.server_default import merge
 from trimtab.engines.vllm.wire import AdmittedWire
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple, Protocol
 from trimtab.engines.vllm.config import SteeringSettings, model_sites
 from trimtab.engines.vllm.recent import Recent, key_of
 from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry, shared_directory
+from trimtab.engines.vllm.server_default import ServerDefault, merge
 from trimtab.engines.vllm.wire import AdmittedWire, held_bytes
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, ModelSites, Phase
 from trimtab.spec import Steering
+from trimtab.spec_errors import join
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
@@ -43,7 +45,7 @@ class Admission:
     wire: AdmittedWire
     spec: Steering
     names: Catalogue
-    server_default: bool
+    default_left: float | None = None  # the least share of the server's default that is left; None without a default
 
     @property
     def resolved(self) -> ResolvedSteering:
@@ -53,32 +55,45 @@ class Admission:
     @cached_property
     def receipt(self) -> dict[str, Any]:
         """What the caller is told, in JSON's types: the identity of each phase ("" = unsteered), the sites, the content
-        behind each vector and probe used, and whether the server's default is in it; the digest of the server's monitor
-        where it stands before what decode tokens receive. Made when asked for.
+        behind each vector and probe that adds or decides something, and whether the server's default is in it, with the
+        least share of it that the request left in force; the digest of the server's monitor where it stands before what
+        decode tokens receive. Made when asked for.
         """
         monitor = {"monitor": self.resolved.monitor} if self.resolved.monitored else {}
+        left = {} if self.default_left is None else {"default_left": round(self.default_left, 4) + 0.0}
+        return {
+            "identity": {phase.value: self.resolved.identity(phase) for phase in Phase},
+            "sites": [str(site) for site in self.resolved.sites],
+            "vectors": self._vectors(),
+            "probes": self._probes(),
+            "server_default": self.default_left is not None,
+            **left,
+            **monitor,
+        }
+
+    def _vectors(self) -> list[dict[str, Any]]:
+        """The vectors of the spec that are in a sum: not those that others of it, or a scale of 0, cancel."""
+        kept = {term.vector.digest for phase in Phase for term in self.resolved.program(phase).all_terms}
         used: dict[tuple[str | None, str], None] = {}
         for step in self.spec.interventions:
             name, vector = (
                 (step.vector, self.names.vectors[step.vector]) if isinstance(step.vector, str) else (None, step.vector)
             )
-            used[name, vector.digest.hex()] = None
-        probes: dict[tuple[str | None, str], None] = {}
+            if (vector if step.layers is None else vector.at(step.layers)).digest in kept:
+                used[name, vector.digest.hex()] = None
+        return [{"name": name, "digest": digest} for name, digest in used]
+
+    def _probes(self) -> list[dict[str, Any]]:
+        kept = {gate.probe.digest for gate in self.resolved.gates}
+        used: dict[tuple[str | None, str], None] = {}
         for gate in (step.gate for step in self.spec.interventions):
-            if gate is None:
-                continue
-            if isinstance(gate.probe, str):
-                probes[gate.probe, self.names.probes[gate.probe].digest.hex()] = None
-            else:
-                probes[None, gate.probe.digest.hex()] = None
-        return {
-            "identity": {phase.value: self.resolved.identity(phase) for phase in Phase},
-            "sites": [str(site) for site in self.resolved.sites],
-            "vectors": [{"name": name, "digest": digest} for name, digest in used],
-            "probes": [{"name": name, "digest": digest} for name, digest in probes],
-            "server_default": self.server_default,
-            **monitor,
-        }
+            if gate is not None:
+                name, probe = (
+                    (gate.probe, self.names.probes[gate.probe]) if isinstance(gate.probe, str) else (None, gate.probe)
+                )
+                if probe.vector.digest in kept:
+                    used[name, probe.digest.hex()] = None
+        return [{"name": name, "digest": digest} for name, digest in used]
 
 
 class Observer(Protocol):
@@ -107,7 +122,7 @@ class FrontEnd:
         self.monitor = monitor  # as the status route shows it
         self.registry = registry
         self.probes = ProbeRegistry({}) if probes is None else probes
-        self.default = None if default is None else Steering.parse(default)
+        self.default = None if default is None else _parse_default(default)
         self._observer = observer
         self._default_admission: tuple[Catalogue, Admission] | None = None
         # Admissions of specs that consist of names, and what the names stood for.
@@ -144,7 +159,9 @@ class FrontEnd:
         if self._default_admission is None or self._default_admission[0] is not names:
             assert self.default is not None
             try:
-                admission = self._finish(self.default, names)
+                admission = self._finish(self.default.spec, names, 1.0)
+                if not admission.resolved.sites:
+                    raise SteeringError("interventions", "adds nothing: leave the default out, or correct it")
             except SteeringError as error:
                 # The operator's spec, not the caller's: say so, with the path in the operator's own file.
                 raise SteeringError("", f"the server's default spec: {error}") from error
@@ -169,10 +186,11 @@ class FrontEnd:
     def _admit_anew(self, steering: Steering, names: Catalogue) -> Admission:
         if self.default is None:
             return self._finish(steering, names)
+        default = self._admit_default().resolved
+        left = self.default.left_by(steering, lambda part: self._resolve(part, names), default)
         try:
-            return self._finish(merge(self.default, steering), names)
+            return self._finish(merge(self.default.spec, steering), names, left)
         except SteeringError as error:
-            self._resolve(steering, names)  # if the caller's part is at fault, name it by the caller's own path
             raise SteeringError("", f"together with the server's default spec: {error}") from error
 
     def _names(self) -> Catalogue:
@@ -186,10 +204,10 @@ class FrontEnd:
     def _resolve(self, steering: Steering, names: Catalogue) -> ResolvedSteering:
         return steering.resolve(names.vectors, self.model, names.probes)
 
-    def _finish(self, steering: Steering, names: Catalogue) -> Admission:
+    def _finish(self, steering: Steering, names: Catalogue, default_left: float | None = None) -> Admission:
         resolved = self._resolve(self._carrying_what_workers_lack(steering, names), names)
         wire = AdmittedWire(resolved.to_wire(views=True), resolved)
-        return Admission(wire, steering, names, self.default is not None)
+        return Admission(wire, steering, names, default_left)
 
     def _carrying_what_workers_lack(self, steering: Steering, names: Catalogue) -> Steering:
         """The same spec with each name replaced by its content where workers do not hold it from start."""
@@ -236,9 +254,11 @@ def build_front_end(vllm_config: Any) -> FrontEnd | None:
     return FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes, shown)
 
 
-def merge(default: Steering, steering: Steering) -> Steering:
-    """A request's spec on top of the server's: the default's interventions first, then the request's own."""
-    return steering.model_copy(update={"interventions": (*default.interventions, *steering.interventions)})
+def _parse_default(given: Any) -> ServerDefault:
+    try:
+        return ServerDefault.parse(given)
+    except SteeringError as error:
+        raise SteeringError(join(f"{FIELD}.default", error.field), error.message) from error
 
 
 def _names_alone(steering: Steering) -> bool:

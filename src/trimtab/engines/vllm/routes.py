@@ -84,7 +84,7 @@ class EndpointPlugin:
                     "probe_sites": list(map(str, sorted(front_end.model.gates.probe_sites, key=site_order))),
                 },
                 "monitor": front_end.monitor,
-                "default": None if front_end.default is None else front_end.default.model_dump(mode="json"),
+                "default": None if front_end.default is None else front_end.default.shown(),
                 "workers": [{"engine": engine, **_plain(worker)} for engine in engines for worker in engines[engine]],
                 "workers_agree": all(len({worker.get("digest") for worker in own}) == 1 for own in engines.values()),
             }

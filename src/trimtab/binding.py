@@ -1,0 +1,102 @@
+"""How much of a server's default spec a request's own part leaves in force: what a binding default promises.
+
+Let d be what the default adds at a site in a phase, behind one gate or behind none, and r what a request adds there:
+
+    share left = 1 + (r_same . d + sum over others of min(0, r_k . d)) / (d . d)
+
+r_same stands behind the same gate as d, so both are let through alike; every other r_k counts where it takes back, as
+if its gate were wide open then. 1 is all of the default's push along its own direction, 0 none, below 0 the reverse.
+
+The stream carries on what was added to it before. So the share is taken twice: of what is added at each site of the
+default, and, at each site of either, of all that was added to the stream up to there. What a request takes back in the
+layer before or after the default, or at another hook point with the same meaning, counts like what it takes back there.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.program import PhaseProgram, ResolvedSteering
+from trimtab.sites import HookPoint, Phase, Site, site_order
+
+LEAST_SHARE = 0.5  # of a binding default
+
+_ROUNDING = 1e-6
+
+_NOT_OF_THE_STREAM = frozenset({HookPoint.MLP_IN})  # what is added there is gone behind the MLP
+
+Rows = npt.NDArray[np.float64]  # [sites, H]
+
+
+class Share(NamedTuple):
+    """The share of a default that is left, and where."""
+
+    left: float
+    phase: Phase
+    site: Site
+
+    @property
+    def keeps_the_promise(self) -> bool:
+        """Whether a binding default allows it."""
+        return self.left >= LEAST_SHARE - _ROUNDING
+
+
+def least_share(default: ResolvedSteering, own: ResolvedSteering) -> Share | None:
+    """The least share that a request's `own` part leaves of the server's `default`; None where they never meet."""
+    shares: list[Share] = []
+    for phase in Phase:
+        pushing, taking = default.program(phase), own.program(phase)
+        if phase == Phase.DECODE and pushing is default.prefill and taking is own.prefill:
+            continue  # looked at already
+        if pushing.sites and taking.sites:
+            shares.extend(_shares(pushing, taking, phase))
+    return min(shares, key=lambda share: share.left, default=None)
+
+
+def _shares(default: PhaseProgram, own: PhaseProgram, phase: Phase) -> Iterator[Share]:
+    sites = sorted({*default.sites, *own.sites}, key=site_order)
+    theirs = _sums(own, sites)
+    carried = {gate: _carried(rows, sites) for gate, rows in theirs.items()}
+    for gate, added in _sums(default, sites).items():
+        yield from _lowest(added, theirs, gate, sites, phase)
+        yield from _lowest(_carried(added, sites), carried, gate, sites, phase)
+
+
+def _carried(rows: Rows, sites: Sequence[Site]) -> Rows:
+    """What the stream holds at each site of what was added up to there."""
+    result = np.empty_like(rows)
+    total = np.zeros(rows.shape[1])
+    for index, site in enumerate(sites):  # faster than `cumsum` along the first axis
+        if site.hook not in _NOT_OF_THE_STREAM:
+            total += rows[index]
+        result[index] = total
+    return result
+
+
+def _lowest(
+    added: Rows, theirs: dict[bytes, Rows], gate: bytes, sites: Sequence[Site], phase: Phase
+) -> Iterator[Share]:
+    strength = np.einsum("sh,sh->s", added, added)
+    taken = np.zeros(len(sites))
+    for other, rows in theirs.items():
+        along = np.einsum("sh,sh->s", rows, added)
+        taken += along if other == gate else np.minimum(along, 0.0)
+    acts = strength > strength.max(initial=0.0) * _ROUNDING**2  # where a default takes itself back, little is left
+    if acts.any():
+        left = np.where(acts, 1.0 + taken / np.where(acts, strength, 1.0), np.inf)
+        index = int(left.argmin())
+        yield Share(float(left[index]), phase, sites[index])
+
+
+def _sums(program: PhaseProgram, sites: Sequence[Site]) -> dict[bytes, Rows]:
+    """What a program adds at `sites`, by the digest of the gate before it, b"" for none."""
+    index = {site: position for position, site in enumerate(sites)}
+    sums: dict[bytes, Rows] = {}
+    for term in program.all_terms:
+        gate = b"" if term.gate is None else term.gate.digest
+        if gate not in sums:
+            sums[gate] = np.zeros((len(sites), term.vector.hidden_size))
+        sums[gate][[index[site] for site in term.vector.sites]] += term.scale * term.vector.block.astype(np.float64)
+    return sums

@@ -1,0 +1,129 @@
+"""What a server's default promises: a binding one stands, one that is not is counted, and receipts tell the truth."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trimtab.engines.vllm.frontend import Admission, FrontEnd
+from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry
+from trimtab.errors import SteeringError
+from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
+from trimtab.vectors.probe import Probe
+from trimtab.vectors.vector import SteeringVector
+
+WIDTH, LAYERS = 8, 4
+SITES = frozenset(Site(layer, HookPoint.POST_BLOCK) for layer in range(LAYERS))
+MODEL = ModelSites(WIDTH, LAYERS, SITES, GateLimits(4, frozenset({Site(0, HookPoint.POST_BLOCK)})))
+ANGER = Probe.at(Site(0, HookPoint.POST_BLOCK), [1.0] * WIDTH)
+
+
+def vector(seed: int) -> SteeringVector:
+    numbers = np.random.default_rng(seed).normal(size=(LAYERS, WIDTH))
+    return SteeringVector({Site(layer, HookPoint.POST_BLOCK): numbers[layer] for layer in range(LAYERS)})
+
+
+CALM, JOY = vector(1), vector(2)
+GATE = {"probe": "anger", "threshold": 1.0}
+
+
+def add(source: Any, **more: Any) -> dict[str, Any]:
+    return {"kind": "add", "vector": source, **more}
+
+
+def spec(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"interventions": list(steps), **more}
+
+
+def front_end(default: Any, model: ModelSites = MODEL) -> FrontEnd:
+    vectors, probes = VectorRegistry({"calm": CALM, "joy": JOY}), ProbeRegistry({"anger": ANGER})
+    return FrontEnd(model, vectors, default, probes=probes)
+
+
+def admitted(front: FrontEnd, given: Any) -> Admission:
+    admission = front.admit(given)
+    assert admission is not None
+    return admission
+
+
+@pytest.mark.parametrize(
+    ("own", "index"),
+    [
+        ([add("calm", scale=-1.0)], 0),
+        ([add(CALM, scale=-1.0)], 0),
+        ([add("joy"), add("calm", scale=-0.3), add("calm", scale=-0.3), add(CALM, scale=-0.4)], 3),
+        ([add("calm", scale=-1.0, layers=[2])], 0),
+        ([add("calm", scale=-1.0, phase="decode")], 0),
+        ([add("calm", scale=-1.0, gate=GATE)], 0),
+        ([add("calm", scale=-50.0)], 0),
+    ],
+)
+def test_a_binding_default_cannot_be_taken_back(own: list[dict[str, Any]], index: int) -> None:
+    with pytest.raises(SteeringError, match=r"server's default spec \(calm\), which is binding") as caught:
+        front_end(spec(add("calm"))).admit(spec(*own))
+    assert caught.value.field == f"steering.interventions[{index}]"
+
+
+def test_what_leaves_half_of_it_is_admitted_and_says_how_much_is_left() -> None:
+    front = front_end(spec(add("calm"), binding=True))
+    assert admitted(front, None).receipt["default_left"] == 1.0
+    assert admitted(front, spec(add("calm", scale=-0.5))).receipt["default_left"] == 0.5
+    assert admitted(front, spec(add("calm", scale=3.0))).receipt["default_left"] == 1.0
+    with pytest.raises(SteeringError, match=r"0\.49 of what it adds"):
+        front.admit(spec(add("calm", scale=-0.51)))
+    assert admitted(front_end(spec(add("calm", phase="decode"))), spec(add("calm", scale=-1, phase="prefill")))
+
+
+def test_a_default_that_is_not_binding_may_be_taken_back_and_the_receipt_says_so() -> None:
+    front = front_end(spec(add("calm"), binding=False))
+    gone = admitted(front, spec(add("calm", scale=-1.0))).receipt
+    assert gone["default_left"] == 0.0
+    assert gone["server_default"] is True
+    assert (gone["identity"], gone["sites"], gone["vectors"]) == ({"prefill": "", "decode": ""}, [], [])
+    assert admitted(front, spec(add("calm", scale=-3.0))).receipt["default_left"] == -2.0
+    assert admitted(front, None).receipt["default_left"] == 1.0
+
+
+def test_a_default_behind_a_gate_is_binding_too() -> None:
+    front = front_end(spec(add("calm", gate=GATE)))
+    for own in (add("calm", scale=-1.0), add("calm", scale=-1.0, gate=GATE)):
+        with pytest.raises(SteeringError, match="binding"):
+            front.admit(spec(own))
+    assert admitted(front, spec(add("joy", gate=GATE))).receipt["default_left"] <= 1.0
+
+
+def test_a_monitor_changes_nothing_about_the_promise() -> None:
+    model = ModelSites(WIDTH, LAYERS, SITES, MODEL.gates, monitor="ab" * 32)
+    with pytest.raises(SteeringError, match="binding"):
+        front_end(spec(add("calm", phase="decode")), model).admit(spec(add("calm", scale=-1.0)))
+
+
+def test_only_the_servers_default_says_whether_it_is_binding() -> None:
+    with pytest.raises(SteeringError) as caught:
+        front_end(spec(add("calm"))).admit(spec(add("joy"), binding=False))
+    assert caught.value.field == "steering.binding"
+    with pytest.raises(SteeringError, match=r"steering\.default\.binding: got 'no', want true or false"):
+        front_end(spec(add("calm"), binding="no"))
+    front = front_end(spec(add("calm"), binding=False))
+    assert front.default is not None
+    assert front.default.shown()["binding"] is False
+
+
+@pytest.mark.parametrize("default", [spec(add("calm", scale=0.0)), spec(add("calm"), add(CALM, scale=-1.0))])
+def test_a_default_that_adds_nothing_stops_the_start(default: Any) -> None:
+    with pytest.raises(SteeringError, match="default spec: interventions: adds nothing"):
+        front_end(default)
+
+
+def test_a_spec_that_adds_nothing_is_admitted_and_its_receipt_names_nothing() -> None:
+    front = front_end(None)
+    for own in ([add("calm", scale=0.0)], [add("calm"), add(CALM, scale=-1.0)], [add("calm", scale=0.0, gate=GATE)]):
+        receipt = admitted(front, spec(*own)).receipt
+        assert receipt["identity"] == {"prefill": "", "decode": ""}
+        assert (receipt["sites"], receipt["vectors"], receipt["probes"]) == ([], [], [])
+        assert "default_left" not in receipt
+    partly = admitted(front, spec(add("calm"), add("joy"), add(JOY, scale=-1.0), add("calm", layers=[1]))).receipt
+    assert [entry["name"] for entry in partly["vectors"]] == ["calm"]
+    gated = admitted(front, spec(add("joy", gate=GATE, layers=[1, 2]))).receipt
+    assert [entry["digest"] for entry in gated["vectors"]] == [JOY.digest.hex()]
+    assert [entry["name"] for entry in gated["probes"]] == ["anger"]

@@ -1,0 +1,156 @@
+"""The share of a default that a request leaves, against its definition in plain numbers, in every state of gates."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimtab.binding import least_share
+from trimtab.program import ResolvedSteering
+from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site, site_order
+from trimtab.spec import Steering
+
+WIDTH, LAYERS = 3, 4
+SITES = frozenset(Site(layer, hook) for layer in range(LAYERS) for hook in HookPoint)
+MODEL = ModelSites(WIDTH, LAYERS, SITES, GateLimits(8, SITES))
+
+
+def resolved(*steps: dict[str, Any]) -> ResolvedSteering:
+    return Steering.parse({"interventions": [{"kind": "add", **step} for step in steps]}).resolve({}, MODEL)
+
+
+def at(hook: str, layer: int, *row: float) -> dict[str, Any]:
+    return {hook: {str(layer): list(row)}}
+
+
+def gate(threshold: float = 0.0, **more: Any) -> dict[str, Any]:
+    return {"probe": at("pre_attn", 0, 1.0, 0.0, 0.0), "threshold": threshold, **more}
+
+
+PUSH = {"vector": at("post_block", 1, 2.0, 0.0, 0.0)}
+
+
+def back(scale: float, hook: str = "post_block", layer: int = 1, **more: Any) -> dict[str, Any]:
+    return {"vector": at(hook, layer, 2.0, 0.0, 0.0), "scale": -scale, **more}
+
+
+@pytest.mark.parametrize(
+    ("own", "left"),
+    [
+        ([back(1.0)], 0.0),  # the very same, cancelled
+        ([back(0.5)], 0.5),
+        ([back(2.0)], -1.0),
+        ([back(0.3), back(0.3)], 0.4),  # in two halves
+        ([{"vector": at("post_block", 1, -1.0, 5.0, 5.0)}], 0.5),  # another vector that points partly back
+        ([{"vector": at("post_block", 1, 0.0, 9.0, 9.0)}], 1.0),  # across it
+        ([back(-1.0)], 2.0),  # along it
+        ([back(1.0, "pre_attn", 2)], 0.0),  # another name for the same place
+        ([back(1.0, "pre_attn", 3)], 0.0),  # later in the stream
+        ([back(1.0, "post_block", 0)], 0.0),  # before it
+        ([back(0.6, "post_block", 0), back(0.6, "post_block", 2)], -0.2),
+        ([back(1.0, "mlp_out", 1)], 0.0),  # what the MLP puts out is added to the stream
+        ([back(1.0, gate=gate())], 0.0),  # as if the gate were open
+        ([back(1.0, gate=gate()), back(-1.0)], 1.0),  # 1 + 1 - 1
+        ([back(-1.0, gate=gate())], 1.0),  # as if it were shut
+        ([back(1.0, phase="prefill")], 0.0),
+    ],
+)
+def test_what_is_taken_back_counts_wherever_it_is_taken(own: list[dict[str, Any]], left: float) -> None:
+    share = least_share(resolved(PUSH), resolved(*own))
+    assert share is not None
+    assert share.left == pytest.approx(left, abs=1e-6)
+    assert share.keeps_the_promise is (left >= 0.5)
+
+
+def test_where_they_never_meet_nothing_is_taken() -> None:
+    assert least_share(resolved(PUSH | {"phase": "decode"}), resolved(back(1.0, phase="prefill"))) is None
+    assert least_share(resolved(PUSH), resolved(back(0.0))) is None
+    assert least_share(resolved(PUSH), resolved(back(1.0), back(-1.0))) is None
+    into_mlp = least_share(resolved(PUSH), resolved(back(1.0, "mlp_in", 1)))
+    assert into_mlp is not None
+    assert into_mlp.left == 1.0
+
+
+def test_a_site_of_many_counts_by_itself() -> None:
+    everywhere = [{"vector": {"post_block": {str(layer): [1.0, 0.0, 0.0] for layer in range(LAYERS)}}}]
+    one = least_share(resolved(*everywhere), resolved({"vector": at("post_block", 3, 1.0, 0.0, 0.0), "scale": -1.0}))
+    assert one is not None
+    assert (one.left, one.site) == (0.0, Site(3, HookPoint.POST_BLOCK))
+
+
+def test_a_default_behind_a_gate_is_met_by_the_same_gate_and_by_others() -> None:
+    default = resolved(PUSH | {"gate": gate()})
+    for own, left in (
+        (back(1.0, gate=gate()), 0.0),
+        (back(-1.0, gate=gate()), 2.0),
+        (back(1.0, gate=gate(1.0)), 0.0),
+        (back(-1.0, gate=gate(1.0)), 1.0),
+        (back(1.0), 0.0),
+        (back(0.25), 0.75),
+    ):
+        share = least_share(default, resolved(own))
+        assert share is not None
+        assert share.left == pytest.approx(left, abs=1e-6)
+
+
+def test_a_default_that_takes_itself_back_counts_while_it_lasts() -> None:
+    window = resolved(PUSH, back(1.0, "post_block", 2))
+    share = least_share(window, resolved({"vector": at("post_block", 3, 7.0, 0.0, 0.0), "scale": -1.0}))
+    assert share is not None
+    assert share.left == 1.0
+    share = least_share(window, resolved(back(1.0)))
+    assert share is not None
+    assert (share.left, share.site.layer) == (0.0, 1)
+
+
+steps = st.fixed_dictionaries(
+    {
+        "hook": st.sampled_from(["pre_attn", "mlp_in", "mlp_out", "post_block"]),
+        "layer": st.integers(1, LAYERS - 1),
+        "row": st.lists(st.integers(-3, 3), min_size=WIDTH, max_size=WIDTH),
+        "gate": st.sampled_from([None, 0.0, 1.0]),
+        "phase": st.sampled_from(["all", "prefill", "decode"]),
+    }
+)
+
+
+def written(step: dict[str, Any]) -> dict[str, Any]:
+    more = {} if step["gate"] is None else {"gate": gate(step["gate"])}
+    return {"vector": at(step["hook"], step["layer"], *step["row"]), "phase": step["phase"], **more}
+
+
+def total(part: list[Any], behind: float | None, phase: Phase, site: Site, *, carried: bool) -> np.ndarray:
+    """What `part` adds behind one gate at a site, or has added to the stream up to there."""
+    rows = np.zeros(WIDTH)
+    for step in part:
+        where = Site(step["layer"], HookPoint(step["hook"]))
+        before = carried and step["hook"] != "mlp_in" and site_order(where) <= site_order(site)
+        if step["gate"] == behind and step["phase"] in ("all", phase.value) and (before or where == site):
+            rows += step["row"]
+    return rows
+
+
+GATES = (None, 0.0, 1.0)
+PLACES = [
+    (site, carried) for site in SITES for carried in (False, True) if not (carried and site.hook == HookPoint.MLP_IN)
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(steps, min_size=1, max_size=3), st.lists(steps, min_size=1, max_size=4))
+def test_the_share_is_the_worst_over_all_states_of_the_gates(default: list[Any], own: list[Any]) -> None:
+    least = 1.0
+    for phase, kept, (site, carried) in itertools.product(Phase, GATES, PLACES):
+        pushed = total(default, kept, phase, site, carried=carried)
+        if not pushed.any():
+            continue
+        same = total(own, kept, phase, site, carried=carried)
+        others = [total(own, other, phase, site, carried=carried) for other in GATES if other != kept]
+        for factors in itertools.product([0.0, 1.0], repeat=len(others)):
+            taken = same + sum(factor * rows for factor, rows in zip(factors, others, strict=True))
+            least = min(least, 1 + float(taken @ pushed) / float(pushed @ pushed))
+    found = least_share(resolved(*map(written, default)), resolved(*map(written, own)))
+    assert (1.0 if found is None else min(1.0, found.left)) == pytest.approx(least, abs=1e-9)
