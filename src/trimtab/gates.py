@@ -39,7 +39,8 @@ class VectorReference:
 class ResolvedGate:
     """`probe` is a direction at exactly one site; `threshold` and `sharpness` are float32, sharpness 0 means hard.
 
-    Build it with `ResolvedGate.of`. `reference` says how a process that holds the same probes can be told of it.
+    Build it with `ResolvedGate.of`. `reference` says how a process that holds the same probes can be told of it,
+    `label` under which name it was asked for ("" = none), for reports: neither is part of what it does.
     """
 
     probe: SteeringVector
@@ -47,6 +48,7 @@ class ResolvedGate:
     sharpness: float
     invert: bool = False
     reference: VectorReference | None = field(default=None, compare=False)
+    label: str = field(default="", compare=False)
 
     @classmethod
     def of(
@@ -56,6 +58,7 @@ class ResolvedGate:
         sharpness: float | None,
         invert: bool = False,
         reference: VectorReference | None = None,
+        label: str = "",
     ) -> "ResolvedGate":
         """The gate in its canonical numbers; `sharpness=None` makes it hard.
 
@@ -79,7 +82,7 @@ class ResolvedGate:
         if sharpness is not None and not (slope >= MIN_SHARPNESS and math.isfinite(slope)):
             wanted = f"a number from {MIN_SHARPNESS:.2g} on that is finite in float32"
             raise SteeringError("sharpness", f"got {sharpness}, want {wanted}")
-        return cls(probe, rounded, slope, bool(invert), reference)
+        return cls(probe, rounded, slope, bool(invert), reference, label)
 
     @property
     def site(self) -> Site:
@@ -88,8 +91,8 @@ class ResolvedGate:
 
     @property
     def name(self) -> str:
-        """What to call the probe: its registered name, or the first digits of its digest."""
-        return self.reference.name if self.reference is not None else self.probe.digest.hex()[:12]
+        """What to call the probe: its registered name, or the first digits of its direction's digest."""
+        return self.label or self.probe.digest.hex()[:12]
 
     @property
     def hard(self) -> bool:

@@ -212,10 +212,14 @@ def _merged(group: list[Term]) -> Term:
 
 def _distinct(gates: Iterable[ResolvedGate]) -> list[ResolvedGate]:
     """Each gate once, in the order of their digests; one that can be named before an equal one that cannot."""
+
+    def named(gate: ResolvedGate) -> tuple[bool, bool]:
+        return gate.reference is not None, bool(gate.label)
+
     by_digest: dict[bytes, ResolvedGate] = {}
     for gate in gates:
         known = by_digest.get(gate.digest)
-        if known is None or (known.reference is None and gate.reference is not None):
+        if known is None or named(gate) > named(known):
             by_digest[gate.digest] = gate
     return [by_digest[digest] for digest in sorted(by_digest)]
 

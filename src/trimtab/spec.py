@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -70,6 +71,7 @@ class Gate(_Model):
     sharpness: Number = 1.0
     invert: Annotated[bool, Field(strict=True)] = False
     hard: Annotated[bool, Field(strict=True)] = False
+    _label: str = PrivateAttr("")  # the name that stood where the probe stands, if one did
 
     @model_validator(mode="after")
     def _sharpness_means_something(self) -> Self:
@@ -79,9 +81,16 @@ class Gate(_Model):
             raise SteeringError("sharpness", "has no effect on a hard gate: leave it out")
         return self
 
+    def with_content(self, probe: Probe) -> Self:
+        """The same gate with `probe` in the place of its name, under which reports go on telling of it."""
+        gate = self.model_copy(update={"probe": probe})
+        gate._label = self.probe if isinstance(self.probe, str) else self._label
+        return gate
+
     def resolve(self, probes: Mapping[str, Probe]) -> ResolvedGate:
         """The gate with its probe looked up in `probes`. Raises `SteeringError` below the gate."""
         reference: VectorReference | None = None
+        label = self._label
         if isinstance(self.probe, Probe):
             probe = self.probe
         elif (found := probes.get(self.probe)) is None:
@@ -89,9 +98,9 @@ class Gate(_Model):
             hint = with_suggestions(self.probe, probes)
             raise SteeringError("probe", f"there is no probe {self.probe!r}{hint}; {known}")
         else:
-            probe, reference = found, VectorReference(self.probe, found.vector.digest)
+            probe, reference, label = found, VectorReference(self.probe, found.vector.digest), self.probe
         sharpness = None if self.hard else self.sharpness
-        return ResolvedGate.of(probe.vector, self.threshold - probe.bias, sharpness, self.invert, reference)
+        return ResolvedGate.of(probe.vector, self.threshold - probe.bias, sharpness, self.invert, reference, label)
 
 
 class Intervention(_Model):

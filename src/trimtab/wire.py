@@ -2,7 +2,7 @@
 
     {"version": 1, "vectors": [VECTOR, ...], "gates": [GATE, ...], "prefill": [TERM, ...], "decode": [TERM, ...]}
     TERM = [vector index, scale], or [vector index, scale, gate index]
-    GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert]
+    GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)]
     VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector
            | {"sites": [[layer, hook], ...], "width": int, "data": bytes}                  little-endian float32 [n, H]
 
@@ -24,6 +24,7 @@ from trimtab.wording import shown
 
 VERSION = 1
 LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
+LONGEST_LABEL = 128  # characters, as of the names that can be registered
 KEYS = frozenset({"version", "vectors", "gates", "prefill", "decode"})
 
 
@@ -39,7 +40,7 @@ def encode(steering: ResolvedSteering, views: bool = False) -> dict[str, Any]:
         return places[vector.digest]
 
     gates = {gate.digest: index for index, gate in enumerate(steering.gates)}
-    encoded = [[place(g.probe, g.reference), g.threshold, g.sharpness, g.invert] for g in steering.gates]
+    encoded = [[place(g.probe, g.reference), g.threshold, g.sharpness, g.invert, g.label] for g in steering.gates]
 
     def phase(program: PhaseProgram) -> list[list[Any]]:
         entries: list[list[Any]] = []
@@ -128,15 +129,17 @@ def _decode_reference(
 
 def _decode_gate(entry: Any, path: str, vectors: list[tuple[SteeringVector, VectorReference | None]]) -> ResolvedGate:
     parts = _list(entry, path)
-    if len(parts) != 4:
-        raise SteeringError(path, f"has {len(parts)} items, want [vector index, threshold, sharpness, invert]")
-    index, threshold, sharpness, invert = parts
+    if len(parts) != 5:
+        raise SteeringError(path, f"has {len(parts)} items, want [vector index, threshold, sharpness, invert, label]")
+    index, threshold, sharpness, invert, label = parts
     probe, reference = vectors[_index(index, len(vectors), "vectors", f"{path}[0]")]
     threshold, sharpness = _number(threshold, f"{path}[1]"), _number(sharpness, f"{path}[2]")
     if type(invert) is not bool:
         raise SteeringError(f"{path}[3]", f"got {shown(invert)}, want true or false")
+    if not isinstance(label, str) or len(label) > LONGEST_LABEL:
+        raise SteeringError(f"{path}[4]", f"got {shown(label)}, want a string of at most {LONGEST_LABEL} characters")
     try:
-        return ResolvedGate.of(probe, threshold, sharpness or None, invert, reference)
+        return ResolvedGate.of(probe, threshold, sharpness or None, invert, reference, label)
     except SteeringError as error:
         raise SteeringError(path, f"{error.field}: {error.message}") from None
 

@@ -55,11 +55,12 @@ class GateLanes:
     def add(
         self,
         slot: int,
-        request_id: str,
+        owner: str,
         phases: tuple[PhaseProgram, PhaseProgram],
         acquire: Callable[[PhaseProgram], RowUse],
     ) -> None:
-        """Give `slot`, which has none, the gates of both phases; `acquire` takes the row of a gated sum."""
+        """Give `slot`, which has none, the gates of both phases; `acquire` takes the row of a gated sum. What they
+        do is reported under `owner`."""
         if not any(program.gated for program in phases):
             return
         for phase, program in zip((PREFILL, DECODE), phases, strict=True):
@@ -73,7 +74,7 @@ class GateLanes:
         self._gated[slot] = True
         here = self._buffers.number
         gates = tuple(tuple(g.gate if here(g.gate.site) else None for g in program.gated) for program in phases)
-        self.meters.open(slot, request_id, gates)
+        self.meters.open(slot, owner, gates)
 
     def remove(self, slot: int) -> list[int]:
         """Take the gates of `slot` away; returns the rows that its gated sums held."""

@@ -2,11 +2,15 @@
 
 The factors of a forward pass are copied to the host behind it, in stream order, and read once the copy has finished,
 which is seen without waiting: a step or two later on a GPU. `report` and `totals` wait, and are called between steps.
+
+What is kept is bounded: of requests that are gone the last `KEPT_REPORTS` owners, of each only names and sums; in
+totals `MOST_LABELS` names.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +20,11 @@ from torch import Tensor
 from trimtab.gates import ResolvedGate
 from trimtab.runtime.upload import Staging
 
-KEPT_REPORTS = 4096  # of requests that are gone; the oldest are forgotten first
+KEPT_REPORTS = 4096  # owners of requests that are gone; the oldest are forgotten first
+MOST_LABELS = 4096  # names in totals: any number of them can be registered, one after the other
+
+# Labels of totals for all that has none of its own. No name that can be registered has parentheses.
+INLINE, OTHERS = "(inline)", "(others)"
 
 Phases = tuple[tuple[ResolvedGate | None, ...], ...]
 """The gates of (prefill, decode), None where another rank evaluates it."""
@@ -25,12 +33,20 @@ IntArray = npt.NDArray[np.int64]
 Sums = npt.NDArray[np.float64]  # [2, G, 3]: tokens, sum of factors, factors above one half
 
 
+class _Named(NamedTuple):
+    """What reports say of a gate: nothing that holds its probe in memory."""
+
+    gate: str  # hex digest
+    probe: str  # its registered name, or the first digits of its digest
+    label: str  # in totals
+
+
 @dataclass(frozen=True)
 class GateUse:
     """What one gate did. `tokens` counts evaluations: a token computed twice, after a preemption, counts twice, and one
     found in a prefix cache not at all."""
 
-    probe: str  # its registered name, or the first digits of its digest
+    probe: str  # its registered name, or the first digits of the digest of its direction; in totals the label
     gate: str  # hex digest of the gate; "" in a sum over all gates of a probe
     tokens: int
     mean: float  # of the factor; 0 without tokens
@@ -63,23 +79,26 @@ class GateMeters:
         self._on_gpu = values.is_cuda
         self._sums = np.zeros((1 + 2 * max_requests, 2, values.shape[0], 3))  # by meter; 0 takes what is not measured
         self._free = list(range(len(self._sums) - 1, 0, -1))
-        self._owner: dict[int, tuple[str, Phases]] = {}
+        self._owner: dict[int, tuple[str, _Names]] = {}
         self._meter_of = np.zeros(max_requests + 1, np.int64)  # by slot
         self._expected: tuple[IntArray, IntArray] | None = None
         self._passes: deque[_Pass] = deque()
         self._sent = self._folded = 0  # passes
         self._closing: deque[tuple[int, int]] = deque()  # (the last pass that counts, meter)
         self._staging: list[Staging] = []
-        self._finished: OrderedDict[str, list[tuple[Phases, Sums]]] = OrderedDict()
-        self._totals: dict[str, Sums] = {}  # of finished requests, [3]
+        self._finished: OrderedDict[str, dict[_Named, Sums]] = OrderedDict()
+        self._totals: dict[str, Sums] = {}  # of finished requests, by label
 
-    def open(self, slot: int, request_id: str, gates: Phases) -> None:
-        """Measure what `gates` do to the request of `slot`."""
+    def open(self, slot: int, owner: str, gates: Phases) -> None:
+        """Measure what `gates` do to the request of `slot`. Requests of one `owner` are reported together."""
         if not self._free:
             self._free = list(range(2 * len(self._sums) - 1, len(self._sums) - 1, -1))
             self._sums = np.concatenate([self._sums, np.zeros_like(self._sums)])
         meter = self._free.pop()
-        self._owner[meter] = request_id, gates
+        self._owner[meter] = (
+            owner,
+            tuple(tuple(None if gate is None else _named(gate) for gate in some) for some in gates),
+        )
         self._meter_of[slot] = meter
 
     def close(self, slot: int) -> None:
@@ -93,7 +112,7 @@ class GateMeters:
         self._expected = self._meter_of[slots], counts.copy()
 
     def collect(self) -> None:
-        """To be called before the gates of another pass are written: fetches what the last one decided."""
+        """To be called before another pass runs, whoever runs it: fetches what the last one decided."""
         if self._expected is not None:
             meters, counts = self._expected
             self._expected = None
@@ -110,15 +129,14 @@ class GateMeters:
         while self._passes and self._passes[0].has_arrived():
             self._fold(self._passes.popleft())
 
-    def report(self, *request_ids: str) -> tuple[GateUse, ...]:
-        """What each gate of these requests together has done so far; waits for the pass under way."""
+    def report(self, owner: str) -> tuple[GateUse, ...]:
+        """What each gate of the requests of `owner` has done so far; waits for the pass under way."""
         self.settle()
-        running = [(gates, self._sums[m]) for m, (owner, gates) in self._owner.items() if owner in request_ids]
-        finished = [part for request_id in request_ids for part in self._finished.get(request_id, ())]
-        by_gate: dict[bytes, tuple[ResolvedGate, Sums]] = {}
-        for gate, sums in _each([*finished, *running]):
-            by_gate[gate.digest] = gate, (by_gate[gate.digest][1] + sums if gate.digest in by_gate else sums)
-        return tuple(_use(gate.name, gate.digest.hex(), sums) for _, (gate, sums) in sorted(by_gate.items()))
+        sums = dict(self._finished.get(owner, {}))
+        for names, running in ((names, self._sums[m]) for m, (whose, names) in self._owner.items() if whose == owner):
+            for named, part in _each(names, running):
+                sums[named] = sums.get(named, 0.0) + part
+        return tuple(_use(named.probe, named.gate, part) for named, part in sorted(sums.items()))
 
     def settle(self) -> None:
         """Count everything that has been launched, waiting for it."""
@@ -129,18 +147,14 @@ class GateMeters:
                 first.arrived.synchronize()
             self._fold(first)
 
-    @property
-    def known(self) -> set[str]:
-        """The requests that `report` knows of."""
-        return {owner for owner, _ in self._owner.values()} | self._finished.keys()
-
     def totals(self) -> tuple[GateUse, ...]:
-        """What was done since start per probe, by name; waits for the pass under way."""
+        """What was done since start, by label: a probe's name, or one for all without; waits for the pass under way."""
         self.settle()
-        totals = dict(self._totals)
-        for gate, sums in _each((gates, self._sums[meter]) for meter, (_, gates) in self._owner.items()):
-            totals[gate.name] = totals.get(gate.name, 0.0) + sums
-        return tuple(_use(name, "", sums) for name, sums in sorted(totals.items()))
+        totals = self._totals.copy()
+        for meter, (_, names) in self._owner.items():
+            for named, part in _each(names, self._sums[meter]):
+                _count(totals, named.label, part)
+        return tuple(_use(label, "", sums) for label, sums in sorted(totals.items()))
 
     def _new_staging(self) -> Staging:
         with torch.inference_mode(False):  # steps run in it, reports do not: both write here
@@ -169,24 +183,37 @@ class GateMeters:
     def _finish(self) -> None:
         while self._closing and self._closing[0][0] <= self._folded:
             _, meter = self._closing.popleft()
-            request_id, gates = self._owner.pop(meter)
+            owner, names = self._owner.pop(meter)
             sums = self._sums[meter].copy()
             self._sums[meter] = 0.0
             self._free.append(meter)
-            for gate, part in _each([(gates, sums)]):
-                self._totals[gate.name] = self._totals.get(gate.name, 0.0) + part
-            self._finished.setdefault(request_id, []).append((gates, sums))
-            self._finished.move_to_end(request_id)
+            finished = self._finished.setdefault(owner, {})
+            for named, part in _each(names, sums):
+                _count(self._totals, named.label, part)
+                finished[named] = finished.get(named, 0.0) + part
+            self._finished.move_to_end(owner)
             if len(self._finished) > KEPT_REPORTS:
                 self._finished.popitem(last=False)
 
 
-def _each(parts: Iterable[tuple[Phases, Sums]]) -> Iterable[tuple[ResolvedGate, Sums]]:
-    for gates, sums in parts:
-        for phase, some in enumerate(gates):
-            for place, gate in enumerate(some):
-                if gate is not None:
-                    yield gate, sums[phase, place]
+_Names = tuple[tuple[_Named | None, ...], ...]
+
+
+def _named(gate: ResolvedGate) -> _Named:
+    return _Named(gate.digest.hex(), gate.name, gate.label or INLINE)
+
+
+def _each(names: _Names, sums: Sums) -> Iterator[tuple[_Named, Sums]]:
+    for phase, some in enumerate(names):
+        for place, named in enumerate(some):
+            if named is not None:
+                yield named, sums[phase, place].copy()
+
+
+def _count(totals: dict[str, Sums], label: str, sums: Sums) -> None:
+    if label not in totals and len(totals) >= MOST_LABELS:
+        label = OTHERS
+    totals[label] = totals.get(label, 0.0) + sums
 
 
 def _use(probe: str, gate: str, sums: Sums) -> GateUse:

@@ -114,8 +114,18 @@ class SteeringRuntime:
         """Leave `site` without a monitor from the next `step` on. One that has none is no error."""
         self._monitors.clear(site)
 
-    def admit(self, request_id: str, steering: ResolvedSteering | None, *, probes: Sequence[ResolvedGate] = ()) -> None:
+    def admit(
+        self,
+        request_id: str,
+        steering: ResolvedSteering | None,
+        *,
+        probes: Sequence[ResolvedGate] = (),
+        owner: str | None = None,
+    ) -> None:
         """Hold the rows of both phases for `request_id`; replaces what it held. None or empty steering holds nothing.
+
+        `owner` is the name under which `gate_report` tells what its gates did, together with all of one owner; by
+        default the request's own id.
 
         `probes` are the row monitor of its decode tokens: each multiplies their row at its own site, and only there.
         They need buffers with `row_monitor=True`. Admit again, without them, to clear them.
@@ -132,7 +142,7 @@ class SteeringRuntime:
         phases = (steering.prefill, steering.decode)
         slot = self._planner.add(request_id, self._acquire(steering.prefill), self._acquire(steering.decode, behind))
         if self._gates is not None:
-            self._gates.add(slot, request_id, phases, self._acquire)
+            self._gates.add(slot, request_id if owner is None else owner, phases, self._acquire)
 
     def release(self, request_id: str) -> None:
         """Let go of what `request_id` holds (finished or preempted). An id that holds nothing is no error."""
@@ -195,17 +205,18 @@ class SteeringRuntime:
             gates.write(self._planner.batch, gated)
         self._rest(self._sites_in_use() if len(words) or gated is not None else self._no_site)
 
-    def gate_report(self, *request_ids: str) -> tuple[GateUse, ...]:
-        """What each gate of these requests, running or recently gone, has done; waits for the pass under way."""
-        return () if self._gates is None else self._gates.meters.report(*request_ids)
+    def before_unplanned_pass(self) -> None:
+        """To be called before a forward pass that `step` does not prepare, such as one over no requests: it runs with
+        the gates of the last one, and would overwrite what they decided before that is counted."""
+        if self._gates is not None:
+            self._gates.meters.collect()
 
-    @property
-    def gated_requests(self) -> set[str]:
-        """The requests that `gate_report` knows of."""
-        return set() if self._gates is None else self._gates.meters.known
+    def gate_report(self, owner: str) -> tuple[GateUse, ...]:
+        """What each gate of an owner's requests, running or recently gone, has done; waits for the pass under way."""
+        return () if self._gates is None else self._gates.meters.report(owner)
 
     def gate_totals(self) -> tuple[GateUse, ...]:
-        """What the gates of each probe have done since start; waits for the pass under way."""
+        """What gates have done since start, by their probes' names; waits for the pass under way."""
         return () if self._gates is None else self._gates.meters.totals()
 
     def digest(self) -> str:

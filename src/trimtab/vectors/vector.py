@@ -5,6 +5,7 @@ Only NumPy is needed here, so that a client or a front end need not load torch f
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,10 @@ from trimtab.wording import summary
 
 __all__ = ["FloatArray", "SteeringVector", "VectorMetadata", "as_site"]
 
-_NARROWED_KEPT = 64  # selections of layers that one vector remembers, so that requests which narrow it cost nothing
+# Selections of layers that one vector remembers, so that requests which narrow it cost nothing: how many at most, and
+# how many times its own size they may take together. Callers choose layers, so both are bounded.
+_NARROWED_KEPT, _NARROWED_SIZES = 64, 2
+_NARROWING = threading.Lock()  # one for all vectors, which are pickled and shared between threads
 
 
 @dataclass(frozen=True)
@@ -221,10 +225,15 @@ class SteeringVector:
         narrow = self._with_block(self._block[kept], self._metadata, tuple(self._sites[i] for i in kept))
         digests = self._digests_of_sites()
         narrow._site_digests = [digests[i] for i in kept]
-        if len(self._narrowed) >= _NARROWED_KEPT:
-            self._narrowed.pop(next(iter(self._narrowed)), None)
-        self._narrowed[wanted] = narrow
+        self._remember(wanted, narrow)
         return narrow
+
+    def _remember(self, layers: tuple[int, ...], narrow: "SteeringVector") -> None:
+        with _NARROWING:
+            self._narrowed[layers] = narrow
+            rows = sum(len(kept.sites) for kept in self._narrowed.values())
+            while len(self._narrowed) > _NARROWED_KEPT or rows > _NARROWED_SIZES * len(self._sites):
+                rows -= len(self._narrowed.pop(next(iter(self._narrowed))).sites)
 
     def with_metadata(self, metadata: VectorMetadata) -> "SteeringVector":
         """The same content under other metadata."""

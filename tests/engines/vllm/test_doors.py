@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from trimtab.engines.vllm import compat_frontend, compat_patching, doors
+from trimtab.engines.vllm.accounts import Ticket
 from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.registry import VectorRegistry
-from trimtab.engines.vllm.wire import AdmittedWire
+from trimtab.engines.vllm.wire import TICKET, AdmittedWire
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
@@ -116,16 +117,23 @@ def test_each_conversation_of_a_batch_request_is_steered():
 @pytest.mark.parametrize("form", [SPEC, json.dumps(SPEC), Steering.parse(SPEC)], ids=["mapping", "json", "Steering"])
 def test_steering_is_admitted_apart_from_a_copy_of_the_sampling_parameters_and_put_back(front_end, form):
     params = SamplingParams(extra_args={"steering": form, "other": 1})
-    bare, wire = doors.admit_params(front_end, params)
+    bare, carried = doors.admit_params(front_end, params)
     assert params.extra_args == {"steering": form, "other": 1}
     assert bare.extra_args == {"other": 1}
+    assert carried is not None
+    wire, ticket = carried["steering"], carried[TICKET]
     assert isinstance(wire, AdmittedWire)
+    assert isinstance(ticket, Ticket)
     own = bare.clone()
-    doors.carry(own, wire)
-    assert own.extra_args == {"other": 1, "steering": wire}
+    doors.carry(own, carried)
+    assert own.extra_args == {"other": 1, "steering": wire, TICKET: ticket}
     assert bare.extra_args == {"other": 1}
-    assert doors.admit_params(front_end, own)[1] is wire
+    again = doors.admit_params(front_end, own)[1]
+    assert again is not None
+    assert again["steering"] is wire
+    assert again[TICKET] is ticket
     assert own.clone().extra_args["steering"] is wire
+    assert own.clone().extra_args[TICKET] is ticket
     plain = SamplingParams()
     assert doors.admit_params(front_end, plain) == (plain, None)
     doors.carry(plain, None)

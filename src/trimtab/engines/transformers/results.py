@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from trimtab.counting import steered_tokens
 from trimtab.program import ResolvedSteering
 from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
@@ -40,9 +41,8 @@ def receipt(
     steering: ResolvedSteering | None, prompt_length: int, new_tokens: int, gates: tuple[GateUse, ...] = ()
 ) -> Receipt:
     """The receipt of an output of `new_tokens` tokens after a prompt of `prompt_length`."""
-    fed = {Phase.PREFILL: prompt_length, Phase.DECODE: max(new_tokens - 1, 0)}
     identity = {phase: "" if steering is None else steering.identity(phase) for phase in Phase}
-    counts = {phase: fed[phase] if identity[phase] else 0 for phase in Phase}
+    counts = steered_tokens(steering, prompt_length, new_tokens)
     sites = () if steering is None else steering.sites
     monitor = steering.monitor if steering is not None and steering.monitored else ""
     return Receipt(MappingProxyType(identity), sites, MappingProxyType(counts), gates, monitor)

@@ -149,7 +149,7 @@ def _patch_worker_base(module: ModuleType) -> None:
     # Why: collective_rpc finds methods by name on the worker. Until: plugins may register such methods.
     from trimtab.engines.vllm import worker
 
-    for method in (worker.trimtab_attached, worker.trimtab_status, worker.trimtab_gates):
+    for method in (worker.trimtab_attached, worker.trimtab_status):
         setattr(module.WorkerBase, method.__name__, method)
 
 

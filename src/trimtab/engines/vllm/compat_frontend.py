@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from trimtab.engines.vllm import compat_patching, doors
+from trimtab.engines.vllm.accounts import ticket_in
 from trimtab.engines.vllm.compat_http import install_http_doors
 from trimtab.engines.vllm.compat_patching import put, take
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.flags import add_flags, apply_flags
-from trimtab.engines.vllm.frontend import FrontEnd
+from trimtab.engines.vllm.frontend import FIELD, FrontEnd
 from trimtab.engines.vllm.registry import share_registry
 from trimtab.errors import SteeringError
 
@@ -92,6 +93,7 @@ def _patch_engine_config(engine_args: Any, build: Callable[[Any], FrontEnd | Non
 def install_doors(build: Callable[[Any], FrontEnd | None]) -> None:
     """Patch what turns requests into work for the engine."""
     _patch_input_processor(build)
+    _patch_output_processor()
     install_http_doors()
     _patch_offline_beam_search()
     _patch_endpoint_plugins()
@@ -121,12 +123,48 @@ def _patch_input_processor(build: Callable[[Any], FrontEnd | None]) -> None:
     @functools.wraps(process)
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         resumable = bool(kwargs.get("resumable", False))
-        params, wire = doors.admit_params(self._trimtab_front_end, params, resumable=resumable)
+        params, steering = doors.admit_params(self._trimtab_front_end, params, resumable=resumable)
         request = process(self, request_id, prompt, params, *args, **kwargs)
-        doors.carry(request.sampling_params, wire)
+        doors.carry(request.sampling_params, steering)
         return request
 
     put(InputProcessor, "process_inputs", process_inputs)
+
+
+def _patch_output_processor() -> None:
+    # Why: the one place that knows of each request, whatever door it came through, how long its prompt was and how many
+    # tokens it answered with; receipts count them. Until: vLLM tells plugins of finished requests.
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    add = take(OutputProcessor, "add_request", ["self", "request", "prompt"])
+    make = take(RequestState, "make_request_output", ["self", "new_token_ids", "pooling_output", "finish_reason"])
+    if add is None or make is None:
+        return
+
+    @functools.wraps(add)
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        result = add(self, request, *args, **kwargs)
+        ticket = ticket_in(getattr(request.sampling_params, "extra_args", None))
+        if ticket is not None:
+            ticket.account.begun()
+            self.request_states[request.request_id]._trimtab_account = ticket.account
+        return result
+
+    @functools.wraps(make)
+    def make_request_output(
+        self: Any, new_token_ids: Any, pooling_output: Any, finish_reason: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        account = self._trimtab_account
+        if account is not None and finish_reason is not None:
+            account.finished(self.prompt_len, self.detokenizer.num_output_tokens())
+        output = make(self, new_token_ids, pooling_output, finish_reason, *args, **kwargs)
+        if account is not None and output is not None:
+            setattr(output, FIELD, account.receipt)
+        return output
+
+    RequestState._trimtab_account = None
+    put(OutputProcessor, "add_request", add_request)
+    put(RequestState, "make_request_output", make_request_output)
 
 
 def _patch_offline_beam_search() -> None:

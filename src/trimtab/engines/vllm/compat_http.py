@@ -21,13 +21,6 @@ PROTOCOLS = {  # module, class: the request models that vLLM turns into sampling
     "vllm.entrypoints.speech_to_text.translation.protocol": "TranslationRequest",
 }
 
-HANDLERS = {  # module: class, method: what answers those requests, or renders them for another server
-    "vllm.entrypoints.openai.chat_completion.serving": ("OpenAIServingChat", "create_chat_completion"),
-    "vllm.entrypoints.openai.completion.serving": ("OpenAIServingCompletion", "create_completion"),
-    "vllm.entrypoints.openai.responses.serving": ("OpenAIServingResponses", "create_responses"),
-    "vllm.entrypoints.scale_out.render.serving": ("ServingRender", "render_chat_request"),
-}
-
 TOKENS_HANDLER = ("vllm.entrypoints.scale_out.token_in_token_out.serving", "ServingTokens", "serve_tokens")
 
 MESSAGES_HANDLER = ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessages", "create_messages")
@@ -46,9 +39,6 @@ def install_http_doors() -> None:
     for module, name in PROTOCOLS.items():
         if (request_class := find(module, name)) is not None:
             _patch_protocol(request_class)
-    for module, (name, method) in HANDLERS.items():
-        if (handler_class := find(module, name)) is not None:
-            _patch_handler(handler_class, method)
     _patch_tokens_handler()
     if (handler_class := find(*MESSAGES_HANDLER[:2], required=False)) is not None:
         _patch_messages(handler_class, MESSAGES_HANDLER[2])
@@ -85,24 +75,6 @@ def _patch_protocol(request_class: Any) -> None:
         return beam(self, *args, **kwargs)
 
     put(request_class, "to_beam_search_params", to_beam_search_params)
-
-
-def _patch_handler(handler_class: Any, method: str) -> None:
-    # Why: the response models take extra fields, but nothing lets a plugin fill one. Until: something does.
-    original = take(handler_class, method, ["self", "request"])
-    if original is None:
-        return
-
-    @functools.wraps(original)
-    async def handle(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = await original(self, request, *args, **kwargs)
-        current = doors.exchange.get()
-        # A stream is a generator: its receipt is the header alone. An error answer has no steering to report.
-        if current is not None and current.admission is not None and hasattr(answer, "model") and hasattr(answer, "id"):
-            setattr(answer, FIELD, await doors.receipt_of(current.admission, answer.id))
-        return answer
-
-    put(handler_class, method, handle)
 
 
 def _patch_tokens_handler() -> None:
@@ -172,7 +144,7 @@ def _patch_line_answers(module: Any) -> None:
     @functools.wraps(original)
     async def run_request(answer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         line = request.__dict__.get(_LINE) or Body({"body": dict(request.body)})
-        current = doors.Exchange(request.url)  # so that an answer carries its receipt
+        current = doors.Exchange(request.url)
         try:
             if not hasattr(request.body, "to_sampling_params"):  # where it would be admitted
                 doors.refuse_all(line, request.url)
@@ -181,9 +153,12 @@ def _patch_line_answers(module: Any) -> None:
             answer = functools.partial(_refused, error)
         token = doors.exchange.set(current)
         try:
-            return await original(answer, request, *args, **kwargs)
+            told = await original(answer, request, *args, **kwargs)
         finally:
             doors.exchange.reset(token)
+        if current.account is not None and told.response is not None and told.response.body is not None:
+            setattr(told.response.body, FIELD, current.account.receipt)  # the models take extra fields
+        return told
 
     put(module, "run_request", run_request)
 

@@ -6,28 +6,30 @@
 import copy
 import functools
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
+from trimtab.engines.vllm.accounts import Account, Ticket, ticket_in
 from trimtab.engines.vllm.body import DATA, Body, names_steering
 from trimtab.engines.vllm.frontend import FIELD, Admission, FrontEnd
-from trimtab.engines.vllm.wire import AdmittedWire
+from trimtab.engines.vllm.wire import TICKET, AdmittedWire
 from trimtab.errors import SteeringError
+from trimtab.sites import Phase
 from trimtab.spec_errors import join
 
 
 class Exchange:
     """One HTTP request, or one line of a batch, while it is being answered: where it came in, what its body says as
-    `steering` once that `was_read`, and what admission made of it."""
+    `steering` once that `was_read`, and once it is admitted, the account of its answer."""
 
-    __slots__ = ("admission", "given", "path", "was_read")
+    __slots__ = ("account", "given", "path", "was_read")
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.was_read = False
         self.given: Any = None
-        self.admission: Admission | None = None
+        self.account: Account | None = None
 
     def read(self, given: Any) -> None:
         """Note what the body says as `steering`."""
@@ -47,8 +49,6 @@ ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/me
 
 _current: FrontEnd | None = None
 
-_gate_reporter: Callable[[str], Awaitable[list[dict[str, Any]]]] | None = None
-
 
 def current_front_end() -> FrontEnd | None:
     """The front end of this process's engine, the latest one made; None where steering is off."""
@@ -59,19 +59,6 @@ def set_current_front_end(front_end: FrontEnd | None) -> None:
     """Make `front_end` the one that HTTP requests of this process meet."""
     global _current
     _current = front_end
-
-
-def set_gate_reporter(reporter: Callable[[str], Awaitable[list[dict[str, Any]]]]) -> None:
-    """Let `receipt_of` ask the workers of this process's engine what a request's gates did."""
-    global _gate_reporter
-    _gate_reporter = reporter
-
-
-async def receipt_of(admission: Admission, request_id: str) -> dict[str, Any]:
-    """The receipt of a finished request: that of its admission, and what its gates did where it had any."""
-    if not admission.resolved.gates or _gate_reporter is None:
-        return admission.receipt
-    return {**admission.receipt, "gates": await _gate_reporter(request_id)}
 
 
 def given_by(request: Any) -> Any:
@@ -151,20 +138,18 @@ def admit_http(params: Any, given: Any) -> Any:
         # The answer is another server's input, as JSON: check it, and pass on what the caller wrote.
         if given is not None:
             _admit(current_front_end(), given, count=False)
-            _replace_extra(params, json.dumps(given) if isinstance(given, dict) else given)
+            carry(params, {FIELD: json.dumps(given) if isinstance(given, dict) else given})
         return params
     admission = _admit(current_front_end(), given)
     if admission is not None:
-        _replace_extra(params, admission.wire)
-        if current is not None:
-            current.admission = admission
+        carry(params, _carried(admission))
     return params
 
 
 def admit_params(
     front_end: FrontEnd | None, params: Any, *, resumable: bool = False
-) -> tuple[Any, AdmittedWire | None]:
-    """Sampling parameters without their steering, and the steering admitted; None where there is none.
+) -> tuple[Any, dict[str, Any] | None]:
+    """Sampling parameters without their steering, and what they are to carry of it; None where there is none.
 
     The caller's own object is left as it is. vLLM walks through and copies all that it is handed, so the two meet again
     behind that, in `carry`. Raises `SteeringError` (a `ValueError`), in the form that vLLM's servers answer with HTTP
@@ -176,7 +161,7 @@ def admit_params(
     if front_end is not None and params.extra_args:
         _refuse_misplaced(front_end, params.extra_args)
     if isinstance(given, AdmittedWire):  # admitted before, by a door of the HTTP server
-        return _without_steering(params), given
+        return _without_steering(params), {FIELD: given, TICKET: ticket_in(params.extra_args)}
     if resumable and (given is not None or (front_end is not None and front_end.default is not None)):
         if front_end is not None:
             front_end.refuse("resumable")
@@ -184,13 +169,24 @@ def admit_params(
     admission = _admit(front_end, given)
     if admission is None:
         return params, None
-    return _without_steering(params), admission.wire
+    return _without_steering(params), _carried(admission)
 
 
-def carry(params: Any, wire: AdmittedWire | None) -> None:
-    """Let sampling parameters that belong to one request alone carry its admitted steering."""
-    if wire is not None:
-        _replace_extra(params, wire)
+def carry(params: Any, steering: dict[str, Any] | None) -> None:
+    """Let sampling parameters that belong to one request alone carry its steering."""
+    if steering is not None:
+        params.extra_args = {**(params.extra_args or {}), **steering}  # vLLM shares this dict with the request
+
+
+def _carried(admission: Admission) -> dict[str, Any]:
+    """The admitted steering of a request, and the ticket to its account: the exchange's, or one of its own."""
+    current = exchange.get()
+    account = None if current is None else current.account
+    if account is None or account.identity != [admission.resolved.identity(phase) for phase in Phase]:
+        account = Account(admission)
+        if current is not None:
+            current.account = account
+    return {FIELD: admission.wire, TICKET: Ticket(account)}
 
 
 def refuse_beam_search(given: Any) -> None:
@@ -229,12 +225,9 @@ def _refuse_misplaced(front_end: FrontEnd, extra: Mapping[str, Any]) -> None:
 def _without_steering(params: Any) -> Any:
     if params.extra_args and FIELD in params.extra_args:
         params = copy.copy(params)
-        params.extra_args = {key: value for key, value in params.extra_args.items() if key != FIELD} or None
+        ours = (FIELD, TICKET)
+        params.extra_args = {key: value for key, value in params.extra_args.items() if key not in ours} or None
     return params
-
-
-def _replace_extra(params: Any, steering: Any) -> None:
-    params.extra_args = {**(params.extra_args or {}), FIELD: steering}  # vLLM shares this dict with the request
 
 
 def refuse(error: SteeringError) -> NoReturn:

@@ -226,7 +226,7 @@ class FrontEnd:
             if (content := vector(step.vector)) is not step.vector:
                 changes["vector"] = content
             if step.gate is not None and (content := probe(step.gate.probe)) is not step.gate.probe:
-                changes["gate"] = step.gate.model_copy(update={"probe": content})
+                changes["gate"] = step.gate.with_content(content)
             if changes:
                 steps[index] = step.model_copy(update=changes)
         if all(new is old for new, old in zip(steps, steering.interventions, strict=True)):

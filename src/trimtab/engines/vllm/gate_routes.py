@@ -7,27 +7,41 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from trimtab.engines.vllm.accounts import ACCOUNT_NAME, Answers
 from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.registration import read_registration, refusal, served_front_end
 from trimtab.engines.vllm.registry import Entry
-from trimtab.engines.vllm.worker_status import Workers
+from trimtab.engines.vllm.worker_status import PAGE_WAIT, Workers
 from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate, check_served
 from trimtab.spec import Gate
 from trimtab.vectors.probe import Probe
 
+BY_NAME = "its header x-trimtab-answer names it for certain, and its receipt has the same numbers"
 
-def add_gate_routes(app: FastAPI, workers: Workers) -> None:
-    """Add the routes to `app`."""
 
-    async def gate_uses(request_id: str) -> Response:
-        """What each gate of a request, running or recently finished, has done."""
-        return JSONResponse({"id": request_id, "gates": await workers.gates(request_id)})
+def add_gate_routes(app: FastAPI, workers: Workers, answers: Answers) -> None:
+    """Add the routes to `app`. `answers` are those whose gates can be asked for by their ids."""
+
+    async def gate_uses(answer_id: str) -> Response:
+        """What each gate of an answer, under way or recently finished, has done: by its id, or by the name that its
+        header gives, which any API server process knows."""
+        try:
+            name = answer_id if ACCOUNT_NAME.fullmatch(answer_id) else answers.find(answer_id)
+        except KeyError:
+            error = SteeringError("id", f"no answer {answer_id!r:.160} with gates is known to this process; {BY_NAME}")
+            return refusal(error, 404)
+        if name is None:
+            return refusal(SteeringError("id", f"several answers have the id {answer_id!r:.160}; {BY_NAME}"), 409)
+        uses = await workers.gates(name, PAGE_WAIT)
+        if uses is None:
+            return refusal(SteeringError("id", f"the workers did not answer within {PAGE_WAIT:g} seconds"), 503)
+        return JSONResponse({"id": answer_id, "gates": uses})
 
     app.add_api_route("/v1/steering/probes", list_probes, methods=["GET"])
     app.add_api_route("/v1/steering/probes", register_probe, methods=["POST"])
     app.add_api_route("/v1/steering/probes/{name}", delete_probe, methods=["DELETE"])
-    app.add_api_route("/v1/steering/gates/{request_id}", gate_uses, methods=["GET"])
+    app.add_api_route("/v1/steering/gates/{answer_id}", gate_uses, methods=["GET"])
 
 
 async def list_probes() -> Response:
@@ -68,6 +82,7 @@ def describe_probe(entry: Entry[Probe]) -> dict[str, Any]:
     return {
         "name": entry.name,
         "digest": probe.digest.hex(),
+        "direction": probe.vector.digest.hex(),
         "hidden_size": probe.vector.hidden_size,
         "site": str(probe.site),
         "bias": probe.bias,

@@ -23,15 +23,17 @@ class Membership:
         """Those of `request_ids` that have not joined."""
         return (request_id for request_id in request_ids if request_id not in self._members)
 
-    def join(self, request_id: str, steering: ResolvedSteering | None, batch: Container[str]) -> None:
-        """Admit a request; `batch` are the requests that run now, which must not be made to leave."""
+    def join(
+        self, request_id: str, steering: ResolvedSteering | None, batch: Container[str], owner: str | None = None
+    ) -> None:
+        """Admit a request, reported under `owner`; `batch` are the requests that run now, which must not leave."""
         self.settle()
         self.leave((request_id,))
         if steering is not None:
             if self._steered >= self._max_requests:
                 waiting = [member for member, steered in self._members.items() if steered and member not in batch]
                 self.leave(waiting)
-            self._runtime.admit(request_id, steering)
+            self._runtime.admit(request_id, steering, owner=owner)
             self._steered += 1
         self._members[request_id] = steering is not None
 

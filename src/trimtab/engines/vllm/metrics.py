@@ -10,6 +10,8 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
+from trimtab.runtime.meters import MOST_LABELS, OTHERS
+
 WORKER_GAUGES = {
     "trimtab_rows_in_use": ("rows_in_use", "Steering table rows that running requests hold."),
     "trimtab_row_capacity": ("capacity", "Steering table rows that requests can hold."),
@@ -20,14 +22,11 @@ WORKER_GAUGES = {
     ),
 }
 
-
 GATE_GAUGES = {
     "trimtab_gate_tokens_total": ("tokens", "Tokens on which gates of a probe were evaluated since start."),
     "trimtab_gate_open_tokens_total": ("above_half", "Of these, tokens whose factor exceeded one half."),
     "trimtab_gate_mean": ("mean", "Mean factor over these tokens."),
 }
-
-MOST_PROBES = 256  # label values: probes that come inline are named by digest, and there may be any number of them
 
 
 class Metrics:
@@ -45,7 +44,13 @@ class Metrics:
             key: Gauge(name, text, registry=registry, multiprocess_mode="mostrecent")
             for name, (key, text) in WORKER_GAUGES.items()
         }
-
+        self._silent = Gauge(
+            "trimtab_engines_silent",
+            "Engines whose workers did not answer in time: theirs are the last known values.",
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
+        self._labels: set[str] = set()
         self._gates = {
             key: Gauge(name, text, ["probe"], registry=registry, multiprocess_mode="mostrecent")
             for name, (key, text) in GATE_GAUGES.items()
@@ -73,15 +78,26 @@ class Metrics:
             values = [[status[key] for status in workers if status.get(key) is not None] for workers in engines]
             if any(values):
                 gauge.set(sum(sum(own) if key == "late_variants" else max(own) for own in values if own))
+        self._gates_of(engines)
+
+    def silent(self, engines: int) -> None:
+        """How many engines did not say anything when they were asked last."""
+        self._silent.set(engines)
+
+    def _gates_of(self, engines: Sequence[Sequence[Mapping[str, Any]]]) -> None:
         totals: dict[str, dict[str, float]] = {}
         for workers in engines:
-            for probe, use in _gate_uses(workers).items():
+            for label, use in _gate_uses(workers).items():
+                # As many as one engine can tell of: labels stay for good, and several engines may know different names.
+                known = label in self._labels or len(self._labels) < MOST_LABELS
+                probe = label if known else OTHERS
+                self._labels.add(probe)
                 total = totals.setdefault(probe, {"tokens": 0, "above_half": 0, "mean": 0.0})
                 tokens = total["tokens"] + use["tokens"]
                 if tokens:
                     total["mean"] += (use["mean"] - total["mean"]) * use["tokens"] / tokens
                 total["tokens"], total["above_half"] = tokens, total["above_half"] + use["above_half"]
-        for probe, total in list(totals.items())[:MOST_PROBES]:
+        for probe, total in totals.items():
             for key, gauge in self._gates.items():
                 gauge.labels(probe).set(total[key])
 

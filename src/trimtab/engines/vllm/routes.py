@@ -17,20 +17,20 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from trimtab.engines.vllm.doors import Exchange, current_front_end, exchange, set_gate_reporter
+from trimtab.engines.vllm.accounts import Answers
+from trimtab.engines.vllm.doors import current_front_end
 from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.gate_routes import add_gate_routes, describe_probe
 from trimtab.engines.vllm.guard import guard_routes
 from trimtab.engines.vllm.metrics import metrics
+from trimtab.engines.vllm.receipts import ExchangeMiddleware
 from trimtab.engines.vllm.registration import read_registration, refusal, served_front_end
 from trimtab.engines.vllm.registry import Entry
-from trimtab.engines.vllm.worker_status import Workers
+from trimtab.engines.vllm.worker_status import PAGE_WAIT, Workers
 from trimtab.errors import SteeringError
-from trimtab.sites import Phase, site_order
+from trimtab.sites import site_order
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
-
-RECEIPT_HEADER = b"x-trimtab-steering"
 
 
 def endpoint_plugin() -> "EndpointPlugin":
@@ -46,6 +46,7 @@ class EndpointPlugin:
 
     def __init__(self) -> None:
         self.workers = Workers()
+        self.answers = Answers()
 
     def attach_router(self, app: FastAPI) -> None:
         """Guard the routes that are there, and add ours where steering is on."""
@@ -56,8 +57,9 @@ class EndpointPlugin:
         app.add_api_route("/v1/steering/vectors", self.list_vectors, methods=["GET"])
         app.add_api_route("/v1/steering/vectors", self.register_vector, methods=["POST"])
         app.add_api_route("/v1/steering/vectors/{name}", self.delete_vector, methods=["DELETE"])
-        add_gate_routes(app, self.workers)
-        app.add_middleware(ExchangeMiddleware, workers=self.workers)  # vLLM's authentication is added later: outside
+        add_gate_routes(app, self.workers, self.answers)
+        # vLLM's authentication is added later, and so is outside.
+        app.add_middleware(ExchangeMiddleware, workers=self.workers, answers=self.answers)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Compare what the workers serve with what requests are checked against; a mismatch stops the start."""
@@ -65,13 +67,12 @@ class EndpointPlugin:
         if front_end is None or engine_client is None:
             return
         self.workers.client = engine_client
-        set_gate_reporter(self.workers.gates)
-        check_workers(front_end, await self.workers.ask())
+        check_workers(front_end, (await self.workers.ask(None)).engines)
 
     async def status(self) -> Response:
         """What this server steers, and the state of each worker."""
         front_end = served_front_end()
-        engines = await self.workers.ask()
+        engines, silent = await self.workers.ask(PAGE_WAIT, digest=True)
         sites = sorted(front_end.model.sites, key=site_order)
         return JSONResponse(
             {
@@ -87,6 +88,7 @@ class EndpointPlugin:
                 "default": None if front_end.default is None else front_end.default.shown(),
                 "workers": [{"engine": engine, **_plain(worker)} for engine in engines for worker in engines[engine]],
                 "workers_agree": all(len({worker.get("digest") for worker in own}) == 1 for own in engines.values()),
+                "engines_silent": silent,
             }
         )
 
@@ -121,35 +123,6 @@ class EndpointPlugin:
             return refusal(SteeringError("name", f"there is no vector {name!r:.160}; registered are: {known}"), 404)
         metrics().vectors(len(front_end.registry.vectors()))
         return JSONResponse({"name": name, "digest": removed.digest.hex(), "deleted": True})
-
-
-class ExchangeMiddleware:
-    """Carries the receipt of a steered request from its admission to a header of its response."""
-
-    def __init__(self, app: Any, workers: Workers) -> None:
-        self._app = app
-        self._workers = workers
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        if scope["path"].startswith("/metrics"):
-            await self._workers.refresh_metrics()
-        current = Exchange(scope["path"])
-
-        async def send_with_receipt(message: Any) -> None:
-            if message["type"] == "http.response.start" and current.admission is not None:
-                resolved = current.admission.resolved
-                value = ", ".join(f"{phase.value}={resolved.identity(phase)}" for phase in Phase)
-                message = {**message, "headers": [*message.get("headers", []), (RECEIPT_HEADER, value.encode())]}
-            await send(message)
-
-        token = exchange.set(current)
-        try:
-            await self._app(scope, receive, send_with_receipt)
-        finally:
-            exchange.reset(token)
 
 
 def describe(entry: Entry[SteeringVector]) -> dict[str, Any]:

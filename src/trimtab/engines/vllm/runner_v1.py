@@ -10,7 +10,7 @@ from typing import Any
 from trimtab.engines.vllm.compat import wrap_method
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.membership import Membership
-from trimtab.engines.vllm.wire import steering_of
+from trimtab.engines.vllm.wire import owner_of, steering_of
 from trimtab.runtime import SteeringRuntime
 
 
@@ -34,9 +34,8 @@ def drive_v1(runner: Any, runtime: SteeringRuntime, settings: SteeringSettings, 
             count = batch.num_reqs
             request_ids = batch.req_ids[:count]
             for request_id in members.new(request_ids):
-                members.join(
-                    request_id, steering_of(runner.requests[request_id].sampling_params, settings), request_ids
-                )
+                params = runner.requests[request_id].sampling_params
+                members.join(request_id, steering_of(params, settings), request_ids, owner_of(params, request_id))
             runtime.step(
                 request_ids,
                 batch.num_computed_tokens_cpu[:count],

@@ -11,7 +11,7 @@ from typing import Any
 from trimtab.engines.vllm.compat import wrap_method
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.membership import Membership
-from trimtab.engines.vllm.wire import steering_of
+from trimtab.engines.vllm.wire import owner_of, steering_of
 from trimtab.errors import SteeringError
 from trimtab.runtime import SteeringRuntime
 
@@ -39,9 +39,11 @@ def drive_v2(runner: Any, runtime: SteeringRuntime, settings: SteeringSettings, 
     def wrap_add(original: Any) -> Any:
         def add_requests(scheduler_output: Any) -> Any:
             result = original(scheduler_output)
+            members.settle()  # an engine that falls idle tells who has finished, and prepares no further step
             for new in scheduler_output.scheduled_new_reqs:
                 steering = steering_of(new.sampling_params, settings)
-                members.join(new.req_id, steering, scheduler_output.num_scheduled_tokens)
+                owner = owner_of(new.sampling_params, new.req_id)
+                members.join(new.req_id, steering, scheduler_output.num_scheduled_tokens, owner)
             return result
 
         return add_requests

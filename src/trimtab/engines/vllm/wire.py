@@ -6,6 +6,7 @@ for everyone who serialises it, with the resolved steering at hand: for an engin
 block keys, and for a worker in the core's process. What comes from another process is a plain dict and is not trusted.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Self
@@ -19,6 +20,9 @@ from trimtab.program import ResolvedSteering, Term
 from trimtab.sites import ModelSites
 from trimtab.spec import Steering
 from trimtab.wire import KEYS
+
+TICKET = "trimtab_ticket"  # beside the steering in `extra_args`: {"answer": the name of an `accounts.Account`}
+_LONGEST_NAME = 64  # characters
 
 
 class Wire(dict[str, Any]):
@@ -97,6 +101,17 @@ def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSte
     if isinstance(given, DecodedWire):
         return given.steering
     return ResolvedSteering.from_wire(given, settings.start_vectors_by_digest)
+
+
+def owner_of(sampling_params: Any, request_id: str) -> str:
+    """The name under which a worker reports a request: that on its ticket, or for one that passed no door of ours its
+    own id, as a digest: ids may be of any length."""
+    extra = getattr(sampling_params, "extra_args", None)
+    ticket = extra.get(TICKET) if extra else None
+    name = ticket.get("answer") if isinstance(ticket, dict) else None
+    if isinstance(name, str) and len(name) <= _LONGEST_NAME:
+        return name
+    return hashlib.sha256(request_id.encode(errors="replace")).hexdigest()
 
 
 def held_bytes(steering: ResolvedSteering) -> int:

@@ -1,12 +1,13 @@
 """A steered worker: its model attached, its runner driving the runtime, its start-up checked, its state reported."""
 
 import logging
-import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from trimtab.engines.vllm.attach import Attachment, attach
 from trimtab.engines.vllm.canary import require_live_sites
+from trimtab.engines.vllm.compat import wrap_method
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.refusals import require_steerable
 from trimtab.engines.vllm.runner_v1 import drive_v1
@@ -49,6 +50,7 @@ def attach_worker(worker: Any) -> None:
             runtime.set_monitor(monitor, elsewhere=monitor.site not in attachment.modules)
         _account_for_memory(runner, attachment.buffers.nbytes)
         (drive_v2 if _is_v2(runner) else drive_v1)(runner, runtime, settings, limit)
+        _count_before_dummy_runs(runner, runtime)
     worker._trimtab = WorkerSteering(attachment, runtime)
     _check_after_warm_up(worker, settings)
     logger.info(
@@ -64,36 +66,38 @@ def trimtab_attached(self: Any) -> bool:
     return getattr(self, "_trimtab", None) is not None
 
 
-def trimtab_status(self: Any) -> dict[str, Any]:
-    """Worker method: what is on, in plain values. Digests of ranks that saw the same requests are equal."""
-    steering = _steering(self)
+def trimtab_status(self: Any, digest: bool = True, answers: Sequence[str] = ()) -> dict[str, Any]:
+    """Worker method: what is on, in plain values, and what gates did for the accounts `answers`. Waits for the current
+    step. Digests of ranks that saw the same requests are equal; one costs a pass over the state.
+
+    Never raises: where one worker of several fails, vLLM leaves the replies of the others unread, and takes them for
+    those to its next call. What went wrong is in `error`.
+    """
+    try:
+        return _status(self, digest, answers)
+    except Exception as error:
+        logger.exception("cannot say what steering does")
+        return {"rank": int(getattr(self, "rank", -1)), "error": f"{type(error).__name__}: {error}"}
+
+
+def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]:
+    steering = _steering(worker)
     runtime = steering.runtime
-    return {
-        "rank": int(self.rank),
-        "runner": "v2" if _is_v2(self.model_runner) else "v1",
+    status = {
+        "rank": int(worker.rank),
+        "runner": "v2" if _is_v2(worker.model_runner) else "v1",
         "sites": [str(site) for site in steering.attachment.buffers.sites],
         "rows_in_use": runtime.rows_in_use if runtime else 0,
         "capacity": runtime.capacity if runtime else 0,
         "row_uploads": runtime.row_uploads if runtime else 0,
-        "digest": runtime.digest() if runtime else "",
         "nbytes": steering.attachment.buffers.nbytes,
         "warmed": warmed_launches(steering.attachment.modules.values()),  # launches by kernel; {} where none serves
         "late_variants": late_variants(),
         "gates": [asdict(use) for use in runtime.gate_totals()] if runtime else [],
         "monitors": {str(site): gate.digest.hex() for site, gate in runtime.monitors.items()} if runtime else {},
+        "uses": {name: [asdict(use) for use in runtime.gate_report(name)] for name in answers} if runtime else {},
     }
-
-
-def trimtab_gates(self: Any, request_id: str) -> list[dict[str, Any]]:
-    """Worker method: what each gate of a request has done on this rank, in plain values. Waits for the current step.
-
-    `request_id` is the one that the front end gave; vLLM may have put a number before it and more behind it.
-    """
-    runtime = _steering(self).runtime
-    if runtime is None:
-        return []
-    same = re.compile(rf"(\d+_)?{re.escape(request_id)}(-.*)?")
-    return [asdict(use) for use in runtime.gate_report(*filter(same.fullmatch, runtime.gated_requests))]
+    return status | {"digest": runtime.digest() if runtime else ""} if digest else status
 
 
 def _steering(worker: Any) -> WorkerSteering:
@@ -122,6 +126,19 @@ def _check_after_warm_up(worker: Any, settings: SteeringSettings) -> None:
         return result
 
     worker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def _count_before_dummy_runs(runner: Any, runtime: SteeringRuntime) -> None:
+    """An engine without requests of its own runs the model with those that have some (data parallelism)."""
+
+    def wrap(original: Any) -> Any:
+        def _dummy_run(*args: Any, **kwargs: Any) -> Any:
+            runtime.before_unplanned_pass()
+            return original(*args, **kwargs)
+
+        return _dummy_run
+
+    wrap_method(runner, "_dummy_run", ("num_tokens",), wrap)
 
 
 def _require_same_vectors(settings: SteeringSettings) -> None:
