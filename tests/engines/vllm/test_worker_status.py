@@ -1,0 +1,96 @@
+"""Asking workers: how many calls are made, what they carry, and what is told where some do not answer.
+
+The other end is played by coroutines that answer when they are let; a real executor is in `test_observing_server`.
+"""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trimtab.engines.vllm.worker_status import Workers
+
+pytest.importorskip("prometheus_client")
+
+
+class Core:
+    """The client of engine cores of the given ranks: each call waits for its engine's gate."""
+
+    def __init__(self, *ranks: int) -> None:
+        self.core_engines = [rank.to_bytes(2, "little") for rank in ranks]
+        self.open = {engine: asyncio.Event() for engine in self.core_engines}
+        self.calls: list[tuple[int, Any]] = []
+        self.dead: set[bytes] = set()
+
+    async def _call_utility_async(self, name: str, method: str, timeout: Any, args: Any, kwargs: Any, *, engine: bytes):
+        assert (name, method, timeout, kwargs) == ("collective_rpc", "trimtab_status", None, None)
+        self.calls.append((int.from_bytes(engine, "little"), args))
+        if engine in self.dead:
+            raise RuntimeError("EngineCore encountered an issue")
+        await self.open[engine].wait()
+        rank = int.from_bytes(engine, "little")
+        use = {"gate": "g", "probe": "p", "tokens": 3 + rank, "mean": 0.5, "above_half": rank}
+        return [{"rank": 0, "uses": {answer: [use] for answer in args[1]}}, None]
+
+
+def workers_of(core: Core) -> Workers:
+    workers = Workers()
+    workers.client = SimpleNamespace(engine_core=core)
+    return workers
+
+
+def test_no_call_carries_a_timeout_and_one_alone_is_under_way_however_many_ask() -> None:
+    async def run() -> None:
+        core = Core(0)
+        workers = workers_of(core)
+        for _ in range(50):
+            assert (await workers.ask(0.0)).silent == (0,)
+        asking = [asyncio.create_task(workers.gates(f"a{number}", 60)) for number in range(50)]
+        page = asyncio.create_task(workers.ask(60, digest=True))
+        await asyncio.sleep(0)
+        given_up = asyncio.create_task(workers.ask(60))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        assert core.calls == [(0, (False, []))]
+        core.open[core.core_engines[0]].set()
+        told = await asyncio.gather(*asking)
+        assert [uses and uses[0]["tokens"] for uses in told] == [3] * 50
+        assert len((await page).engines[0]) == 1
+        assert core.calls[1:] == [(0, (True, sorted(f"a{number}" for number in range(50))))]
+        assert (await workers.ask(60)).silent == ()
+        assert len(core.calls) == 3
+
+    asyncio.run(run())
+
+
+def test_what_several_engines_did_for_one_answer_adds_up_and_is_not_told_in_part() -> None:
+    async def run() -> None:
+        core = Core(0, 1)
+        workers = workers_of(core)
+        core.open[core.core_engines[0]].set()
+        assert await workers.gates("a", 0.01) is None
+        told = await workers.ask(0.01)
+        assert (list(told.engines), told.silent) == ([0], (1,))
+        core.open[core.core_engines[1]].set()
+        (use,) = await workers.gates("a", 60) or ()
+        assert use == {"gate": "g", "probe": "p", "tokens": 7, "mean": 0.5, "above_half": 1}
+
+    asyncio.run(run())
+
+
+def test_a_dead_engine_is_silent_and_harms_nobody() -> None:
+    async def run() -> None:
+        core = Core(0, 1)
+        core.dead.add(core.core_engines[1])
+        core.open[core.core_engines[0]].set()
+        workers = workers_of(core)
+        for _ in range(2):
+            told = await workers.ask(60)
+            assert (list(told.engines), told.silent) == ([0], (1,))
+        assert await workers.gates("a", 60) is None
+        await workers.refresh_metrics()
+        workers.client = None
+        assert await workers.ask(60) == ({}, ())
+
+    asyncio.run(run())
