@@ -47,7 +47,7 @@ def main() -> None:
             draw_layers(result, options.images / f"{path.stem}-layers.svg")
     for path in sorted(options.results.glob("vllm*.json")):
         result = json.loads(path.read_text())
-        drawn = any("decode" in r["workload"] for r in result["records"])
+        drawn = not result["settings"].get("eager") and any("decode" in r["workload"] for r in result["records"])
         if drawn:
             draw_vllm(result, options.images / f"{path.stem}.svg")
         texts["vllm"].append(vllm_text(result, path.stem if drawn else None))
@@ -242,7 +242,8 @@ CASE_STYLES = {
     "monitor, 256 vectors": (RED, "3"),
 }  # fmt: skip
 CASE_LABELS = {
-    "stock, second engine": "stock, started twice", "idle": "no steering asked", "1 vectors": "1 vector",
+    "stock, second engine": "stock, started twice", "stock, third engine": "stock, a third start",
+    "idle": "no steering asked", "1 vectors": "1 vector",
     "scales": "1 vector, as many scales", "gates, none used": "4 gates, none used", "gates, 1 used": "4 gates, 1 used",
     "gates, 4 used": "4 gates, 4 used", "monitor, idle": "monitor, no steering asked",
     "monitor, 1 vectors": "monitor, 1 vector",
@@ -298,7 +299,11 @@ def vllm_text(result: dict[str, Any], picture: str | None) -> str:
         ))  # fmt: skip
     heads = ("workload", "case", "ms", "against stock", "spread of repeats", "all GPU time", "fused kernels")
     prompt, new = (96, 128) if settings["throughput"] else (settings["prompt"], settings["new"])
-    order = "Stock started last." if settings.get("stock_last") else "Stock started first."
+    starts = _starts(result)
+    against = f"Stock was started {('once', 'twice', 'three times')[starts - 1]}; ratios are to the first of them"
+    order = f"{against}, which started {'last' if settings.get('stock_last') else 'first'}."
+    if settings.get("eager"):
+        return f"{eager_text(result)}\n"
     return "\n\n".join([
         f"Machine: {machine['gpu']}, vLLM {machine['vllm']}, torch {machine['torch']}, triton {machine['triton']}. "
         f"Shape `{settings['shape']}`, prompts of {prompt} tokens, {new} new ones, {settings['repeats']} repeats. "
@@ -306,6 +311,29 @@ def vllm_text(result: dict[str, Any], picture: str | None) -> str:
         *([f"![overhead per case and batch](images/{picture}.svg)"] if picture else []),
         _table(heads, rows),
     ]) + "\n"  # fmt: skip
+
+
+def eager_text(result: dict[str, Any]) -> str:
+    """The table of an eager run. The host takes the time and shares its cores: the least of the repeats says most."""
+    machine, settings, rows = result["machine"], result["settings"], []
+    for r in result["records"]:
+        same = [o for o in result["records"] if o["workload"] == r["workload"] and o["case"].startswith("stock")]
+        best = min(min(o["all_ms"]) for o in same)
+        least = min(r["all_ms"])
+        rows.append((
+            r["workload"], CASE_LABELS.get(r["case"], r["case"]), f"{least:.1f}", f"{r['ms']:.1f}",
+            "" if r in same else f"{least / best - 1:+.0%}",
+        ))  # fmt: skip
+    return "\n\n".join([
+        f"Machine: {machine['gpu']}, vLLM {machine['vllm']}, torch {machine['torch']}, triton {machine['triton']}. "
+        f"Eager, shape `{settings['shape']}`, {settings['repeats']} repeats, {_starts(result)} starts of stock.",
+        _table(("workload", "case", "ms, least", "ms, median", "least against stock's"), rows),
+    ])  # fmt: skip
+
+
+def _starts(result: dict[str, Any]) -> int:
+    """How many engines of stock vLLM a run started for one runner."""
+    return 1 + len({r["case"] for r in result["records"] if r["case"].startswith("stock, ")})
 
 
 def admission_text(result: dict[str, Any]) -> str:

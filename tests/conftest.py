@@ -37,7 +37,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the run caches of its own, shared by its worker processes: code compiled by an earlier run proves nothing."""
+    """Give the run caches of its own, shared by its processes: code compiled by an earlier run proves nothing."""
     if hasattr(config, "workerinput"):
         return
     folder = Path(tempfile.mkdtemp(prefix="trimtab-caches-"))

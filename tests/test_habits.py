@@ -1,4 +1,4 @@
-"""What the tests promise about themselves: no clocks, both halves, nothing skipped in silence, bounds that are tried."""
+"""What tests promise of themselves: no clocks, both halves, nothing skipped in silence, bounds that are tried."""
 
 import ast
 import os
@@ -40,7 +40,9 @@ def environment(tmp_path: Path) -> Path:
 
 
 def test_both_halves_of_the_tests_run_and_the_command_fails_at_the_end(environment: Path) -> None:
-    done = subprocess.run(["make", f"VENV={environment}", "test"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["make", f"VENV={environment}", "test"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     asked = (environment / "asked").read_text().splitlines()
     assert len(asked) == 2

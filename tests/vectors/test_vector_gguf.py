@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from work import calls
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors import SteeringVector, VectorMetadata
 from trimtab.vectors.gguf import write_gguf
+from work import calls
 
 gguf = pytest.importorskip("gguf")
 

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from work import calls, peak_bytes
 
 from trimtab.engines.vllm.frontend import FrontEnd, refusal_reason
 from trimtab.engines.vllm.registry import VectorRegistry
@@ -21,6 +20,7 @@ from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
+from work import calls, peak_bytes
 
 WIDTH, LAYERS = 8, 4
 SITES = frozenset(Site(layer, HookPoint.POST_BLOCK) for layer in range(LAYERS))
