@@ -9,7 +9,10 @@ from trimtab.engines.vllm.metrics import Metrics
 
 
 def status(rows: int, uploads: int, late: int, *gates: dict[str, Any]) -> dict[str, Any]:
-    return {"rows_in_use": rows, "capacity": 32, "row_uploads": uploads, "late_variants": late, "gates": list(gates)}
+    return {
+        "rows_in_use": rows, "capacity": 32, "row_uploads": uploads, "warmed_launches": 100, "late_variants": late,
+        "gates": list(gates),
+    }  # fmt: skip
 
 
 def gate(probe: str, tokens: int, above_half: int, mean: float) -> dict[str, Any]:
@@ -33,6 +36,7 @@ def test_ranks_of_an_engine_count_once_and_engines_add_up(metrics: Metrics, regi
     assert registry.get_sample_value("trimtab_rows_in_use") == 5
     assert registry.get_sample_value("trimtab_row_capacity") == 64
     assert registry.get_sample_value("trimtab_row_uploads_total") == 13
+    assert registry.get_sample_value("trimtab_warmed_kernel_launches_total") == 400
     assert registry.get_sample_value("trimtab_late_kernel_variants_total") == 3
 
 

@@ -16,11 +16,17 @@ WORKER_GAUGES = {
     "trimtab_rows_in_use": ("rows_in_use", "Steering table rows that running requests hold."),
     "trimtab_row_capacity": ("capacity", "Steering table rows that requests can hold."),
     "trimtab_row_uploads_total": ("row_uploads", "Rows written to the steering tables since start."),
+    "trimtab_warmed_kernel_launches_total": (
+        "warmed_launches",
+        "Launches that compiled and tried kernels before service, all workers: 0 where none was warmed.",
+    ),
     "trimtab_late_kernel_variants_total": (
         "late_variants",
         "Kernel variants compiled after warm-up, all workers.",
     ),
 }
+
+OF_EACH_RANK = ("warmed_launches", "late_variants")  # each compiles for itself
 
 GATE_GAUGES = {
     "trimtab_gate_tokens_total": ("tokens", "Tokens on which gates of a probe were evaluated since start."),
@@ -77,7 +83,7 @@ class Metrics:
         for key, gauge in self._gauges.items():
             values = [[status[key] for status in workers if status.get(key) is not None] for workers in engines]
             if any(values):
-                gauge.set(sum(sum(own) if key == "late_variants" else max(own) for own in values if own))
+                gauge.set(sum(sum(own) if key in OF_EACH_RANK else max(own) for own in values if own))
         self._gates_of(engines)
 
     def silent(self, engines: int) -> None:

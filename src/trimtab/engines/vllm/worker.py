@@ -83,6 +83,7 @@ def trimtab_status(self: Any, digest: bool = True, answers: Sequence[str] = ()) 
 def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]:
     steering = _steering(worker)
     runtime = steering.runtime
+    warmed = warmed_launches(steering.attachment.modules.values())  # by kernel; none where the device runs no kernels
     status = {
         "rank": int(worker.rank),
         "runner": "v2" if _is_v2(worker.model_runner) else "v1",
@@ -91,7 +92,8 @@ def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]
         "capacity": runtime.capacity if runtime else 0,
         "row_uploads": runtime.row_uploads if runtime else 0,
         "nbytes": steering.attachment.buffers.nbytes,
-        "warmed": warmed_launches(steering.attachment.modules.values()),  # launches by kernel; {} where none serves
+        "warmed": warmed,
+        "warmed_launches": sum(warmed.values()),
         "late_variants": late_variants(),
         "gates": [asdict(use) for use in runtime.gate_totals()] if runtime else [],
         "monitors": {str(site): gate.digest.hex() for site, gate in runtime.monitors.items()} if runtime else {},
