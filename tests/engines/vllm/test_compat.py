@@ -1,88 +1,224 @@
-"""Patches are applied when a module is imported, once, and only to what they were written for."""
+"""Patches are applied when a module is imported, once, and only to what they were written for.
+
+Whatever vLLM has become, an engine without steering runs on, and one with steering says at start what is missing.
+"""
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from trimtab.engines.vllm import compat
+from trimtab.engines.vllm import compat, compat_frontend, compat_http, compat_patching, plugin
+from trimtab.engines.vllm.compat_patching import Need, Patch, require, when_imported
 from trimtab.errors import SteeringError
 
 MODULE = "trimtab_test_target"
+
+
+@pytest.fixture(autouse=True)
+def a_list_of_problems_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat_patching, "problems", [])
+    monkeypatch.setattr(compat_patching, "_waiting", {})
 
 
 @pytest.fixture
 def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / f"{MODULE}.py").write_text("class Owner:\n    def greet(self, name, *rest):\n        return name\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(compat, "_problems", [])
     finders = list(sys.meta_path)
     yield MODULE
     sys.modules.pop(MODULE, None)
     sys.meta_path[:] = finders
-    for finder in finders:  # one that another test's `install` left there outlives this one
-        if isinstance(finder, compat._PatchingFinder):
-            finder.patches.pop(MODULE, None)
 
 
-def patch(first: tuple[str, ...] = ("self", "name"), exact: bool = False) -> Any:
-    def apply(module: ModuleType) -> None:
-        def wrap(original: Any) -> Any:
-            return lambda self, name, *rest: f"hello {original(self, name, *rest)}"
+def greeting(*first: str, method: str = "Owner.greet", exact: bool = False) -> Patch:
+    def make(original: Any) -> Any:
+        return lambda self, name, *rest: f"hello {original(self, name, *rest)}"
 
-        compat._patch(module.Owner, "greet", first, wrap, exact=exact)
+    return Patch(MODULE, method, first or ("self", "name"), make, exact)
 
-    return apply
+
+def install(patch: Patch) -> None:
+    compat_patching.install_table([patch])
 
 
 def test_a_module_is_patched_when_it_is_imported(target: str) -> None:
-    compat._when_imported(target, patch())
+    install(greeting())
     assert target not in sys.modules
     assert importlib.import_module(target).Owner().greet("you") == "hello you"
 
 
 def test_a_module_that_is_there_already_is_patched_at_once(target: str) -> None:
     owner = importlib.import_module(target).Owner
-    compat._when_imported(target, patch())
+    install(greeting())
     assert owner().greet("you") == "hello you"
 
 
 def test_a_patch_is_applied_once(target: str) -> None:
+    install(greeting())
+    install(greeting())
     owner = importlib.import_module(target).Owner
-    compat._when_imported(target, patch())
-    compat._when_imported(target, patch())
+    install(greeting())
+    require({target: Need.ALWAYS})
     assert owner().greet("you") == "hello you"
 
 
+def test_a_module_that_was_being_imported_when_it_was_to_be_patched_is_patched_when_it_is_required(target: str) -> None:
+    module = importlib.import_module(target)
+    module.__spec__._initializing = True  # type: ignore[union-attr]
+    install(greeting())
+    assert module.Owner().greet("you") == "you"
+    module.__spec__._initializing = False  # type: ignore[union-attr]
+    require({target: Need.ALWAYS})
+    assert module.Owner().greet("you") == "hello you"
+
+
 @pytest.mark.parametrize(
-    ("first", "exact"), [(("self", "person"), False), (("self", "name"), True)], ids=["another name", "more parameters"]
+    ("patch", "said"),
+    [
+        (greeting("self", "person"), "Owner.greet takes (self, name, rest)"),
+        (greeting("self", "name", exact=True), "Owner.greet takes (self, name, rest)"),
+        (greeting(method="Owner.leave"), "Owner.leave is gone"),
+        (greeting(method="Elsewhere.greet"), f"{MODULE}.Elsewhere is gone"),
+        (Patch(MODULE, "Owner.greet", (), lambda original: 1 / 0), "could not be patched (ZeroDivisionError"),
+    ],
+    ids=["another name", "more parameters", "no such method", "no such class", "a patch that fails"],
 )
-def test_what_looks_different_is_left_alone_and_noted(target: str, first: tuple[str, ...], exact: bool) -> None:
-    compat._when_imported(target, patch(first, exact))
+def test_what_is_not_as_expected_is_left_alone_and_stops_a_steered_engine_only(
+    target: str, patch: Patch, said: str
+) -> None:
+    install(patch)
     assert importlib.import_module(target).Owner().greet("you") == "you"
-    (problem,) = compat._problems
-    assert "Owner.greet takes (self, name, rest)" in problem
+    (problem,) = compat_patching.problems
+    assert said in problem
+    with pytest.raises(SteeringError, match="trimtab does not know this vLLM") as caught:
+        require({target: Need.ALWAYS})
+    assert said in str(caught.value)
 
 
-def test_a_method_that_is_gone_is_noted(target: str) -> None:
-    compat._patch(importlib.import_module(target).Owner, "leave", ("self",), lambda original: original)
-    assert compat._problems == ["Owner.leave is gone"]
+def raising(error: Exception) -> Callable[..., Any]:
+    def import_module(name: str) -> ModuleType:
+        raise error
+
+    return import_module
+
+
+GONE = ModuleNotFoundError("No module named 'vllm.a.b'", name="vllm.a.b")
+NO_LIBRARY = ModuleNotFoundError("No module named 'soundfile'", name="soundfile")
+
+
+@pytest.mark.parametrize(
+    ("error", "need", "stops"),
+    [
+        (GONE, Need.ALWAYS, True),
+        (GONE, Need.LIBRARIES, True),
+        (GONE, Need.BY_VERSION, False),
+        (ModuleNotFoundError("No module named 'vllm.a'", name="vllm.a"), Need.BY_VERSION, False),
+        (ModuleNotFoundError("No module named 'vllm.c'", name="vllm.c"), Need.BY_VERSION, True),
+        (ImportError("cannot import name 'X' from 'vllm.c'", name="vllm.c"), Need.LIBRARIES, True),
+        (NO_LIBRARY, Need.ALWAYS, False),
+        (NO_LIBRARY, Need.LIBRARIES, False),
+        (ImportError("Please install vllm[audio]"), Need.LIBRARIES, False),
+        (OSError("libsndfile.so: cannot open"), Need.LIBRARIES, False),
+        (ImportError("moved"), Need.ALWAYS, True),
+        (RuntimeError("changed"), Need.ALWAYS, True),
+        (RuntimeError("changed"), Need.BY_VERSION, True),
+    ],
+    ids=lambda value: value.name if isinstance(value, Need) else str(value),
+)
+def test_a_part_whose_libraries_are_missing_is_no_problem_and_one_that_has_moved_is(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, need: Need, stops: bool
+) -> None:
+    monkeypatch.setattr(compat_patching.importlib, "import_module", raising(error))
+    if stops:
+        with pytest.raises(SteeringError, match=r"vllm\.a\.b cannot be imported"):
+            require({"vllm.a.b": need})
+    else:
+        require({"vllm.a.b": need})
+
+
+def test_a_loader_that_cannot_be_watched_imports_as_ever() -> None:
+    class Loader:
+        __slots__ = ()
+
+        def exec_module(self, module: ModuleType) -> None: ...
+
+    compat_patching._apply_after_execution(Loader(), "vllm.somewhere")
+    assert "cannot be watched" in compat_patching.problems[0]
 
 
 def test_an_instance_whose_method_looks_different_is_an_error(target: str) -> None:
     owner = importlib.import_module(target).Owner()
     with pytest.raises(SteeringError, match=r"trimtab does not know this vLLM: .*greet"):
-        compat.wrap_method(owner, "greet", ("scheduler_output",), lambda original: original)
+        compat_patching.wrap_method(owner, "greet", ("scheduler_output",), lambda original: original)
+
+
+def installed() -> dict[str, dict[str, Callable[[ModuleType], None]]]:
+    """Every change that the plugin makes to vLLM, by module, without any of them made."""
+    waiting: dict[str, dict[str, Callable[[ModuleType], None]]] = {}
+
+    def remember(module: str, what: str, apply: Callable[[ModuleType], None]) -> None:
+        waiting.setdefault(module, {})[what] = apply
+
+    with pytest.MonkeyPatch.context() as context:
+        for place in (compat_patching, compat, compat_http):
+            context.setattr(place, "when_imported", remember)
+        compat.install()
+        compat_frontend.install(lambda config: None)
+    return waiting
+
+
+CHANGES = [(module, what) for module, changes in installed().items() for what in changes]
+
+UNCHECKED = {  # where a missing target is none of ours, or is found out otherwise
+    "vllm.v1.core.block_pool": "uses the function, or does not",
+    "vllm.v1.simple_kv_offload.manager": "uses the function, or does not",
+}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("module", "what"), CHANGES, ids=lambda value: value.removeprefix("vllm."))
+def test_a_vllm_module_without_what_is_patched_is_imported_unharmed_and_noted(module: str, what: str) -> None:
+    """The real functions over a module that holds nothing, as after a move to another place."""
+    when_imported(module, what, installed()[module][what])
+    sys.modules, kept = {**sys.modules}, sys.modules
+    try:
+        sys.modules[module] = ModuleType(module)
+        when_imported(module, what, installed()[module][what])
+    finally:
+        sys.modules = kept
+    if module in UNCHECKED:
+        return
+    assert compat_patching.problems
+    with pytest.raises(SteeringError, match="does not know this vLLM"):
+        compat_patching.require_known()
+
+
+def test_the_entry_point_raises_nothing_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("changed")
+
+    monkeypatch.setattr(compat, "install", fail)
+    monkeypatch.setattr(compat_frontend, "install", fail)
+    plugin.register()
+    assert len(compat_patching.problems) == 2
+
+
+def test_each_patch_says_why_it_exists_and_until_when() -> None:
+    for patch in [*compat.TABLE, *compat_frontend.TABLE]:
+        assert patch.why.startswith("Why: "), patch.target
+        assert "Until: " in patch.why, patch.target
 
 
 @pytest.mark.vllm
 class TestOnThisVllm:
     def test_a_supported_version_with_known_signatures_passes(self) -> None:
         compat.install()
+        compat_frontend.install(lambda config: None)
         compat.require_supported()
 
     @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0"])
@@ -91,9 +227,4 @@ class TestOnThisVllm:
 
         monkeypatch.setattr(vllm, "__version__", version)
         with pytest.raises(SteeringError, match=r"is not supported: versions 0\.26 to 0\.33 are"):
-            compat.require_supported()
-
-    def test_a_noted_problem_stops_a_steered_engine(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(compat, "_problems", ["EngineCore.preprocess_add_request is gone"])
-        with pytest.raises(SteeringError, match="preprocess_add_request is gone"):
             compat.require_supported()

@@ -46,7 +46,6 @@ REQUESTS = [
 @pytest.fixture(autouse=True)
 def front_end():
     compat_frontend.install(lambda config: None)
-    compat_frontend.install_doors(lambda config: None)
     calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): np.arange(1.0, 9.0)})
     model = ModelSites(8, 2, frozenset({Site(0, HookPoint.POST_BLOCK)}))
     front_end = FrontEnd(model, VectorRegistry({"calm": calm}))
@@ -62,7 +61,6 @@ def request(kind: Any, body: dict[str, Any], **more: Any) -> Any:
 def test_every_patch_fits_this_vllm_and_is_applied_once():
     patched = [EngineArgs.add_cli_args, EngineArgs.create_engine_config, CompletionRequest.to_sampling_params]
     compat_frontend.install(lambda config: None)
-    compat_frontend.install_doors(lambda config: None)
     assert patched == [EngineArgs.add_cli_args, EngineArgs.create_engine_config, CompletionRequest.to_sampling_params]
     assert compat_patching.problems == []
 
@@ -171,9 +169,8 @@ def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carrie
         seen.append(params)
         return SimpleNamespace(sampling_params=params.clone())
 
-    monkeypatch.setattr(InputProcessor, "__init__", InputProcessor.__init__.__wrapped__)  # type: ignore[attr-defined]
     monkeypatch.setattr(InputProcessor, "process_inputs", process_inputs)
-    compat_frontend.install_doors(lambda config: None)
+    compat_frontend.install(lambda config: None)
     processor = InputProcessor.__new__(InputProcessor)
     processor._trimtab_front_end = front_end
     params = SamplingParams(extra_args={"steering": SPEC})

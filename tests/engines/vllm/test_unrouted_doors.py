@@ -38,7 +38,7 @@ PLACES = ["steering", "vllm_xargs"]
 
 @pytest.fixture(autouse=True)
 def front_end() -> Iterator[FrontEnd]:
-    compat_frontend.install_doors(lambda config: None)
+    compat_frontend.install(lambda config: None)
     calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): np.arange(1.0, 9.0)})
     front_end = FrontEnd(ModelSites(8, 2, frozenset({Site(0, HookPoint.POST_BLOCK)})), VectorRegistry({"calm": calm}))
     doors.set_current_front_end(front_end)

@@ -1,15 +1,15 @@
 """Every change made to vLLM's servers: the request models and handlers behind each route that can be steered.
 
-What a request says is read by `guard`, before its route. Lines of batches have no route: they are read here.
+What a request says is read by `guard`, before its route. Lines of batches have no route: they are read here. How a
+patch is put in, and what happens where it does not fit, is in `compat_patching`.
 """
 
 import functools
-import sys
 from typing import Any
 
 from trimtab.engines.vllm import doors
 from trimtab.engines.vllm.body import Body
-from trimtab.engines.vllm.compat_patching import find, put, take
+from trimtab.engines.vllm.compat_patching import Need, Patch, install_table
 from trimtab.engines.vllm.frontend import FIELD
 from trimtab.errors import SteeringError
 
@@ -21,13 +21,19 @@ PROTOCOLS = {  # module, class: the request models that vLLM turns into sampling
     "vllm.entrypoints.speech_to_text.translation.protocol": "TranslationRequest",
 }
 
-TOKENS_HANDLER = ("vllm.entrypoints.scale_out.token_in_token_out.serving", "ServingTokens", "serve_tokens")
+TOKENS = "vllm.entrypoints.scale_out.token_in_token_out.serving"
 
-MESSAGES_HANDLER = ("vllm.entrypoints.anthropic.serving", "AnthropicServingMessages", "create_messages")
+MESSAGES = "vllm.entrypoints.anthropic.serving"
 
-MESSAGES_RENDERER = ("vllm.entrypoints.scale_out.render.serving", "ServingRender", "render_messages_request")
+RENDERER = "vllm.entrypoints.scale_out.render.serving"
 
 BATCHES = ("vllm.entrypoints.launchers.run_batch", "vllm.entrypoints.openai.run_batch")  # by version
+
+HTTP_MODULES: dict[str, Need] = {  # a server imports no module of batches
+    **{module: Need.LIBRARIES if "speech" in module else Need.ALWAYS for module in PROTOCOLS},
+    RENDERER: Need.ALWAYS,
+    **dict.fromkeys((TOKENS, MESSAGES), Need.BY_VERSION),
+}
 
 LINE_PLACES = frozenset(f"body.{place}" for place in doors.PLACES)
 
@@ -35,25 +41,14 @@ _LINE = "_trimtab_line"  # where a line of a batch keeps what was read
 
 
 def install_http_doors() -> None:
-    """Patch what turns HTTP requests into work for the engine."""
-    for module, name in PROTOCOLS.items():
-        if (request_class := find(module, name)) is not None:
-            _patch_protocol(request_class)
-    _patch_tokens_handler()
-    if (handler_class := find(*MESSAGES_HANDLER[:2], required=False)) is not None:
-        _patch_messages(handler_class, MESSAGES_HANDLER[2])
-    renderer_class = find(*MESSAGES_RENDERER[:2])
-    if hasattr(renderer_class, MESSAGES_RENDERER[2]):  # 0.26 has no such route
-        _patch_messages(renderer_class, MESSAGES_RENDERER[2])
-    _patch_batches()
+    """Patch what turns HTTP requests into work for the engine, each as soon as vLLM imports it."""
+    install_table(TABLE)
 
 
-def _patch_protocol(request_class: Any) -> None:
-    # Why: it runs before a stream is opened, so a refusal is an HTTP 400; `process_inputs` would be too late.
-    # Until: vLLM validates sampling parameters before it answers a streaming request.
-    original = take(request_class, "to_sampling_params", ["self"])
-    if original is None:
-        return
+def _admit_before_the_stream(original: Any) -> Any:
+    """Why: it runs before a stream is opened, so a refusal is an HTTP 400; `process_inputs` would be too late.
+    Until: vLLM validates sampling parameters before it answers a streaming request.
+    """
 
     @functools.wraps(original)
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,29 +56,22 @@ def _patch_protocol(request_class: Any) -> None:
         params = original(self, *args, **kwargs)
         return doors.admit_http(params, given)
 
-    put(request_class, "to_sampling_params", to_sampling_params)
+    return to_sampling_params
 
-    if not hasattr(request_class, "to_beam_search_params"):
-        return
-    beam = take(request_class, "to_beam_search_params", ["self"])
-    if beam is None:
-        return
 
-    @functools.wraps(beam)
+def _refuse_beams(original: Any) -> Any:
+    """Why: a beam resubmits its own tokens as a prompt. Until: beam search keeps one request per beam."""
+
+    @functools.wraps(original)
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         doors.refuse_beam_search(doors.given_by(self))
-        return beam(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
-    put(request_class, "to_beam_search_params", to_beam_search_params)
+    return to_beam_search_params
 
 
-def _patch_tokens_handler() -> None:
-    # Why: this door takes sampling parameters as they are, and may stream. Until: as for `to_sampling_params`.
-    if (handler_class := find(*TOKENS_HANDLER[:2], required=False)) is None:
-        return
-    original = take(handler_class, TOKENS_HANDLER[2], ["self", "request", "raw_request"])
-    if original is None:
-        return
+def _admit_tokens(original: Any) -> Any:
+    """Why: this door takes sampling parameters as they are, and may stream. Until: as for `to_sampling_params`."""
 
     @functools.wraps(original)
     async def serve_tokens(self: Any, request: Any, raw_request: Any = None) -> Any:
@@ -94,15 +82,13 @@ def _patch_tokens_handler() -> None:
         request.sampling_params = doors.admit_http(request.sampling_params, given)
         return await original(self, request, raw_request)
 
-    put(handler_class, TOKENS_HANDLER[2], serve_tokens)
+    return serve_tokens
 
 
-def _patch_messages(handler_class: Any, method: str) -> None:
-    # Why: a refusal that is raised in it is a 400 in newer versions and a 500 in 0.26; returned, it is a 400 in all.
-    # Until: 0.26 is not supported any more.
-    original = take(handler_class, method, ["self", "request", "raw_request"])
-    if original is None:
-        return
+def _return_refusals(original: Any) -> Any:
+    """Why: a refusal that is raised in it is a 400 in newer versions and a 500 in 0.26; returned, it is a 400 in all.
+    Until: 0.26 is not supported any more.
+    """
 
     @functools.wraps(original)
     async def handle_messages(self: Any, request: Any, raw_request: Any = None) -> Any:
@@ -111,35 +97,24 @@ def _patch_messages(handler_class: Any, method: str) -> None:
         except SteeringError as error:
             return self.create_error_response(error)
 
-    put(handler_class, method, handle_messages)
+    return handle_messages
 
 
-def _patch_batches() -> None:
-    # Why: `vllm run-batch` answers without routes, its models keep the last of repeated keys, and requests for
-    # embeddings or scores are never sampled. Until: it answers through the routes.
-    for name in BATCHES:
-        if (module := sys.modules.get(name)) is not None:  # a server does not import it
-            _patch_lines(module.BatchRequestInput)
-            _patch_line_answers(module)
-
-
-def _patch_lines(line_class: Any) -> None:
-    original = take(line_class, "model_validate_json", ["json_data"])
-    if original is None:
-        return
+def _read_lines(original: Any) -> Any:
+    """Why: `vllm run-batch` answers without routes, and its models keep the last of repeated keys. Until: it answers
+    through the routes.
+    """
 
     def model_validate_json(cls: Any, json_data: str | bytes, *args: Any, **kwargs: Any) -> Any:
         line = original(json_data, *args, **kwargs)
         line.__dict__[_LINE] = Body.read(json_data)
         return line
 
-    put(line_class, "model_validate_json", classmethod(model_validate_json))
+    return classmethod(model_validate_json)
 
 
-def _patch_line_answers(module: Any) -> None:
-    original = take(module, "run_request", ["serving_engine_func", "request"])
-    if original is None:
-        return
+def _answer_lines(original: Any) -> Any:
+    """Why: as above, and requests for embeddings or scores are never sampled. Until: as above."""
 
     @functools.wraps(original)
     async def run_request(answer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,8 +135,23 @@ def _patch_line_answers(module: Any) -> None:
             setattr(told.response.body, FIELD, current.account.receipt)  # the models take extra fields
         return told
 
-    put(module, "run_request", run_request)
+    return run_request
 
 
 async def _refused(error: SteeringError, body: Any) -> Any:
     doors.refuse(error)
+
+
+_REQUEST = ("self", "request", "raw_request")
+
+TABLE: tuple[Patch, ...] = (
+    *(Patch(module, f"{name}.to_sampling_params", ("self",), _admit_before_the_stream)
+      for module, name in PROTOCOLS.items()),
+    *(Patch(module, f"{name}.to_beam_search_params", ("self",), _refuse_beams, optional=True)
+      for module, name in PROTOCOLS.items()),
+    Patch(TOKENS, "ServingTokens.serve_tokens", _REQUEST, _admit_tokens),
+    Patch(MESSAGES, "AnthropicServingMessages.create_messages", _REQUEST, _return_refusals),
+    Patch(RENDERER, "ServingRender.render_messages_request", _REQUEST, _return_refusals, optional=True),  # not in 0.26
+    *(Patch(module, "BatchRequestInput.model_validate_json", ("json_data",), _read_lines) for module in BATCHES),
+    *(Patch(module, "run_request", ("serving_engine_func", "request"), _answer_lines) for module in BATCHES),
+)  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import trimtab
-from trimtab.engines.vllm.flags import SETTINGS_KEY
+from trimtab.engines.vllm.flags import SETTINGS_KEY, is_configured
 from trimtab.engines.vllm.monitor import MonitorSettings, check_reach
 from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate, rows_needed
@@ -71,10 +71,9 @@ class SteeringSettings(BaseModel):
     @staticmethod
     def of(vllm_config: Any) -> "SteeringSettings | None":
         """The settings of an engine; None where steering is not configured. Raises `SteeringError`."""
-        additional = getattr(vllm_config, "additional_config", None)
-        if not isinstance(additional, Mapping) or additional.get(SETTINGS_KEY) in (None, False):
+        if not is_configured(vllm_config):
             return None
-        return SteeringSettings.parse(additional[SETTINGS_KEY])
+        return SteeringSettings.parse(vllm_config.additional_config[SETTINGS_KEY])
 
     def chosen_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers to steer in a model of `num_layers`. Raises `SteeringError` for layers that it does not have."""

@@ -31,6 +31,12 @@ _DESTINATIONS = {
 }
 
 
+def is_configured(vllm_config: Any) -> bool:
+    """Whether an engine with this configuration is steered; `SteeringSettings.of` reads how."""
+    additional = getattr(vllm_config, "additional_config", None)
+    return isinstance(additional, Mapping) and additional.get(SETTINGS_KEY) not in (None, False)
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the flags, as a group of their own. A parser that has them already is left alone."""
     if any(action.dest == "enable_steering" for action in parser._actions):

@@ -6,9 +6,14 @@ Importing this module imports neither torch nor vLLM's engine, and an engine wit
 
 
 def register() -> None:
-    """Install the patches of this process; vLLM may call it more than once."""
+    """Install the patches of this process; vLLM may call it more than once.
+
+    vLLM ends where a plugin raises, so nothing is raised here: what cannot be installed is noted, and an engine that is
+    to be steered says so at its start.
+    """
     from trimtab.engines.vllm import compat, compat_frontend
+    from trimtab.engines.vllm.compat_patching import guarded
     from trimtab.engines.vllm.frontend import build_front_end
 
-    compat.install()
-    compat_frontend.install(build_front_end)
+    guarded("the engine", compat.install)
+    guarded("the front end", compat_frontend.install, build_front_end)

@@ -11,6 +11,7 @@ All stand below /v1, which vLLM guards with `--api-key`. The front end they spea
 """
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from trimtab.sites import site_order
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
 
+logger = logging.getLogger("vllm.trimtab")
+
 
 def endpoint_plugin() -> "EndpointPlugin":
     """The factory that vLLM calls."""
@@ -50,9 +53,13 @@ class EndpointPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Guard the routes that are there, and add ours where steering is on."""
-        guard_routes(app)
         if current_front_end() is None:
+            try:
+                guard_routes(app)
+            except Exception as error:  # a server that is not steered starts whatever its routes look like
+                logger.warning("trimtab cannot guard this server's routes, which are those of plain vLLM: %r", error)
             return
+        guard_routes(app)
         app.add_api_route("/v1/steering", self.status, methods=["GET"])
         app.add_api_route("/v1/steering/vectors", self.list_vectors, methods=["GET"])
         app.add_api_route("/v1/steering/vectors", self.register_vector, methods=["POST"])

@@ -7,7 +7,7 @@ buffers as the last real step left them: row 0 everywhere until the first reques
 
 from typing import Any
 
-from trimtab.engines.vllm.compat import wrap_method
+from trimtab.engines.vllm.compat_patching import wrap_method
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.membership import Membership
 from trimtab.engines.vllm.wire import owner_of, steering_of

@@ -8,7 +8,7 @@ profile and capture runs build their batches elsewhere.
 from dataclasses import fields
 from typing import Any
 
-from trimtab.engines.vllm.compat import wrap_method
+from trimtab.engines.vllm.compat_patching import wrap_method
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.membership import Membership
 from trimtab.engines.vllm.wire import owner_of, steering_of

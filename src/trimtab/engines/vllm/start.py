@@ -74,7 +74,9 @@ def check_workers(vllm_config: Any, executor: Any) -> None:
         raise SteeringError(SETTINGS_KEY, f"the workers do not know trimtab ({error}); install it there") from error
     if not all(attached):
         missing = [rank for rank, done in enumerate(attached) if not done]
-        raise SteeringError(SETTINGS_KEY, f"the models of workers {missing} were loaded without being steered")
+        reasons = sorted({reason for known in executor.collective_rpc("trimtab_problems") for reason in known})
+        why = f": trimtab does not know this vLLM: {'; '.join(reasons)}" if reasons else ""
+        raise SteeringError(SETTINGS_KEY, f"the models of workers {missing} were loaded without being steered{why}")
 
 
 def _served_by(core: Any) -> tuple[SteeringSettings, ModelSites, Decoded] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab.engines.vllm.attach import Attachment, attach
 from trimtab.engines.vllm.canary import require_live_sites
-from trimtab.engines.vllm.compat import wrap_method
+from trimtab.engines.vllm.compat_patching import problems, wrap_method
 from trimtab.engines.vllm.config import SteeringSettings
 from trimtab.engines.vllm.refusals import require_steerable
 from trimtab.engines.vllm.runner_v1 import drive_v1
@@ -64,6 +64,11 @@ def attach_worker(worker: Any) -> None:
 def trimtab_attached(self: Any) -> bool:
     """Worker method: whether this worker's model is steered."""
     return getattr(self, "_trimtab", None) is not None
+
+
+def trimtab_problems(self: Any) -> list[str]:
+    """Worker method: what trimtab lacks in this worker's vLLM."""
+    return list(problems)
 
 
 def trimtab_status(self: Any, digest: bool = True, answers: Sequence[str] = ()) -> dict[str, Any]:
