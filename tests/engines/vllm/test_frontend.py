@@ -94,13 +94,14 @@ def test_a_start_vector_travels_by_digest_and_a_registered_one_as_its_content():
 
 def test_a_name_registered_anew_leaves_an_admitted_request_as_it_was():
     front = front_end()
-    admitted = front.admit(add("calm"))
-    front.registry.add("calm", JOY)
+    front.registry.add("mood", CALM)
+    admitted = front.admit(add("mood"))
+    front.registry.add("mood", JOY)
     np.testing.assert_array_equal(program_rows(admitted.wire)[0], CALM.block)
-    np.testing.assert_array_equal(program_rows(front.admit(add("calm")).wire)[0], JOY.block)
-    front.registry.remove("calm")
-    with pytest.raises(SteeringError, match="calm"):
-        front.admit(add("calm"))
+    np.testing.assert_array_equal(program_rows(front.admit(add("mood")).wire)[0], JOY.block)
+    front.registry.remove("mood")
+    with pytest.raises(SteeringError, match="mood"):
+        front.admit(add("mood"))
 
 
 def test_the_default_is_added_to_requests_with_and_without_a_spec_of_their_own():
@@ -111,11 +112,12 @@ def test_the_default_is_added_to_requests_with_and_without_a_spec_of_their_own()
     assert both.receipt["server_default"] is True
 
 
-def test_a_default_follows_its_name_when_it_is_registered_anew():
+def test_no_change_at_run_time_reaches_what_the_default_names():
     front = front_end(add("calm"))
-    front.admit(None)
-    front.registry.add("calm", JOY)
-    np.testing.assert_array_equal(program_rows(front.admit(None).wire)[0], JOY.block)
+    for change in (lambda: front.registry.add("calm", JOY), lambda: front.registry.remove("calm")):
+        with pytest.raises(SteeringError, match="belongs to the start"):
+            change()
+        np.testing.assert_array_equal(program_rows(front.admit(None).wire)[0], CALM.block)
 
 
 def test_a_default_that_cannot_be_honoured_stops_the_start():
@@ -206,13 +208,14 @@ def test_cloning_sampling_parameters_does_not_copy_vectors():
 
 def test_a_spec_seen_before_costs_less_and_still_follows_its_names():
     front = front_end()
-    first = front.admit(add("calm"))
-    assert front.admit(add("calm")) is first
-    assert front.admit(add("calm", scale=2)) is not first
-    front.registry.add("calm", JOY)
-    np.testing.assert_array_equal(program_rows(front.admit(add("calm")).wire)[0], JOY.block)
-    front.registry.add("calm", CALM)
-    assert len(msgspec.msgpack.encode(front.admit(add("calm")).wire)) < 200  # the content that workers hold, again
+    front.registry.add("mood", CALM)
+    first = front.admit(add("mood"))
+    assert front.admit(add("mood")) is first
+    assert front.admit(add("mood", scale=2)) is not first
+    front.registry.add("mood", JOY)
+    np.testing.assert_array_equal(program_rows(front.admit(add("mood")).wire)[0], JOY.block)
+    front.registry.add("mood", CALM)
+    assert len(msgspec.msgpack.encode(front.admit(add("mood")).wire)) < 200  # the content that workers hold, again
 
 
 def test_a_caller_who_changes_a_spec_after_its_admission_changes_nothing():

@@ -104,14 +104,13 @@ def test_both_processes_took_part(folder, server):
     assert len([count for count in counts.values() if count > 0]) == 2, counts
 
 
-def test_a_default_that_cannot_be_honoured_any_more_refuses_and_says_whose_fault_it_is(server):
-    assert send(server, "DELETE", "/v1/steering/vectors/calm").status_code == 200
-    answers = [send(server, "POST", "/v1/completions", json=BODY) for _ in range(4)]
-    assert {answer.status_code for answer in answers} == {400}
-    assert all("server's default" in answer.text for answer in answers)
-    restored = send(server, "POST", "/v1/steering/vectors", json={"name": "calm", "vector": lists(CALM)})
-    assert restored.json()["loaded_at_start"] is True  # the same content, which the workers still hold
-    assert send(server, "POST", "/v1/completions", json=BODY).status_code == 200
+def test_what_the_default_names_can_be_neither_overwritten_nor_deleted_at_either_process(server, oracle):
+    zeros = {layer: np.zeros(WIDTH, np.float32) for layer in range(LAYERS)}
+    for _ in range(4):
+        written = send(server, "POST", "/v1/steering/vectors", json={"name": "calm", "vector": lists(zeros)})
+        assert (written.status_code, written.json()["error"]["param"]) == (409, "name")
+        assert send(server, "DELETE", "/v1/steering/vectors/calm").status_code == 409
+        assert text(server) == oracle.words(PROMPT, COUNT, {}, decoded((0.5, CALM)))
 
 
 def test_beam_search_is_refused_since_the_default_would_steer_it(server):

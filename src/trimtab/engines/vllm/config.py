@@ -20,6 +20,7 @@ from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 from trimtab.version import code_version
+from trimtab.wording import with_suggestions
 
 UNREADABLE = {
     HookPoint.POST_ATTN: "vLLM adds what is steered there to the stream only later, so there is no whole stream to read"
@@ -66,6 +67,10 @@ class SteeringSettings(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             path = ".".join([SETTINGS_KEY, *map(str, first["loc"])])
+            if first["type"] == "extra_forbidden":  # what it says is not repeated: it may be a key
+                known = sorted(SteeringSettings.model_fields.keys() - {"stamp"})
+                hint = with_suggestions(first["loc"][-1], known)
+                raise SteeringError(path, f"unknown setting{hint}; the settings are {', '.join(known)}") from None
             raise SteeringError(path, f"{first['msg']} (got {first.get('input')!r:.80})") from None
 
     @staticmethod

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trimtab.engines.vllm.admin import FLAG, VARIABLE, set_admin_key
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
 from trimtab.sites import HookPoint
@@ -113,6 +114,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="How the addition runs: traced into the compiled graph, as a Triton operator, or what suits the engine.",
     )
+    group.add_argument(
+        FLAG,
+        default=None,
+        metavar="KEY",
+        help=f"Key that registering and deleting then need. Processes show their flags: {VARIABLE} in the environment "
+        "is the same, unseen.",
+    )
 
 
 def apply_flags(args: argparse.Namespace) -> bool:
@@ -124,19 +132,27 @@ def apply_flags(args: argparse.Namespace) -> bool:
     """
     given = {flag: value for flag in _DESTINATIONS if (value := getattr(args, flag, None)) is not None}
     names = ", ".join("--" + flag.replace("_", "-") for flag in given)
+    key: str | None = getattr(args, _dest(FLAG), None)
     config: Any = getattr(args, "additional_config", None) or {}
     present = isinstance(config, Mapping) and SETTINGS_KEY in config
     if not getattr(args, "enable_steering", False):
-        if given:
-            raise SteeringError(names, "given without --enable-steering; add that flag to turn steering on")
+        if given or key is not None:
+            said = "given without --enable-steering; add that flag to turn steering on"
+            raise SteeringError(names or FLAG, said)
         return present
     if present and given:
         raise SteeringError(names, "given beside --additional-config '{\"steering\": ...}'; use one of the two")
     if not present:
         args.additional_config = {**config, SETTINGS_KEY: settings_from_flags(given)}
-    for flag in given:
+    if key is not None:
+        set_admin_key(key)  # which the processes that are started inherit
+    for flag in (*given, _dest(FLAG)):
         setattr(args, flag, None)
     return True
+
+
+def _dest(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def settings_from_flags(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
+from trimtab.engines.vllm.admin import admin_key
 from trimtab.engines.vllm.config import SteeringSettings, model_sites
+from trimtab.engines.vllm.names import check_fixed, check_known
 from trimtab.engines.vllm.recent import Recent, key_of
 from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry, shared_directory
 from trimtab.engines.vllm.server_default import ServerDefault, merge
@@ -128,7 +130,8 @@ class FrontEnd:
         # Admissions of specs that consist of names, and what the names stood for.
         self._recent: tuple[Catalogue | None, Recent[Admission]] = (None, Recent())
         self._last_names = Catalogue({}, {})
-        if default is not None:
+        if self.default is not None:
+            check_fixed(self.default.spec, self.registry, self.probes)
             self.admit(None, count=False)
 
     def admit(self, given: Any, *, count: bool = True) -> Admission | None:
@@ -202,6 +205,7 @@ class FrontEnd:
         return names
 
     def _resolve(self, steering: Steering, names: Catalogue) -> ResolvedSteering:
+        check_known(steering, self.registry, self.probes)
         return steering.resolve(names.vectors, self.model, names.probes)
 
     def _finish(self, steering: Steering, names: Catalogue, default_left: float | None = None) -> Admission:
@@ -237,13 +241,15 @@ class FrontEnd:
 def build_front_end(vllm_config: Any) -> FrontEnd | None:
     """The front end of an engine with this configuration; None where steering is not configured.
 
-    Raises `SteeringError` for bad settings, vector files or default spec.
+    Raises `SteeringError` for bad settings, vector files, default spec or administrator's key.
     """
-    from trimtab.engines.vllm.metrics import metrics
-
     settings = SteeringSettings.of(vllm_config)
     if settings is None:
         return None
+    from trimtab.engines.vllm.metrics import metrics
+    from trimtab.engines.vllm.start_log import log_start
+
+    admin_key()  # one that cannot be sent stops the start
     directory = shared_directory()
     registry = VectorRegistry(settings.start_vectors, directory)
     probes = ProbeRegistry(settings.start_probes, None if directory is None else directory / "probes")
@@ -251,7 +257,9 @@ def build_front_end(vllm_config: Any) -> FrontEnd | None:
     counters.vectors(len(registry.vectors()))
     monitor = settings.start_monitor
     shown = settings.monitor.describe(monitor) if settings.monitor is not None and monitor is not None else None
-    return FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes, shown)
+    front_end = FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes, shown)
+    log_start(front_end, settings)
+    return front_end
 
 
 def _parse_default(given: Any) -> ServerDefault:

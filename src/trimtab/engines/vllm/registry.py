@@ -1,60 +1,65 @@
 """The front end's registries of vectors and probes: what a name stands for at the moment a request is admitted.
 
-Start-up content comes from files that every worker loads too. What is registered at run time lives with the front end
-alone; requests that name one carry its content. A name is looked up once, at admission, and what travels on is a digest
-or the content itself: a name registered anew can never change a request that is running.
+Start-up content comes from files that every worker loads too. Its names are the operator's: nobody changes what they
+stand for while the server runs. What is registered at run time lives with the front end alone; requests that name it
+carry its content. A name is looked up once, at admission, and what travels on is a digest or the content itself: a name
+registered anew can never change a request that is running.
 
-Several API server processes share one registry through a directory: an index that is replaced atomically under a lock,
-and one file per content, named by its digest.
+Several API server processes share one registry through a directory (`registry_store`). Where that is lost or damaged,
+the names known so far go on, start-up names among them, and changes are refused with the reason.
 """
 
 import atexit
-import fcntl
-import json
+import logging
 import os
-import re
-import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import RLock
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic
 
+from trimtab.engines.vllm.registry_store import (
+    DIRECTORY_VARIABLE,
+    LOCK_SECONDS,
+    NAME_PATTERN,
+    Content,
+    Index,
+    RegistryUnavailableError,
+    SharedStore,
+    Stored,
+)
 from trimtab.errors import SteeringError
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
 MAX_REGISTERED = 1024  # names registered at run time: a bound on what a client can make the front end keep
 
-DIRECTORY_VARIABLE = "TRIMTAB_REGISTRY_DIR"
+RETRY_SECONDS = 1.0  # how often a damaged directory is looked at again
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")  # goes into URLs and metrics unquoted
+_LOGGED = 16  # names of one change that came from another process
 
-
-class Named(Protocol):
-    """What a registry holds: content that is known by its digest and kept in files."""
-
-    @property
-    def digest(self) -> bytes: ...
-    def save(self, path: str | Path) -> None: ...
+logger = logging.getLogger("vllm.trimtab")
 
 
-Content = TypeVar("Content", bound=Named)
+class ReadOnlyNameError(SteeringError):
+    """The name is one that the server was started with."""
 
 
 @dataclass(frozen=True)
 class Entry(Generic[Content]):
-    """One registered name: its content, and whether the workers hold that content from start."""
+    """One registered name: its content, whether the workers hold that from start, and whether the name is fixed."""
 
     name: str
     content: Content
     at_start: bool
+    read_only: bool
 
 
-class _Registry(Generic[Content]):
+class Registry(Generic[Content]):
     """Names to contents, for one or several front-end processes.
 
     `start` is what workers have loaded. `directory`, if given, is shared: every process that opens it sees the same
@@ -62,101 +67,183 @@ class _Registry(Generic[Content]):
     """
 
     kind: ClassVar[type[SteeringVector] | type[Probe]]
+    what: ClassVar[str]
 
     def __init__(self, start: Mapping[str, Content], directory: Path | None = None) -> None:
         for name in start:
             check_name(name, "name")
-        self._start = dict(start)
+        self.start: Mapping[str, Content] = dict(start)
         self._start_digests = frozenset(content.digest for content in start.values())
-        self._lock = RLock()
-        self._changes: dict[str, Content | None] = {}  # since start; None: the name was deleted
-        self._vectors: Mapping[str, Content] = dict(start)
-        self._store = None if directory is None else _SharedStore[Content](directory, self.kind.load)
+        self._changing = threading.Lock()  # one change at a time
+        self._lock = threading.RLock()  # held while what is below is replaced
+        self._index: Index[Content] = Index()
+        self._vectors: Mapping[str, Content] = self.start
+        self._store = None if directory is None else SharedStore[Content](directory, self.kind.load)
         self._stamp: object = None
+        self._fault = ""
+        self._retry = 0.0
+        self._said: set[str] = set()  # what the log has been told of the directory
+        if self._store is not None:
+            self._reload(self._store)
 
     def vectors(self) -> Mapping[str, Content]:
         """Every name and its content now. The mapping is never changed afterwards: a change makes a new one."""
-        if self._store is not None and self._store.stamp() != self._stamp:
-            self._reload()
+        if self._store is not None:
+            self._refresh(self._store)
         return self._vectors
 
     def entries(self) -> list[Entry[Content]]:
         """All entries, by name."""
-        vectors = self.vectors()
-        return [Entry(name, vectors[name], self.held_by_workers(vectors[name].digest)) for name in sorted(vectors)]
+        return [
+            Entry(name, content, self.held_by_workers(content.digest), name in self.start)
+            for name, content in sorted(self.vectors().items())
+        ]
 
     def held_by_workers(self, digest: bytes) -> bool:
         """Whether workers hold this content from start, so that a request may refer to it by digest."""
         return digest in self._start_digests
 
-    def add(self, name: str, content: Content) -> Content | None:
-        """Let `name` stand for `content` from now on; returns what it stood for, None if it is new.
+    def trouble(self, name: str) -> str:
+        """Why `name`, which is not among `vectors`, might yet be registered; empty if it is not."""
+        stored = self._index.entries.get(name)
+        return stored.fault if stored is not None else self._fault
 
-        Raises `SteeringError` for a malformed name or a full registry.
+    def add(self, name: str, content: Content) -> str | None:
+        """Let `name` stand for `content` from now on; returns the digest of what it stood for, None if it is new.
+
+        Raises `SteeringError` for a malformed name or a full registry, `ReadOnlyNameError` for a name of the start,
+        `RegistryUnavailableError` where the directory cannot be changed.
         """
-        check_name(name, "name")
-        with self._changing():
-            previous = self._vectors.get(name)
-            registered = {known for known, content in self._changes.items() if content is not None}
-            if len(registered | {name}) > MAX_REGISTERED:
+        self._check_changeable(check_name(name, "name"))
+        with self._change() as entries:
+            previous = entries.get(name)
+            if previous is None and len(entries) >= MAX_REGISTERED:
                 raise SteeringError("name", f"{MAX_REGISTERED} names are registered already; delete some first")
-            self._changes[name] = content
-        return previous
+            entries[name] = Stored(content.digest.hex(), content)
+        return None if previous is None else previous.digest
 
-    def remove(self, name: str) -> Content:
-        """Forget `name`; returns what it stood for. Requests already admitted are untouched. `KeyError` if unknown."""
-        with self._changing():
-            removed = self._vectors[name]
-            if name in self._start:
-                self._changes[name] = None
-            else:
-                del self._changes[name]
-        return removed
+    def remove(self, name: str) -> str:
+        """Forget `name`; returns the digest of what it stood for. Requests already admitted are untouched.
+
+        Raises `KeyError` if it is unknown, and what `add` raises.
+        """
+        self._check_changeable(name)
+        with self._change() as entries:
+            return entries.pop(name).digest
+
+    def _check_changeable(self, name: str) -> None:
+        if name in self.start:
+            said = f"the {self.what} {name!r} belongs to the start of this server, and cannot be changed or deleted"
+            raise ReadOnlyNameError("name", f"{said} while it runs; register another name")
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
-        with self._lock:
-            if self._store is None:
-                yield
-            else:
-                with self._store.exclusive():
-                    self._reload()
-                    try:
-                        yield
-                        self._store.write(self._changes)
-                    finally:
-                        self._reload()  # what is on disk counts, whether or not the write went through
+    def _change(self) -> Iterator[dict[str, Stored[Content]]]:
+        store = self._store
+        with self._one_at_a_time(), nullcontext() if store is None else store.exclusive():
+            if store is not None:
+                self._reload(store)
+                if self._fault and not self._lost(store):
+                    raise RegistryUnavailableError("", self._fault)
+            before = self._index
+            entries = dict(before.entries)
+            yield entries
+            index = replace(before, entries=entries)
+            if store is None:
+                self._take(index)
                 return
-            self._apply()
+            try:
+                store.write(index, before)
+            finally:
+                self._reload(store)  # what is on disk counts, whether or not the write went through
 
-    def _reload(self) -> None:
-        assert self._store is not None
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        if not self._changing.acquire(timeout=LOCK_SECONDS):
+            raise RegistryUnavailableError("", "the registry is being changed; try again")
+        try:
+            yield
+        finally:
+            self._changing.release()
+
+    def _refresh(self, store: SharedStore[Content]) -> None:
+        waiting = time.monotonic() < self._retry
+        if self._fault and waiting:
+            return
+        try:
+            if store.stamp() == self._stamp and waiting:
+                return
+        except RegistryUnavailableError as error:
+            self._fail(error.message)
+            return
+        before = self._index
+        self._reload(store)
+        for name in sorted(before.entries.keys() | self._index.entries.keys())[:_LOGGED]:
+            old, new = before.entries.get(name), self._index.entries.get(name)
+            if (old and old.digest) != (new and new.digest):
+                told = f"{old.digest if old else 'nothing'} -> {new.digest if new else 'nothing'}"
+                logger.info("The shared registry changed %s %s: %s", self.what, name, told)
+
+    def _reload(self, store: SharedStore[Content]) -> None:
+        """Take over what the directory holds; where it cannot be read, keep what is known and say so, once."""
         with self._lock:
-            self._stamp = self._store.stamp()  # taken before reading: a later write is seen as a change again
-            known = {vector.digest: vector for vector in [*self._start.values(), *self._vectors.values()]}
-            self._changes = self._store.read(known)
-            self._apply()
+            try:
+                stamp = store.stamp()  # taken before reading: a later write is seen as a change again
+                if self._lost(store):
+                    raise store.gone()
+                held = [*self.start.values(), *(stored.content for stored in self._index.entries.values())]
+                index = store.read({content.digest.hex(): content for content in held if content is not None})
+            except RegistryUnavailableError as error:
+                self._fail(error.message)
+                return
+            if self._fault:
+                logger.info("The registry directory of %ss is usable again", self.what)
+            self._stamp, self._fault, self._said = stamp, "", self._said - {self._fault}
+            damaged = [stored.fault for stored in index.entries.values() if stored.fault]
+            self._retry = time.monotonic() + RETRY_SECONDS if damaged else float("inf")
+            if index != self._index:
+                self._take(index)
+            for fault in damaged:
+                self._say(f"in the registry directory of {self.what}s {fault}")
+            for name in index.foreign:
+                self._say(f"the registry directory of {self.what}s has an entry that is none: {name!r:.160}")
+            for name in self.start.keys() & index.entries.keys():
+                if (other := index.entries[name].digest) != (own := self.start[name].digest.hex()):
+                    said = f"the registry directory has a {self.what} {name} ({other}), a name of this server's start"
+                    self._say(f"{said}, where it stands for {own}: that of the start counts")
 
-    def _apply(self) -> None:
-        merged: dict[str, Content] = {**self._start}
-        for name, content in self._changes.items():
-            if content is None:
-                merged.pop(name, None)
-            else:
-                merged[name] = content
-        self._vectors = merged
+    def _lost(self, store: SharedStore[Content]) -> bool:
+        """Whether there are names known from before and no index any more."""
+        return bool(self._index.entries) and store.stamp() is None
+
+    def _fail(self, fault: str) -> None:
+        self._fault, self._retry = fault, time.monotonic() + RETRY_SECONDS
+        known = f"{len(self._index.entries)} {self.what}s known from before, and those of the start, go on from memory"
+        self._say(f"{fault}. {known}", fault)
+
+    def _say(self, text: str, key: str = "") -> None:
+        if (key or text) not in self._said:
+            self._said.add(key or text)
+            logger.warning("Steering: %s", text)
+
+    def _take(self, index: Index[Content]) -> None:
+        with self._lock:
+            registered = {name: stored.content for name, stored in index.entries.items() if stored.content is not None}
+            self._index = index
+            self._vectors = {**registered, **self.start}  # the start's names always stand for what it gave them
 
 
-class VectorRegistry(_Registry[SteeringVector]):
+class VectorRegistry(Registry[SteeringVector]):
     """Names of vectors."""
 
     kind = SteeringVector
+    what = "vector"
 
 
-class ProbeRegistry(_Registry[Probe]):
+class ProbeRegistry(Registry[Probe]):
     """Names of probes."""
 
     kind = Probe
+    what = "probe"
 
 
 def check_name(name: object, field: str) -> str:
@@ -172,11 +259,15 @@ def check_name(name: object, field: str) -> str:
 def share_registry(processes: int) -> None:
     """Prepare a directory for the registry of `processes` front-end processes started by this one; none for one alone.
 
-    It goes when this process ends. A directory named by the operator in the environment is used and kept.
+    It goes when this process ends. A directory named by the operator in the environment is used and kept. Raises
+    `SteeringError` where none can be made.
     """
     if processes < 2 or os.environ.get(DIRECTORY_VARIABLE):
         return
-    directory = tempfile.mkdtemp(prefix="trimtab-registry-")
+    try:
+        directory = tempfile.mkdtemp(prefix="trimtab-registry-")
+    except OSError as error:
+        raise SteeringError(DIRECTORY_VARIABLE, f"no temporary directory can be made ({error}): name one") from error
     os.environ[DIRECTORY_VARIABLE] = directory  # what the processes inherit
     owner = os.getpid()
     atexit.register(lambda: shutil.rmtree(directory, ignore_errors=True) if os.getpid() == owner else None)
@@ -186,75 +277,3 @@ def shared_directory() -> Path | None:
     """The directory prepared by `share_registry` in this process or the one that started it."""
     directory = os.environ.get(DIRECTORY_VARIABLE)
     return Path(directory) if directory else None
-
-
-class _SharedStore(Generic[Content]):
-    """The directory: `index.json` {name: digest or null}, `<digest>.safetensors`, and `lock`."""
-
-    def __init__(self, directory: Path, load: Callable[[Path], Any]) -> None:
-        self._load = load
-        self._directory = directory
-        self._index = directory / "index.json"
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-    def stamp(self) -> object:
-        """Changes whenever the index is replaced; one `stat`, a few microseconds."""
-        try:
-            status = os.stat(self._index)
-        except FileNotFoundError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Hold the directory against other processes."""
-        with open(self._directory / "lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def read(self, known: Mapping[bytes, Content]) -> dict[str, Content | None]:
-        """The changes since start, loading only content that is not in `known`."""
-        for attempt in range(10):
-            try:
-                index = json.loads(self._index.read_text(encoding="utf-8"))
-                return {name: None if hexed is None else self._vector(hexed, known) for name, hexed in index.items()}
-            except FileNotFoundError:
-                if not self._index.exists():
-                    return {}
-                if attempt == 9:  # content vanished between index and load ten times over: not a race any more
-                    raise
-        raise AssertionError("unreachable")
-
-    def write(self, changes: Mapping[str, Content | None]) -> None:
-        """Publish `changes`; content first, then the index in one step, then unused content goes."""
-        index = {name: None if vector is None else vector.digest.hex() for name, vector in changes.items()}
-        for vector in changes.values():
-            if vector is not None and not (target := self._file(vector.digest.hex())).exists():
-                partial = self._directory / f"partial-{secrets.token_hex(8)}.safetensors"
-                vector.save(partial)
-                os.replace(partial, target)
-        partial = self._directory / f"partial-{secrets.token_hex(8)}.json"
-        partial.write_text(json.dumps(index), encoding="utf-8")
-        os.replace(partial, self._index)
-        used = {self._file(hexed) for hexed in index.values() if hexed is not None}
-        for file in self._directory.glob("*.safetensors"):
-            if file not in used:
-                with suppress(FileNotFoundError):
-                    file.unlink()
-
-    def _vector(self, hexed: str, known: Mapping[bytes, Content]) -> Content:
-        if (held := known.get(bytes.fromhex(hexed))) is not None:
-            return held
-        file = self._file(hexed)
-        try:
-            vector: Content = self._load(file)
-        except SteeringError:
-            if not file.exists():  # deleted since the index was read
-                raise FileNotFoundError(file) from None
-            raise
-        if vector.digest.hex() != hexed:
-            raise SteeringError("vectors", f"the shared registry's {file.name} does not hold what its name says")
-        return vector
-
-    def _file(self, hexed: str) -> Path:
-        return self._directory / f"{hexed}.safetensors"
