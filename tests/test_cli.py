@@ -124,9 +124,10 @@ def test_extract_writes_the_mean_difference_and_inspect_shows_it(run: Run, tmp_p
         (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     out_file = tmp_path / "mood.safetensors"
     files = ("--positive", tmp_path / "positive", "--negative", tmp_path / "negative", "-o", out_file)
-    code, out, err = run("extract", *files, "--layers", "0-1", "--token", "mean")
+    code, out, err = run("extract", *files, "--layers", "0-1", "--no-sweep")
     assert (code, err) == (0, "")
     assert "2 positive and 1 negative" in out
+    assert "not tried" in out
 
     tokenizer = AutoTokenizer.from_pretrained(model_path())
     model = AutoModelForCausalLM.from_pretrained(model_path()).eval()

@@ -1,13 +1,17 @@
-"""`trimtab extract`: a steering vector from contrasting prompts."""
+"""`trimtab extract`: a steering vector from contrasting prompts, tried on prompts held out."""
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from trimtab.cli.failure import CommandError
 from trimtab.cli.options import BUNDLED, Json, Layers, Model, load_model, read_layers, read_prompts
+
+if TYPE_CHECKING:
+    from trimtab.training.tuning import TunedVector
+    from trimtab.vectors import SteeringVector
 
 
 def extract(
@@ -21,10 +25,20 @@ def extract(
     ] = "post_block",
     token: Annotated[
         Literal["last", "mean"], typer.Option(help="Read each prompt's last token, or the mean over its tokens.")
-    ] = "last",
+    ] = "mean",
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep/--no-sweep",
+            help="Hold prompts out, and choose the layer (unless --layers is given) and the scale by trying. Without "
+            "it the mean difference is written as it is, at --layers.",
+        ),
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Write a vector that was not seen to steer too.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the trials.")] = 0,
     json_: Json = False,
 ) -> None:
-    """Extract the mean difference of activations between two files of prompts."""
+    """Extract a vector from two files of prompts, at the layer and the strength at which it steers: scale 1."""
     chosen = read_layers(layers)
     wanted, opposite = read_prompts(positive), read_prompts(negative)
     if output.suffix not in (".safetensors", ".gguf"):  # known before minutes of reading activations
@@ -32,28 +46,87 @@ def extract(
     if not output.parent.is_dir():
         raise CommandError(f"--output {output}: there is no directory {output.parent}")
     steered = load_model(model)
-    from trimtab.vectors.extraction import extract_vector
-
+    options: dict[str, Any] = {"layers": chosen, "hook_point": hook_point, "token": token}
+    options["progress"] = sys.stdout.isatty() and not json_
+    tuned = None
     with steered:
-        vector = extract_vector(
-            steered,
-            wanted,
-            opposite,
-            layers=chosen,
-            hook_point=hook_point,
-            token=token,
-            progress=sys.stdout.isatty() and not json_,
-        )
-    vector.save(output)
-    norms = vector.norms()
+        if sweep:
+            from trimtab.training import tune_vector
+
+            tuned = tune_vector(steered, wanted, opposite, seed=seed, **options)
+            vector = tuned.vector
+        else:
+            from trimtab.vectors.extraction import extract_vector
+
+            vector = extract_vector(steered, wanted, opposite, **options)
+    written = tuned is None or tuned.usable or force
+    if written:
+        vector.save(output)
     if json_:
         import json
 
-        sites = [{"layer": site.layer, "hook": site.hook.value, "norm": norm} for site, norm in norms.items()]
-        typer.echo(json.dumps({"output": str(output), "digest": vector.digest.hex(), "sites": sites}))
+        typer.echo(json.dumps({"output": str(output) if written else None, **_as_json(vector, tuned)}))
+    else:
+        _show(vector, tuned)
+    if tuned is not None and not written:
+        raise CommandError(f"not known to steer: {tuned.problem}; {output} is not written, --force writes it")
+    if not json_:
+        from trimtab.vectors.dose import dose_of
+
+        made = (
+            f"{output}: {', '.join(map(str, vector.sites))}, from {len(wanted)} positive and {len(opposite)} negative"
+        )
+        typer.echo(f"{made} prompts; scale 1 is a dose of {dose_of(vector) or 0.0:.2g}")
+        if tuned is None:
+            typer.echo("not tried: neither its layers nor its scale are known to steer")
+        elif tuned.usable:
+            typer.echo(f"try it: trimtab generate --model {model} --vector {output} --compare --prompt '...'")
+
+
+def _as_json(vector: "SteeringVector", tuned: "TunedVector | None") -> dict[str, Any]:
+    from trimtab.vectors.dose import dose_of, stream_norm_key
+
+    sites = [
+        {
+            "layer": site.layer,
+            "hook": site.hook.value,
+            "norm": norm,
+            "stream_norm": float(vector.metadata.extra[stream_norm_key(site)]),
+        }
+        for site, norm in vector.norms().items()
+    ]
+    found: dict[str, Any] = {"digest": vector.digest.hex(), "sites": sites, "dose": dose_of(vector)}
+    return found if tuned is None else {**found, "sweep": tuned.as_json()}
+
+
+def _show(vector: "SteeringVector", tuned: "TunedVector | None") -> None:
+    """Layers and doses as tables on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from trimtab.vectors.dose import stream_norm_key
+
+    console = Console(highlight=False)
+    layers = Table("site", "held-out AUROC", "mean difference", "stream", box=None, padding=(0, 2, 0, 0))
+    if tuned is None:
+        for site, norm in vector.norms().items():
+            stream = float(vector.metadata.extra[stream_norm_key(site)])
+            layers.add_row(str(site), "-", f"{norm:.4g} long", f"{stream:.4g} long")
+        console.print(layers)
         return
-    typer.echo(
-        f"{output}: {len(norms)} site{'s' * (len(norms) != 1)}, "
-        f"norms {min(norms.values()):.3g} to {max(norms.values()):.3g}, "
-        f"from {len(wanted)} positive and {len(opposite)} negative prompts"
-    )
+    for one in tuned.separations:
+        row = str(one.site), f"{one.auroc:.2f}", f"{one.norm:.4g} long", f"{one.stream_norm:.4g} long"
+        layers.add_row(*row)
+    console.print(layers)
+    console.print(f"chance would separate them as well with p = {tuned.separation_p:.2g}\n")
+    doses = Table("site", "dose", "effect", "surprise", "repetition", "text", box=None, padding=(0, 2, 0, 0))
+    for trial in tuned.trials:
+        confirmed = tuned.confirmed
+        advised = confirmed is not None and (trial.vector, trial.scale) == (confirmed.vector, confirmed.scale)
+        text = "intact" if trial.intact else "broken"
+        sites = ", ".join(map(str, trial.vector.sites))
+        numbers = f"{trial.effect:+.2f}", f"{trial.surprise:+.2f}", f"{trial.repetition:+.2f}"
+        doses.add_row(sites, f"{trial.dose:.2f}", *numbers, f"{text} {'<- scale 1' if advised else ''}")
+    if tuned.trials:
+        console.print(doses)
+        console.print("dose in norms of the stream; effect and surprise in nats a token\n")

@@ -29,9 +29,13 @@ def generate(
     if not vector and (layers or phase != "all"):
         raise CommandError("--layers and --phase say where vectors act, but no --vector is given")
     chosen = read_layers(layers)
+    from trimtab.vectors.dose import dose_warning
+
     interventions = []
     for text in vector or ():
         loaded, scale = read_vector(text)
+        if warning := dose_warning(loaded if chosen is None else loaded.at(chosen), scale):
+            typer.echo(f"trimtab: warning: {text}: {warning}", err=True)
         step: dict[str, Any] = {"kind": "add", "vector": loaded, "scale": scale, "phase": phase}
         interventions.append(step if chosen is None else {**step, "layers": chosen})
     spec = {"interventions": interventions} if interventions else None

@@ -83,17 +83,20 @@ def permutation_p(
 ) -> float:
     """The share of relabellings of the texts whose AUROC reaches the one found, the found one counted among them.
 
+    `rates` [T, T] is of one scoring; with several, [S, T, T], it is their best AUROC that is compared.
+
     Texts of one group that all carry one label are relabelled together; a group with both labels is shuffled within.
     For scores that were fixed without these texts, a probe that knows nothing has p <= a in at most a share a of all
     cases.
     """
     rng = np.random.default_rng(seed)
-    found = auroc(rates, positive)
+    several = rates.reshape(-1, *rates.shape[-2:])
+    found = max(auroc(one, positive) for one in several)
     reached, left = 1, permutations
     while left:
         count = min(left, _BATCH)
         labels = relabelled(positive, groups, count, rng).astype(np.float64)
-        wins = np.einsum("bt,bt->b", labels @ rates, 1 - labels)
+        wins = np.max([np.einsum("bt,bt->b", labels @ one, 1 - labels) for one in several], axis=0)
         pairs = labels.sum(1) * (1 - labels).sum(1)
         reached += int((wins / pairs >= found - 1e-12).sum())
         left -= count

@@ -7,6 +7,7 @@ import torch
 from trimtab.engines.transformers import SteeredModel
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
+from trimtab.vectors.dose import dose_of
 from trimtab.vectors.extraction import extract_vector
 from trimtab.vectors.vector import SteeringVector
 
@@ -40,7 +41,7 @@ def test_a_vector_is_the_difference_of_the_mean_hidden_states(llama, tokenizer, 
 
 def test_the_stream_entering_a_layer_is_the_hidden_state_before_it(llama, tokenizer):
     with SteeredModel(llama, tokenizer) as model:
-        vector = extract_vector(model, POSITIVE, NEGATIVE, hook_point="pre_attn", progress=False)
+        vector = extract_vector(model, POSITIVE, NEGATIVE, hook_point="pre_attn", token="last", progress=False)
     assert [site.layer for site in vector.sites] == [0, 1, 2]
     expected = mean_state(llama, tokenizer, POSITIVE, 2, lambda t: t[-1])
     expected -= mean_state(llama, tokenizer, NEGATIVE, 2, lambda t: t[-1])
@@ -70,9 +71,44 @@ def test_metadata_says_where_a_vector_comes_from_and_survives_a_file(llama, toke
         ({"layers": [3]}, "post_block:3: layer 3 does not exist"),
         ({"layers": []}, "layers: no layer"),
         ({"batch_size": 0}, "batch_size: got 0"),
+        ({"negative": [*NEGATIVE, POSITIVE[0]]}, "negative: 1 of its texts are positive as well"),
+        ({"negative": POSITIVE}, "negative: 3 of its texts are positive as well"),
+        ({"positive": ["sea", "calm"], "negative": [" sea", "calm "]}, "negative: 2 of its texts are positive as well"),
     ],
 )
 def test_a_bad_request_for_a_vector_is_refused_by_name(llama, tokenizer, changes, message):
     arguments = {"positive": POSITIVE, "negative": NEGATIVE, "progress": False, **changes}
     with SteeredModel(llama, tokenizer) as model, pytest.raises(SteeringError, match=message):
         extract_vector(model, arguments.pop("positive"), arguments.pop("negative"), **arguments)
+
+
+def test_lists_whose_activations_have_one_mean_are_refused(llama, tokenizer):
+    message = "negative: its prompts look like the positive ones at pre_attn:0"
+    with SteeredModel(llama, tokenizer) as model, pytest.raises(SteeringError, match=message):
+        # Different prompts with one last token, whose embedding is all that the first layer's input holds.
+        extract_vector(
+            model, ["sea calm"], ["boat calm"], layers=[0], hook_point="pre_attn", token="last", progress=False
+        )
+
+
+def test_activations_that_are_not_finite_are_refused_by_prompt(llama, tokenizer):
+    with torch.no_grad():
+        llama.get_input_embeddings().weight[tokenizer("storm")["input_ids"][-1]] = float("nan")
+    with SteeredModel(llama, tokenizer) as model, pytest.raises(SteeringError, match="not finite for the prompt 'the"):
+        extract_vector(model, POSITIVE, NEGATIVE, progress=False)
+
+
+def test_the_norm_of_the_stream_is_kept_beside_the_vector_without_first_tokens(llama, tokenizer):
+    with torch.no_grad():  # a sink: the first token's stream is a thousand times as long
+        llama.get_input_embeddings().weight[tokenizer("the")["input_ids"][0]] *= 1000
+    prompts = ["the sea is calm", "the boat sleeps in the sea"]
+    site = Site(1, HookPoint.POST_BLOCK)
+    with SteeredModel(llama, tokenizer) as model:
+        vector = extract_vector(model, prompts[:1], prompts[1:], layers=[1], progress=False)
+        branch = extract_vector(model, prompts[:1], prompts[1:], layers=[1], hook_point="mlp_out", progress=False)
+        rows = np.concatenate([one[site][1:] for one in model.activations(prompts, [site])])
+    median = float(np.median(np.linalg.norm(rows.astype(np.float64), axis=1)))
+    assert float(vector.metadata.extra["stream_norm.post_block.1"]) == pytest.approx(median, rel=1e-4)
+    assert float(branch.metadata.extra["stream_norm.mlp_out.1"]) == pytest.approx(median, rel=1e-4)  # what it joins
+    (norm,) = vector.norms().values()
+    assert dose_of(vector, -2.0) == pytest.approx(2 * norm / median, rel=1e-4)

@@ -1,0 +1,54 @@
+"""The dose of a vector: how long what it adds is, beside the stream that it is added to.
+
+    dose = sum over sites of |scale| * |vector| / (median norm of the stream there)
+
+A scale means nothing by itself: 1.5 may be a nudge in one model and noise in another. The median is taken over the
+tokens of the prompts that the vector came from, the first of each left out, since models park huge activations there.
+"""
+
+import math
+
+from trimtab.sites import HookPoint, Site
+from trimtab.vectors.vector import SteeringVector
+
+DOSE_LIMIT = "dose_limit"  # of the metadata: the largest dose at which text was found intact
+LARGEST_UNTRIED_DOSE = 1.0  # as long as the stream itself
+
+
+def stream_norm_key(site: Site) -> str:
+    """The key of the metadata that holds the stream's median norm at `site`."""
+    return f"stream_norm.{site.hook.value}.{site.layer}"
+
+
+def stream_site(site: Site) -> Site:
+    """Where the stream that `site` acts on is measured: a branch is measured by the stream that it joins."""
+    return Site(site.layer, HookPoint.POST_BLOCK) if site.hook is HookPoint.MLP_OUT else site
+
+
+def dose_of(vector: SteeringVector, scale: float = 1.0) -> float | None:
+    """The dose of `scale` times `vector`, or None where its metadata do not say how long the stream is."""
+    total = 0.0
+    for site, norm in vector.norms().items():
+        stream = _number(vector, stream_norm_key(site))
+        if stream is None or stream <= 0:
+            return None
+        total += abs(scale) * norm / stream
+    return total
+
+
+def dose_warning(vector: SteeringVector, scale: float = 1.0) -> str | None:
+    """What to tell a person whose dose is beyond what leaves text intact; None where it is not, or nothing is known."""
+    dose, tried = dose_of(vector, scale), _number(vector, DOSE_LIMIT)
+    limit = LARGEST_UNTRIED_DOSE if tried is None else tried
+    if dose is None or dose <= limit * (1 + 1e-6):
+        return None
+    known = f"text was found intact up to {tried:.2g}" if tried is not None else "no dose of it was tried"
+    return f"scale {scale:g} is a dose of {dose:.2g} stream norms, and {known}: expect broken text"
+
+
+def _number(vector: SteeringVector, key: str) -> float | None:
+    try:
+        value = float(vector.metadata.extra[key])
+    except (KeyError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
