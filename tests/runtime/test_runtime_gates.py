@@ -1,5 +1,6 @@
 """Gates in the runtime: each token has the gates that its request asked for its position; what they did adds up."""
 
+import pickle
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -324,3 +325,65 @@ def test_a_probe_of_another_width_is_refused():
     wide = vector(1, (Site(0, HookPoint.POST_BLOCK),), hidden=HIDDEN + 1)
     with pytest.raises(SteeringError, match="brings width 9"):
         runtime.admit("a", one_gate(gate=ResolvedGate.of(wide, 0.0, 1.0)))
+
+
+def serve(runtime, name, steering, owner=None):
+    """A request of one token, from its admission to its end."""
+    runtime.admit(name, steering, owner=owner)
+    runtime.step([name], [0], [1], [1])
+    runtime.release(name)
+
+
+def test_owners_are_matched_whole_and_their_requests_reported_together():
+    _, runtime = make()
+    for name in ("a", "a-b", "0_a", "a-0"):
+        serve(runtime, name, one_gate())
+    assert [use.tokens for use in runtime.gate_report("a")] == [1]
+    assert runtime.gate_report(".*") == runtime.gate_report("") == ()
+    for _ in range(5):
+        serve(runtime, "b", one_gate(), owner="all of b")
+    runtime.admit("c", one_gate(), owner="all of b")
+    runtime.step(["c"], [0], [2], [1])
+    assert [use.tokens for use in runtime.gate_report("all of b")] == [7]
+    assert runtime.gate_report("b") == ()
+
+
+def test_totals_are_kept_by_label_in_bounded_number_and_lose_nothing(monkeypatch):
+    monkeypatch.setattr("trimtab.runtime.meters.MOST_LABELS", 3)
+    _, runtime = make()
+    site = SITES[:1]
+    for number in range(8):  # inline probes, each another one
+        serve(runtime, "a", one_gate(gate=ResolvedGate.of(vector(300 + number, site), 0.0, 1.0)))
+    for number in range(5):  # registered one after the other
+        for threshold in (0.0, 1.0):
+            gate = ResolvedGate.of(vector(400 + number, site), threshold, 1.0, label=f"name{number}")
+            serve(runtime, "a", one_gate(gate=gate))
+    uses = {use.probe: use.tokens for use in runtime.gate_totals()}
+    assert uses == {"(inline)": 8, "name0": 2, "name1": 2, "(others)": 6}
+
+
+def test_what_is_kept_of_requests_that_are_gone_does_not_grow_with_the_width_of_their_probes():
+    _, runtime = make()
+    for number in range(400):
+        gate = ResolvedGate.of(vector(500 + number, SITES[:1]), 0.0, 1.0)
+        serve(runtime, f"r{number}", one_gate(gate=gate))
+    runtime.step([], [], [], [])
+    kept = runtime._gates.meters
+    held = {type(part) for report in kept._finished.values() for named in report for part in named}
+    assert (held, len(kept._finished)) == ({str}, 400)
+    assert len(kept._totals) == 1
+    assert not kept._owner
+    assert len(pickle.dumps((kept._finished, kept._totals))) < 400 * 1024
+
+
+def test_a_pass_that_was_not_planned_does_not_change_what_the_last_one_counted():
+    buffers, runtime = make()
+    runtime.admit("a", one_gate())
+    runtime.step(["a"], [0], [4], [2])
+    buffers.gates.values[:, :4] = 0.75
+    runtime.before_unplanned_pass()
+    buffers.gates.values.fill_(0.0)  # a pass over no requests, with the gates of the last one
+    (use,) = runtime.gate_report("a")
+    assert (use.tokens, use.mean, use.above_half) == (4, 0.75, 4)
+    runtime.before_unplanned_pass()
+    assert runtime.gate_report("a") == (use,)

@@ -1,6 +1,8 @@
 """A steering vector: what it takes, what it refuses, its arithmetic and its digest."""
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -181,3 +183,25 @@ def test_a_block_that_does_not_fit_its_sites_is_refused(sites: Any, block: Any, 
     with pytest.raises(SteeringError, match=words) as refusal:
         SteeringVector.from_block(sites, block, field="here")
     assert refusal.value.field == "here"
+
+
+def test_what_a_vector_remembers_of_its_layers_is_no_more_than_twice_its_own_size() -> None:
+    whole = SteeringVector({Site(layer, HookPoint.POST_BLOCK): np.ones(8) for layer in range(40)})
+    for last in range(1, 40):
+        whole.at(range(last))
+    assert sum(len(kept.sites) for kept in whole._narrowed.values()) <= 2 * len(whole.sites)
+    assert whole.at(range(39)) is whole.at(range(39))
+
+
+def test_threads_that_narrow_one_vector_at_a_time_get_what_they_asked_for() -> None:
+    whole = SteeringVector({Site(layer, HookPoint.POST_BLOCK): np.full(2, layer + 1.0) for layer in range(40)})
+    asked = [tuple(sorted({first, (first * 7 + step) % 40})) for step in range(40) for first in range(40)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            told = list(threads.map(whole.at, asked))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [vector.layers for vector in told] == asked
+    assert len(whole._narrowed) <= 64

@@ -95,3 +95,10 @@ def test_the_oldest_is_forgotten_and_a_value_without_a_key_is_never_kept(monkeyp
     for number in range(3):
         memory.put(number, number)
     assert [memory.get(number) for number in range(3)] == [None, 1, 2]
+
+
+def test_a_value_of_many_parts_has_no_key_so_that_all_keys_together_stay_small() -> None:
+    step = {"kind": "add", "vector": "v" * 128, "layers": list(range(32))}
+    assert key_of({"interventions": [step] * 4}) is not None
+    assert key_of({"interventions": [step] * 16}) is None
+    assert key_of([[[0] * 64] * 64] * 64) is None
