@@ -86,16 +86,17 @@ class Admission:
         return [{"name": name, "digest": digest} for name, digest in used]
 
     def _probes(self) -> list[dict[str, Any]]:
+        """The probes of its gates; `direction` is the digest that reports of gates name an inline one by."""
         kept = {gate.probe.digest for gate in self.resolved.gates}
-        used: dict[tuple[str | None, str], None] = {}
+        used: dict[tuple[str | None, str, str], None] = {}
         for gate in (step.gate for step in self.spec.interventions):
             if gate is not None:
                 name, probe = (
                     (gate.probe, self.names.probes[gate.probe]) if isinstance(gate.probe, str) else (None, gate.probe)
                 )
                 if probe.vector.digest in kept:
-                    used[name, probe.digest.hex()] = None
-        return [{"name": name, "digest": digest} for name, digest in used]
+                    used[name, probe.digest.hex(), probe.vector.digest.hex()] = None
+        return [{"name": name, "digest": digest, "direction": direction} for name, digest, direction in used]
 
 
 class Observer(Protocol):
