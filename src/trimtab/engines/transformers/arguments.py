@@ -1,4 +1,4 @@
-"""What a caller hands to `generate`, brought into one form: one resolved steering per prompt, checked options."""
+"""What a caller hands to `generate`, brought into one form: one resolved steering per prompt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,18 +13,6 @@ from trimtab.spec import Gate, Steering
 from trimtab.spec_errors import join
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
-
-REFUSED_OPTIONS = {
-    "inputs": "pass the prompts as the first argument",
-    "input_ids": "pass the prompts, strings or lists of token ids, as the first argument",
-    "inputs_embeds": "prompts must be strings or lists of token ids",
-    "attention_mask": "padding is handled here",
-    "position_ids": "positions follow from the prompts' lengths",
-    "past_key_values": "a cache from elsewhere would hold tokens whose steering is unknown",
-    "assistant_model": "a draft model would need its own steering",
-    "return_dict_in_generate": "the results are objects already",
-    "custom_generate": "a custom loop may place tokens where their phase is unknown",
-}
 
 
 @dataclass(frozen=True)
@@ -72,30 +60,6 @@ def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> l
         None if spec is None else _resolve(spec, f"steering[{index}]", names, hook_map)
         for index, spec in enumerate(steering)
     ]
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise SteeringError for a generation option that cannot be honoured together with steering by position."""
-    for name, reason in REFUSED_OPTIONS.items():
-        if options.get(name) is not None:
-            raise SteeringError(name, f"cannot be given: {reason}")
-
-
-def option(name: str, options: Mapping[str, Any], default_config: Any) -> Any:
-    """The value that `generate` will use for `name`: given by name, in a `generation_config`, or the model's own."""
-    if options.get(name) is not None:
-        return options[name]
-    given = getattr(options.get("generation_config"), name, None)
-    return given if given is not None else getattr(default_config, name, None)
-
-
-def end_tokens(options: Mapping[str, Any], default_config: Any) -> frozenset[int]:
-    """The token ids that end an output; none where generation runs to its length."""
-    value = option("eos_token_id", options, default_config)
-    if value is None:
-        return frozenset()
-    listed = value.tolist() if hasattr(value, "tolist") else value
-    return frozenset([listed] if isinstance(listed, int) else listed)
 
 
 def _resolve(spec: Any, prefix: str, names: Names, hook_map: HookMap) -> ResolvedSteering:

@@ -10,21 +10,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from trimtab.engines.transformers.arguments import (
-    Names,
-    check_options,
-    end_tokens,
-    option,
-    resolve_all,
-    resolve_monitor,
-)
+from trimtab.engines.transformers.arguments import Names, resolve_all, resolve_monitor
+from trimtab.engines.transformers.calls import Call, generate_steered
+from trimtab.engines.transformers.canary import check_places
+from trimtab.engines.transformers.groups import layer_devices
 from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
-from trimtab.engines.transformers.results import Generation, new_tokens, receipt
-from trimtab.engines.transformers.session import SteeringSession
+from trimtab.engines.transformers.results import Generation, receipt
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import map_hook_points
 from trimtab.instrument.probe import evaluating
-from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector, as_site
@@ -54,13 +48,11 @@ class SteeredModel:
         `tokenizer` may be None where all prompts are token ids. `vectors` and `probes` are the names that specs may
         use, `gates` is how many different gates a phase of one spec may have. `monitor`, written as a gate is, stands
         before all steering of new tokens that is behind no gate, from its probe's site on (see docs/gates.md).
-        Raises SteeringError where the decoder layers cannot be found or lie on several devices, and for a monitor that
-        cannot be one.
+        The layers may lie on several devices. Raises SteeringError where they cannot be found or are offloaded, where a
+        short generation shows that prompt and new tokens cannot be told apart, and for a monitor that cannot be one.
         """
         self._map = map_hook_points(model)
-        devices = {str(parameter.device) for layer in self._map.decoder for parameter in layer.parameters()}
-        if len(devices) != 1 or "meta" in devices:
-            raise SteeringError("model", f"its layers lie on {', '.join(sorted(devices))}; one real device is needed")
+        self._homes = layer_devices(self._map.decoder)
         self._model, self._tokenizer = model, tokenizer
         self._decoder: nn.Module = model.get_submodule(self._map.decoder.path.rpartition(".")[0])
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -73,6 +65,8 @@ class SteeredModel:
         for name, probe in (probes or {}).items():
             self.register(name, probe)
         self._monitor = resolve_monitor(monitor, self._probes, self._map)
+        if hasattr(model, "generate"):  # a model without a head can be read, and that is all
+            check_places(model, self._map, self._decoder, self._homes)
 
     @classmethod
     def from_pretrained(
@@ -151,28 +145,35 @@ class SteeredModel:
         `steering` is None, one spec for all prompts, or a list with a spec or None for each. A spec is a `Steering`,
         its plain dict or its JSON string. `generation_kwargs` are those of Transformers' `generate`; sampling, beam
         search and `num_return_sequences` work, and the n outputs of a prompt then stand side by side.
-        Raises SteeringError for whatever cannot be honoured, naming the place in the input.
+        Raises SteeringError for whatever cannot be honoured, naming the place in the input (`options.py` lists all
+        options), and where the model runs tokens whose place in its prompt and answer cannot be known.
         """
         self._check_open()
-        check_options(generation_kwargs)
         rows = encode(prompts, self._tokenizer, self._vocabulary)
         names = Names(self._vectors, self._probes, self._gates, self._monitor)
         resolved = resolve_all(steering, len(rows), names, self._map)
-        defaults = self._model.generation_config
-        ends = end_tokens(generation_kwargs, defaults)
-        filler = self._pad_token(option("pad_token_id", generation_kwargs, defaults), ends)
+        call = Call.of(self._model, self._tokenizer, generation_kwargs)
+        filler = self._pad_token(call.pad_token, call.ends)
         batch = pad(rows, "left", filler, self._device)
-        output, session = self._run(batch, resolved, ends, {**generation_kwargs, "pad_token_id": filler})
+        outputs, session = generate_steered(
+            self._model, self._map, batch, resolved, call.padded_with(filler), homes=self._homes, monitor=self._monitor
+        )
 
-        copies = len(output) // len(rows)
-        stops_early = any(generation_kwargs.get(name) for name in ("stop_strings", "stopping_criteria"))
         results = []
-        for index, row in enumerate(output):
-            source = index // copies
-            tokens = new_tokens(row[batch.width :], ends, filler if stops_early else None)
+        for index in range(len(outputs)):
+            steered = resolved[index * len(rows) // len(outputs)]
+            tokens = outputs.tokens(index)
             text = "" if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=True)
-            gates = () if session is None else session.gate_uses(index, len(output))
-            results.append(Generation(text, tokens, receipt(resolved[source], len(rows[source]), len(tokens), gates)))
+            gates = () if session is None else session.gate_uses(index, len(outputs))
+            results.append(
+                Generation(
+                    text,
+                    tokens,
+                    receipt(steered, outputs.fed(index), gates),
+                    outputs.per_token("scores", index),
+                    outputs.per_token("logits", index),
+                )
+            )
         return results
 
     def activations(
@@ -212,7 +213,8 @@ class SteeredModel:
 
     @property
     def _device(self) -> torch.device:
-        return next(self._map.decoder.layers.parameters()).device
+        device: torch.device = self._model.get_input_embeddings().weight.device
+        return device
 
     def _check_open(self) -> None:
         if self._closed:
@@ -224,36 +226,6 @@ class SteeredModel:
             if token is not None and 0 <= int(token) < self._vocabulary:
                 return int(token)
         return 0
-
-    def _run(
-        self,
-        batch: PromptBatch,
-        resolved: list[ResolvedSteering | None],
-        ends: frozenset[int],
-        options: dict[str, Any],
-    ) -> tuple[list[list[int]], SteeringSession | None]:
-        if options.get("stop_strings"):
-            options.setdefault("tokenizer", self._tokenizer)
-        options["disable_compile"] = True  # a compiled pass would keep this call's hooks after it
-        arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **options}
-        with evaluating(self._model):
-            if all(item is None for item in resolved):
-                return self._model.generate(**arguments).tolist(), None
-            beams = option("num_beams", options, self._model.generation_config) or 1
-            session = SteeringSession(
-                self._map,
-                batch,
-                resolved,
-                end_tokens=ends if beams == 1 else frozenset(),
-                dtype=self._model.dtype,
-                device=self._device,
-                monitor=self._monitor,
-            )
-            with session.steering(self._decoder):
-                output = self._model.generate(**arguments)
-        if not session.steps:
-            raise RuntimeError("the model generated without running its decoder; nothing was steered")
-        return output.tolist(), session
 
     def _read(self, batch: PromptBatch, sites: list[Site]) -> list[dict[Site, npt.NDArray[np.float32]]]:
         seen: dict[Site, npt.NDArray[np.float32]] = {}

@@ -1,10 +1,14 @@
 """What a steered generation returns."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
 
 from trimtab.counting import steered_tokens
+from trimtab.engines.transformers.progress import Progress
 from trimtab.program import ResolvedSteering
 from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
@@ -14,10 +18,10 @@ from trimtab.sites import Phase, Site
 class Receipt:
     """What was done to one output. An unsteered one has empty identities, no sites and zero tokens.
 
-    `steered_tokens` counts by position: every prompt token where the prefill was steered, and every new token but the
-    last where the decode was: the last one is never fed back, so nothing of it was computed. `gates` says what each
-    gate did on those tokens; with beam search, on those of all beams of the prompt. `monitor` is the digest of the
-    monitor that stood before what the decode received, "" where none did.
+    `steered_tokens` counts what was seen to go through the steered sites: every prompt token where the prefill was
+    steered, and every new token but the last where the decode was: the last one decides nothing of the output. `gates`
+    says what each gate did on those tokens; with beam search, on those of all beams of the prompt. `monitor` is the
+    digest of the monitor that stood before what the decode received, "" where none did.
     """
 
     identity: Mapping[Phase, str]
@@ -30,30 +34,57 @@ class Receipt:
 @dataclass(frozen=True)
 class Generation:
     """One output. `token_ids` are the new tokens alone, up to and including the end token, without padding; `text` is
-    what the tokenizer makes of them, special tokens left out ("" without a tokenizer)."""
+    what the tokenizer makes of them, special tokens left out ("" without a tokenizer). `scores` and `logits`,
+    [tokens, V] float32, are what each new token was chosen from, after and before logits processors: only with
+    `output_scores` and `output_logits`."""
 
     text: str
     token_ids: list[int]
     receipt: Receipt
+    scores: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    logits: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
 
-def receipt(
-    steering: ResolvedSteering | None, prompt_length: int, new_tokens: int, gates: tuple[GateUse, ...] = ()
-) -> Receipt:
-    """The receipt of an output of `new_tokens` tokens after a prompt of `prompt_length`."""
+def receipt(steering: ResolvedSteering | None, fed: Mapping[Phase, int], gates: tuple[GateUse, ...] = ()) -> Receipt:
+    """The receipt of an output of which `fed` tokens of each phase went through the model while it was steered."""
     identity = {phase: "" if steering is None else steering.identity(phase) for phase in Phase}
-    counts = steered_tokens(steering, prompt_length, new_tokens)
+    counts = steered_tokens(steering, fed[Phase.PREFILL], fed[Phase.DECODE] + 1)
     sites = () if steering is None else steering.sites
     monitor = steering.monitor if steering is not None and steering.monitored else ""
     return Receipt(MappingProxyType(identity), sites, MappingProxyType(counts), gates, monitor)
 
 
-def new_tokens(row: Sequence[int], end_tokens: frozenset[int], strip: int | None = None) -> list[int]:
-    """The tokens of `row` up to and including the first end token; without one, trailing `strip` tokens are cut."""
-    for index, token in enumerate(row):
-        if token in end_tokens:
-            return list(row[: index + 1])
-    end = len(row)
-    while strip is not None and end and row[end - 1] == strip:
-        end -= 1
-    return list(row[:end])
+class Outputs:
+    """What `generate` returned, a ModelOutput, taken apart: output i is the i-th sequence."""
+
+    def __init__(self, raw: Any, progress: Progress) -> None:
+        self._raw, self._progress = raw, progress
+        self._sequences: list[list[int]] = raw.sequences.tolist()
+        self._beams: torch.Tensor | None = getattr(raw, "beam_indices", None)  # [outputs, steps]; -1 where none was
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def tokens(self, output: int) -> list[int]:
+        """The new tokens of one output, up to and including its last, without what pads it."""
+        new = self._sequences[output][self._progress.width :]
+        if self._beams is not None:
+            return new[: int((self._beams[output] >= 0).sum())]
+        return new[: max(int(self._progress.ended[output]) - self._progress.width + 1, 0)]
+
+    def fed(self, output: int) -> dict[Phase, int]:
+        """How many tokens of each phase went through the model and had a part in the output: its last one had none."""
+        width, rows = self._progress.width, self._progress.rows
+        row = output * rows // len(self)
+        reached = min(int(self._progress.reached[row]), width + len(self.tokens(output)) - 1)
+        padding = int(self._progress.padding[row])
+        return {Phase.PREFILL: max(min(reached, width) - padding, 0), Phase.DECODE: max(reached - width, 0)}
+
+    def per_token(self, name: Literal["scores", "logits"], output: int) -> torch.Tensor | None:
+        """The scores or logits from which each new token was chosen, [tokens, V] float32; None if not asked for."""
+        steps = getattr(self._raw, name, None)
+        if not steps:
+            return None
+        count = len(self.tokens(output))
+        rows = [output] * count if self._beams is None else self._beams[output, :count].tolist()
+        return torch.stack([step[row] for step, row in zip(steps, rows, strict=False)])

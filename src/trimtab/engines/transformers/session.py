@@ -1,22 +1,21 @@
 """One steered call of `generate`: tells the runtime about each forward pass, and steers at the taps while it runs."""
 
-import inspect
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
 
+from trimtab.engines.transformers.groups import SiteGroup
+from trimtab.engines.transformers.progress import Progress
 from trimtab.engines.transformers.prompts import PromptBatch
+from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.taps import Transform
-from trimtab.ops import Emission, SteeringBuffers, emit, set_emission
 from trimtab.program import ResolvedSteering
-from trimtab.runtime import GateUse, SteeringRuntime, probes_needed, rows_needed
+from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
 
 NOT_STEERED = ""  # the request id of padding
@@ -25,9 +24,9 @@ NOT_STEERED = ""  # the request id of padding
 class SteeringSession:
     """Steers the forward passes of one batch. `steering[b]` belongs to row b of `batch`: all its beams or samples.
 
-    `end_tokens` are the tokens after which a row's input is padding; empty where rows change places (beam search).
-    `monitor` gates what decode tokens receive, from its site on.
-    Buffers are made at the first forward pass, when the number of rows is known, and hold only the sites in use.
+    `progress` says which tokens a pass brings. `homes` says where each layer lives, and so where the buffers of its
+    sites do. `monitor` gates what decode tokens receive, from its site on. What a gate decides at one site acts at
+    others, so a call with gates or a monitor keeps all its buffers where its first site is.
     """
 
     def __init__(
@@ -35,141 +34,94 @@ class SteeringSession:
         hook_map: HookMap,
         batch: PromptBatch,
         steering: Sequence[ResolvedSteering | None],
+        progress: Progress,
         *,
-        end_tokens: frozenset[int],
         dtype: torch.dtype,
-        device: torch.device,
+        homes: Mapping[int, torch.device],
         monitor: ResolvedGate | None = None,
     ) -> None:
-        self._map, self._batch, self._steering, self._end_tokens = hook_map, batch, steering, end_tokens
-        self._dtype, self._device = dtype, device
+        self._map, self._progress, self._prompts = hook_map, progress, len(steering)
+        copies = progress.rows // len(steering)  # beams or samples of one prompt lie side by side
+        self._steering = [item for item in steering for _ in range(copies)]
+        self._padding = progress.padding
+        self._lengths = np.repeat(np.repeat(batch.lengths, copies), 3)
         steered = [item for item in steering if item is not None]
-        self._monitor = monitor if any(item.monitored for item in steered) else None
-        read = () if self._monitor is None else (self._monitor.site,)
+        monitor = monitor if any(item.monitored for item in steered) else None
+        read = () if monitor is None else (monitor.site,)
         used = {site for item in steered for site in (*item.sites, *(gate.site for gate in item.gates))}
         self._sites = sorted({*used, *read})
-        self._gates = max((len(item.program(phase).gated) for item in steered for phase in Phase), default=0)
-        self._holders = {site.layer: nn.Module() for site in self._sites}
-        for layer, hook in read:
-            set_emission(self._holders[layer], Emission(cross_layer=True, monitor_at=hook))
-        self._runtime: SteeringRuntime | None = None
-        self._capacity = (0, 0)  # rows, tokens
-        self._planned: tuple[int, int] | None = None
-        self._gate_uses: dict[tuple[int, str], GateUse] = {}  # by row and gate, of runtimes that grew out of use
-        self._ended: npt.NDArray[np.int64] = np.empty(0, np.int64)  # column of each row's end token
-        self.steps = 0
+        gates = max((len(item.program(phase).gated) for item in steered for phase in Phase), default=0)
+        places: dict[torch.device, list[Site]] = {}
+        for site in self._sites:
+            first = self._sites[0] if gates or monitor is not None else site
+            places.setdefault(homes[first.layer], []).append(site)
+        self._groups = [
+            SiteGroup(sites, device, dtype=dtype, hidden_size=hook_map.sites.hidden_size, gates=gates, monitor=monitor)
+            for device, sites in places.items()
+        ]
+        self._names = [name for row in range(progress.rows) for name in (NOT_STEERED, str(row), NOT_STEERED)]
+        self._room = 0  # tokens that the buffers hold
+        self._planned: int | None = None  # tokens of the pass under way
+        self._reached: Counter[Site] = Counter()  # how often each site was steered in it
 
     @contextmanager
-    def steering(self, decoder: nn.Module) -> Iterator[None]:
-        """Steer every forward pass of `decoder`, the module that runs the layers, while the context lasts."""
-        signature = inspect.signature(decoder.forward)
+    def steering(self) -> Iterator[None]:
+        """Steer every forward pass that `begin` announces while the context lasts.
 
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = signature.bind(*args, **kwargs).arguments
-            cache = given.get("past_key_values")
-            cached = 0 if cache is None else int(cache.get_seq_length())
-            ids = given.get("input_ids")
-            rows, columns = (given["inputs_embeds"] if ids is None else ids).shape[:2]
-            self._plan(rows, cached, columns, ids)
+        Raises SteeringError where a pass has left a site out, or came through it twice.
+        """
+        transforms = {site: self._transform(group, site) for group in self._groups for site in group.sites}
+        with self._map.installed(transforms):
+            yield
+        self._check_reached()
 
-        handle = decoder.register_forward_pre_hook(before, with_kwargs=True)
-        try:
-            with self._map.installed({site: self._transform(site) for site in self._sites}):
-                yield
-        finally:
-            handle.remove()
+    def begin(self, start: int, columns: int) -> None:
+        """Route the tokens of the pass over `columns` from `start` on.
+
+        Each row is padding, then tokens, then its end token and the padding that follows it.
+        """
+        self._check_reached()
+        rows, end = self._progress.rows, start + columns
+        if rows * columns > self._room:
+            self._room = max(rows * columns, 2 * self._room)  # without a cache each pass is longer than the last
+            for group in self._groups:
+                group.prepare(self._steering, self._room)
+        stop = np.clip(self._progress.ended, start, end)
+        first = np.minimum(np.maximum(self._padding, start), stop)
+        counts = np.stack([first - start, stop - first, end - stop], axis=1).reshape(-1)
+        for group in self._groups:
+            group.step(self._names, np.repeat(first - self._padding, 3), counts, self._lengths)
+        self._planned = rows * columns
+        self._reached.clear()
 
     def gate_uses(self, output: int, outputs: int) -> tuple[GateUse, ...]:
         """What each gate did to one of the `outputs`: on its own row, or on all rows of its prompt if they differ."""
-        self._keep_gate_uses()
-        rows, per_prompt = self._capacity[0], outputs // len(self._steering)
-        copies = rows // len(self._steering)
-        prompt = output // per_prompt
+        rows, per_prompt = self._progress.rows, outputs // self._prompts
+        copies, prompt = rows // self._prompts, output // per_prompt
         mine = [output] if rows == outputs else range(prompt * copies, (prompt + 1) * copies)
         found: dict[str, GateUse] = {}
-        for (row, gate), use in self._gate_uses.items():
-            if row in mine:
-                found[gate] = found[gate] + use if gate in found else use
+        for group in self._groups:
+            for (row, gate), use in group.gate_uses().items():
+                if row in mine:
+                    found[gate] = found[gate] + use if gate in found else use
         return tuple(found[gate] for gate in sorted(found))
 
-    def _keep_gate_uses(self) -> None:
-        """Take over what the runtime has counted, once: its requests leave it."""
-        for row in range(self._capacity[0] if self._runtime is not None and self._gates else 0):
-            assert self._runtime is not None
-            for use in self._runtime.gate_report(str(row)):
-                known = self._gate_uses.get((row, use.gate))
-                self._gate_uses[row, use.gate] = use if known is None else known + use
-        self._runtime = None
-
-    def _plan(self, rows: int, cached: int, columns: int, ids: torch.Tensor | None) -> None:
-        """Route the tokens of one pass: each row is padding, then tokens, then what follows its end token."""
-        self._ensure_capacity(rows, rows * columns)
-        assert self._runtime is not None
-        copies = rows // len(self._steering)  # beams or samples of one prompt lie side by side
-        padding = np.repeat(self._batch.padding, copies)
-        lengths = np.repeat(self._batch.lengths, copies)
-        stop = np.clip(self._end_columns(rows, cached, columns, ids), cached, cached + columns)
-        start = np.minimum(np.maximum(padding, cached), stop)
-        counts = np.stack([start - cached, stop - start, cached + columns - stop], axis=1)
-        names = [name for row in range(rows) for name in (NOT_STEERED, str(row), NOT_STEERED)]
-        self._runtime.step(
-            names,
-            np.repeat(start - padding, 3),
-            counts.reshape(-1),
-            np.repeat(lengths, 3),
-        )
-        self._planned = (rows, columns)
-        self.steps += 1
-
-    def _end_columns(self, rows: int, cached: int, columns: int, ids: torch.Tensor | None) -> npt.NDArray[np.int64]:
-        """For each row the column of its end token; beyond every column while it has none."""
-        if len(self._ended) != rows:
-            self._ended = np.full(rows, np.iinfo(np.int64).max)
-        first_new = max(self._batch.width - cached, 0)  # end tokens inside a prompt end nothing
-        if ids is None or not self._end_tokens or rows == 1 or first_new >= columns:
-            return self._ended
-        seen = np.isin(ids[:, first_new:].cpu().numpy(), list(self._end_tokens))
-        column = np.where(seen.any(axis=1), cached + first_new + seen.argmax(axis=1), np.iinfo(np.int64).max)
-        ended = np.minimum(self._ended, column)
-        if columns == 1:  # several new tokens at once may be guesses that are taken back
-            self._ended = ended
-        return ended
-
-    def _ensure_capacity(self, rows: int, tokens: int) -> None:
-        if rows % len(self._steering):
-            raise RuntimeError(f"{rows} rows in a forward pass over {len(self._steering)} prompts")
-        if rows == self._capacity[0] and tokens <= self._capacity[1]:
+    def _check_reached(self) -> None:
+        """Each site must have been steered once in the pass that is over: receipts must not say more than was done."""
+        if self._planned is None:
             return
-        if self._runtime is not None:
-            self._keep_gate_uses()
-            tokens = max(tokens, 2 * self._capacity[1])  # without a cache each pass is longer than the last
-        buffers = SteeringBuffers(
-            self._sites,
-            hidden_size=self._map.sites.hidden_size,
-            max_rows=rows_needed(rows, self._gates),
-            max_tokens=tokens,
-            dtype=self._dtype,
-            device=self._device,
-            gates=self._gates,
-            max_probes=probes_needed(rows, self._gates),
-        )
         for site in self._sites:
-            buffers.attach(self._holders[site.layer], site)
-        self._runtime = SteeringRuntime(buffers, max_requests=rows)
-        if self._monitor is not None:
-            self._runtime.set_monitor(self._monitor)
-        copies = rows // len(self._steering)
-        for row in range(rows):
-            self._runtime.admit(str(row), self._steering[row // copies])
-        self._capacity = (rows, tokens)
+            if (times := self._reached[site]) != 1:
+                raise SteeringError(
+                    str(site), f"was run {times} times in one forward pass; it can be steered only once"
+                )
 
-    def _transform(self, site: Site) -> Transform:
-        holder = self._holders[site.layer]
-
+    def _transform(self, group: SiteGroup, site: Site) -> Transform:
         def steer(value: torch.Tensor) -> torch.Tensor:
             tokens = value.numel() // value.shape[-1]
-            if self._planned is None or tokens != self._planned[0] * self._planned[1]:
-                raise RuntimeError(f"{site} saw {tokens} tokens, but the pass was planned for {self._planned}")
-            return emit(holder, site.hook, value)
+            if tokens != self._planned:
+                raise SteeringError(str(site), f"saw {tokens} tokens in a forward pass over {self._planned}")
+            self._reached[site] += 1
+            return group.steer(site, value)
 
         return steer

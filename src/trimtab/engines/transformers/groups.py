@@ -1,0 +1,105 @@
+"""The buffers and the runtime of those steered sites that share a device."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from trimtab.errors import SteeringError
+from trimtab.gates import ResolvedGate
+from trimtab.instrument.layers import DecoderLayers
+from trimtab.ops import Emission, SteeringBuffers, emit, set_emission
+from trimtab.program import ResolvedSteering
+from trimtab.runtime import GateUse, SteeringRuntime, probes_needed, rows_needed
+from trimtab.sites import Site
+
+IntArray = npt.NDArray[np.int64]
+
+
+def layer_devices(decoder: DecoderLayers) -> dict[int, torch.device]:
+    """Where each layer lives. Raises SteeringError for one whose weights are on no device between passes."""
+    homes = {}
+    for index, layer in enumerate(decoder):
+        tensors = [*layer.parameters(), *layer.buffers()]
+        if not tensors or any(tensor.is_meta for tensor in tensors):
+            raise SteeringError(
+                "model",
+                f"the weights of layer {index} are on no device between passes (they are offloaded, or were never "
+                "loaded); models on one or several devices can be steered",
+            )
+        homes[index] = tensors[0].device
+    return homes
+
+
+class SiteGroup:
+    """Steers `sites` on `device`: tensors that pass on another device are moved here and back.
+
+    Buffers are made when the number of rows is known, and made anew when passes grow.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        device: torch.device,
+        *,
+        dtype: torch.dtype,
+        hidden_size: int,
+        gates: int,
+        monitor: ResolvedGate | None,
+    ) -> None:
+        self.sites = sites
+        self._device, self._dtype, self._hidden_size = device, dtype, hidden_size
+        self._gates, self._monitor = gates, monitor
+        self._holders = {site.layer: nn.Module() for site in sites}
+        if monitor is not None:
+            set_emission(self._holders[monitor.site.layer], Emission(cross_layer=True, monitor_at=monitor.site.hook))
+        self._runtime: SteeringRuntime | None = None
+        self._rows = 0
+        self._uses: dict[tuple[int, str], GateUse] = {}  # by row and gate, of runtimes that grew out of use
+
+    def prepare(self, steering: Sequence[ResolvedSteering | None], tokens: int) -> None:
+        """Make room for one row per steering, and for passes of up to `tokens` tokens."""
+        self._keep_gate_uses()
+        rows = self._rows = len(steering)
+        buffers = SteeringBuffers(
+            self.sites,
+            hidden_size=self._hidden_size,
+            max_rows=rows_needed(rows, self._gates),
+            max_tokens=tokens,
+            dtype=self._dtype,
+            device=self._device,
+            gates=self._gates,
+            max_probes=probes_needed(rows, self._gates),
+        )
+        for site in self.sites:
+            buffers.attach(self._holders[site.layer], site)
+        self._runtime = SteeringRuntime(buffers, max_requests=rows)
+        if self._monitor is not None:
+            self._runtime.set_monitor(self._monitor)
+        for row, one in enumerate(steering):
+            self._runtime.admit(str(row), one)
+
+    def step(self, names: Sequence[str], first: IntArray, counts: IntArray, lengths: IntArray) -> None:
+        """Route the tokens of the pass that now begins: see `SteeringRuntime.step`. Row r is called str(r)."""
+        assert self._runtime is not None
+        self._runtime.step(names, first, counts, lengths)
+
+    def steer(self, site: Site, value: torch.Tensor) -> torch.Tensor:
+        """`value` [..., H], steered, on the device that it came from."""
+        return emit(self._holders[site.layer], site.hook, value.to(self._device)).to(value.device)
+
+    def gate_uses(self) -> Mapping[tuple[int, str], GateUse]:
+        """What each gate of each row has done in this call. To be read once the call is over."""
+        self._keep_gate_uses()
+        return self._uses
+
+    def _keep_gate_uses(self) -> None:
+        """Take over what the runtime has counted, once: its requests leave it."""
+        for row in range(self._rows if self._runtime is not None and self._gates else 0):
+            assert self._runtime is not None
+            for use in self._runtime.gate_report(str(row)):
+                known = self._uses.get((row, use.gate))
+                self._uses[row, use.gate] = use if known is None else known + use
+        self._runtime = None
