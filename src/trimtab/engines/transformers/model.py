@@ -18,6 +18,7 @@ from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pa
 from trimtab.engines.transformers.results import Generation, receipt
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import map_hook_points
+from trimtab.instrument.layers import find_decoder_layers
 from trimtab.instrument.probe import evaluating
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
@@ -51,8 +52,8 @@ class SteeredModel:
         The layers may lie on several devices. Raises SteeringError where they cannot be found or are offloaded, where a
         short generation shows that prompt and new tokens cannot be told apart, and for a monitor that cannot be one.
         """
+        self._homes = layer_devices(find_decoder_layers(model))
         self._map = map_hook_points(model)
-        self._homes = layer_devices(self._map.decoder)
         self._model, self._tokenizer = model, tokenizer
         self._decoder: nn.Module = model.get_submodule(self._map.decoder.path.rpartition(".")[0])
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
