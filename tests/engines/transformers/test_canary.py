@@ -84,3 +84,12 @@ def test_a_model_without_a_head_can_be_read_and_nothing_else() -> None:
 def test_half_precision_opens_and_its_rounding_is_no_fault() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         assert SteeredModel(FAMILIES["qwen3-moe"].model().to(dtype)).sites.num_layers == 3
+
+
+def test_a_compiled_model_is_refused_when_it_is_opened_and_when_it_was_compiled_since(llama: Any) -> None:
+    with SteeredModel(llama) as model:
+        llama.model.layers[1].compile(backend="eager")
+        with pytest.raises(SteeringError, match=r"model: model\.layers\.1 is compiled"):
+            model.generate(PROMPTS, max_new_tokens=1)
+    with pytest.raises(SteeringError, match=r"model: model\.layers\.1 is compiled"):
+        SteeredModel(llama)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from trimtab.engines.transformers.options import check_options, effective, end_tokens
 from trimtab.engines.transformers.progress import Progress
@@ -36,6 +37,7 @@ class Call:
         """What a caller gave as keyword arguments. Raises SteeringError for what cannot be honoured."""
         if not hasattr(model, "generate"):
             raise SteeringError("model", f"{type(model).__name__} cannot generate; its activations can be read")
+        check_not_compiled(model)
         defaults = model.generation_config
         check_options(given, defaults)
 
@@ -69,6 +71,14 @@ class Call:
             "return_dict_in_generate": True,
             "disable_compile": True,  # a compiled pass would keep this call's hooks after it
         }
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raise SteeringError where `model` or a part of it was compiled: a compiled pass runs the hooks of one call, in
+    other calls too."""
+    for name, module in model.named_modules():
+        if getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule":
+            raise SteeringError("model", f"{name or type(model).__name__} is compiled; give the model as it was before")
 
 
 def generate_steered(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trimtab.engines.transformers.arguments import Names, resolve_all, resolve_monitor
-from trimtab.engines.transformers.calls import Call, generate_steered
+from trimtab.engines.transformers.calls import Call, check_not_compiled, generate_steered
 from trimtab.engines.transformers.canary import check_places
 from trimtab.engines.transformers.groups import layer_devices
 from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
@@ -52,6 +52,7 @@ class SteeredModel:
         The layers may lie on several devices. Raises SteeringError where they cannot be found or are offloaded, where a
         short generation shows that prompt and new tokens cannot be told apart, and for a monitor that cannot be one.
         """
+        check_not_compiled(model)
         self._homes = layer_devices(find_decoder_layers(model))
         self._map = map_hook_points(model)
         self._model, self._tokenizer = model, tokenizer
