@@ -109,7 +109,7 @@ class Model(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x)
@@ -149,6 +149,14 @@ def test_a_layer_that_does_not_fit_is_refused_by_hook_point_with_the_reason(kind
         (hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), {"post_attn", "mlp_in", "mlp_out"}),
         (hf.PhiConfig(**TINY), {"post_attn"}),
         (hf.StableLmConfig(**TINY), set()),
+        (hf.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2), {"post_attn", "mlp_out"}),
+        (hf.Gemma4TextConfig(**TINY, head_dim=8, global_head_dim=8, num_kv_shared_layers=0, enable_moe_block=True,
+                             num_experts=4, top_k_experts=2, moe_intermediate_size=16, hidden_size_per_layer_input=8,
+                             vocab_size_per_layer_input=64, layer_types=["sliding_attention", "full_attention"]),
+         {"post_attn", "mlp_in", "mlp_out"}),
+        (hf.Gemma4TextConfig(**TINY, head_dim=8, global_head_dim=8, num_kv_shared_layers=0, enable_moe_block=False,
+                             hidden_size_per_layer_input=8, vocab_size_per_layer_input=64,
+                             layer_types=["sliding_attention", "full_attention"]), {"post_attn", "mlp_out"}),
         (hf.Glm4Config(**TINY, head_dim=8), set()),
         (hf.DeepseekV3Config(**TINY | {"num_key_value_heads": 4}, n_routed_experts=4, n_group=1, topk_group=1,
                              num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1, kv_lora_rank=8,
@@ -164,7 +172,9 @@ def test_further_families_are_judged_by_their_numbers(config, refused):
 
 def test_a_model_that_changes_the_stream_between_layers_is_refused():
     class Halving(Model):
-        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        def forward(
+            self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False
+        ) -> torch.Tensor:
             return self.layers[1](0.5 * self.layers[0](self.embed(input_ids)))
 
     with pytest.raises(SteeringError, match="layer 1 is not given what layer 0 returns"):

@@ -1,6 +1,7 @@
 """Decoder layers are found by structure, whatever a model calls them."""
 
 import pytest
+import torch
 import transformers as hf
 from torch import nn
 
@@ -101,3 +102,67 @@ def test_a_multimodal_model_serves_its_text_decoder_in_full():
         image_token_id=63,
     )
     assert len(map_hook_points(hf.LlavaForConditionalGeneration(config)).sites.sites) == 4 * 5
+
+
+class BufferLinear(nn.Module):
+    """What GPTQ and AWQ make of a linear layer: integers and scales in buffers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.abs().max() / 127
+        self.register_buffer("qweight", (linear.weight / scale).round().to(torch.int8).t().contiguous())
+        self.register_buffer("scales", scale.detach().reshape(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.qweight.to(x.dtype) * self.scales)
+
+
+class Packed:
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+
+class PackedLinear(nn.Module):
+    """Weights in an object that PyTorch does not know of."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = Packed(linear.weight.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.packed.weight.t()
+
+
+def tiny_llama() -> nn.Module:
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)).eval()
+
+
+def exchanged(kind: type[nn.Module]) -> nn.Module:
+    model = tiny_llama()
+    for module in list(model.model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, kind(child))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ao.quantization.quantize_dynamic(tiny_llama(), {nn.Linear}, dtype=torch.qint8),
+        lambda: exchanged(BufferLinear),
+        lambda: exchanged(PackedLinear),
+    ],
+    ids=["dynamic int8", "buffers", "packed objects"],
+)
+def test_quantised_layers_are_found_and_have_every_hook_point(make):
+    assert len(map_hook_points(make()).sites.sites) == 4 * 5
+
+
+def test_a_decoder_that_names_its_head_is_looked_for_in_the_whole_model():
+    config = hf.ModernBertDecoderConfig(**TEXT | {"pad_token_id": 0}, initializer_range=0.2)
+    torch.manual_seed(0)
+    found = map_hook_points(hf.ModernBertDecoderForCausalLM(config))
+    assert found.decoder.path == "model.layers"
+    assert len(found.sites.sites) == 4 * 5

@@ -1,30 +1,35 @@
 """What each hook point is in one kind of decoder layer: found by structure, proved by numbers.
 
-Names are used for one thing only: the attention sub-block is the child with weights whose name contains "attn" or
-"attention" (every Transformers model obeys this); the other children with weights are the MLP. Where the hook points
-lie then follows from replaying the layer with its branches forced to known values:
+`parts` says which modules are the attention and which the MLP. Where the hook points lie then follows from replaying
+the layer with its modules forced to known values:
 
 - with the attention and MLP branches at zero the layer must return its input: a plain residual layer;
+- `mlp_in` is a tensor that fixes what the whole MLP does and nothing else: with it held, the MLP must not follow the
+  stream, and with the MLP held, nothing must follow it;
 - `mlp_out` is the output of the last module after the MLP for which the layer's output follows it one to one;
 - the layer is parallel where the MLP's input ignores what the attention returns: it has no `post_attn`;
 - else `post_attn` is the tensor that the layer returns when the MLP branch is zero. A module that is given this tensor
-  is the place to tap, once overwriting it there was seen to reach the layer's output unchanged.
+  is the place to tap, if writing a change there does all that entering the layer with that change would do, had the
+  attention not seen it.
 
 A hook point that fails its test is refused by name, with the reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from trimtab.instrument.layers import ATTENTION_NAME, has_matrix
-from trimtab.instrument.probe import LayerProbe, Replay
+from trimtab.instrument.parts import Comparison, LayerParts, find_parts
+from trimtab.instrument.probe import ChildCall, LayerProbe, Replay
 from trimtab.instrument.taps import Tap
 from trimtab.sites import HookPoint
 
 ALWAYS = {HookPoint.PRE_ATTN: Tap("", "input"), HookPoint.POST_BLOCK: Tap("", "output")}
+INNER = (HookPoint.POST_ATTN, HookPoint.MLP_IN, HookPoint.MLP_OUT)
+
+Ends = tuple[str, ...]  # the modules whose outputs, all at zero, silence a branch
 
 
 @dataclass(frozen=True)
@@ -36,115 +41,158 @@ class LayerConvention:
 
 
 def derive_convention(layer: nn.Module, probe: LayerProbe) -> LayerConvention:
-    """The convention of `layer`, whose recorded call `probe` replays. Never raises: what does not fit is refused."""
-    natural = probe.run()
-    inner = [HookPoint.POST_ATTN, HookPoint.MLP_IN, HookPoint.MLP_OUT]
-    attention, mlp = _sub_blocks(layer, natural)
-    if len(attention) != 1 or not mlp:
-        found = ", ".join(call.name for call in natural.children) or "none"
-        reason = f"one attention sub-block and an MLP are needed, the layer's modules in order are: {found}"
-        return LayerConvention(dict(ALWAYS), dict.fromkeys(inner, reason))
-    return _Derivation(layer, probe, natural, attention[0], mlp).convention()
+    """The convention of `layer`, whose recorded call `probe` replays. What does not fit is refused."""
+    parts = find_parts(layer, probe)
+    if isinstance(parts, str):
+        return LayerConvention(dict(ALWAYS), dict.fromkeys(INNER, parts))
+    return _Derivation(probe, parts).convention()
 
 
 class _Derivation:
-    """The tests for a layer with one attention sub-block and an MLP of one or more modules, in call order."""
+    """The tests for a layer whose attention and MLP are known."""
 
-    def __init__(self, layer: nn.Module, probe: LayerProbe, natural: Replay, attention: str, mlp: list[str]) -> None:
-        self.probe, self.natural, self.attention = probe, natural, attention
-        self.mlp_first, self.mlp_last = mlp[0], mlp[-1]
-        self.order = [call.name for call in natural.children]
+    def __init__(self, probe: LayerProbe, parts: LayerParts) -> None:
+        self.probe, self.parts = probe, parts
+        self.natural = parts.natural
         self.x = probe.entering
-        self.zero = torch.zeros_like(self.x)
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.x.shape, generator=generator).to(self.x)
-        self.delta = noise * self.x.float().std().clamp_min(1e-3).to(self.x)
+        self.compare = Comparison(self.x, self.natural)
+        self.delta = self.compare.delta
 
     def convention(self) -> LayerConvention:
         taps, refusals = dict(ALWAYS), {}
-        if self._same_tokens(self.natural.child(self.mlp_first).entering):
-            taps[HookPoint.MLP_IN] = Tap(self.mlp_first, "input")
+        if (mlp_in := next(filter(self._is_mlp_input, self._mlp_input_candidates()), None)) is not None:
+            taps[HookPoint.MLP_IN] = mlp_in
         else:
-            refusals[HookPoint.MLP_IN] = "the MLP does not receive one hidden-sized vector per token"
+            refusals[HookPoint.MLP_IN] = (
+                f"no one tensor, with one hidden-sized vector per token, is all that the MLP reads ({self._mlp_names})"
+            )
         silent = self._silencing_pair()
         if silent is None:
             reason = "the layer does not return its input when its attention and its MLP are silenced"
             refusals |= dict.fromkeys([HookPoint.POST_ATTN, HookPoint.MLP_OUT], reason)
             return LayerConvention(taps, refusals)
-        attention_end, mlp_end = silent
-        if self._follows(mlp_end):
-            taps[HookPoint.MLP_OUT] = Tap(mlp_end, "output")
+        attention_ends, mlp_ends = silent
+        if len(mlp_ends) > 1:
+            refusals[HookPoint.MLP_OUT] = f"no module returns the MLP branch: the layer adds up {self._mlp_names}"
+        elif self._follows(mlp_ends[0]):
+            taps[HookPoint.MLP_OUT] = Tap(mlp_ends[0], "output")
         else:
             refusals[HookPoint.MLP_OUT] = "no module returns the MLP branch as it is added: the layer scales it first"
         if self._is_parallel():
             refusals[HookPoint.POST_ATTN] = "attention and MLP run in parallel on one stream: there is none in between"
-        elif (tap := self._post_attention_tap(attention_end, mlp_end)) is not None:
-            taps[HookPoint.POST_ATTN] = tap
+        elif (post_attn := next(self._post_attention_taps(attention_ends, mlp_ends), None)) is not None:
+            taps[HookPoint.POST_ATTN] = post_attn
         else:
             refusals[HookPoint.POST_ATTN] = "no module is given the stream that the layer carries past its MLP"
         return LayerConvention(taps, refusals)
 
-    def _silencing_pair(self) -> tuple[str, str] | None:
+    @property
+    def _mlp_names(self) -> str:
+        return ", ".join(self.parts.mlp)
+
+    def _mlp_input_candidates(self) -> Iterator[Tap]:
+        """The input of the MLP's one module; where several are given one tensor, the output of what makes it."""
+        first = self.natural.child(self.parts.mlp[0])
+        if not self.compare.same_tokens(first.entering):
+            return
+        yield Tap(first.name, "input")
+        for name in reversed(self.parts.between(None, first.name)):
+            if self.compare.same_tokens(made := self.natural.child(name).leaving) and self.compare.close(
+                made, first.entering
+            ):
+                yield Tap(name, "output")
+
+    def _is_mlp_input(self, tap: Tap) -> bool:
+        """Whether the MLP reads this tensor alone, and nothing but the MLP reads it."""
+        value = self._value_at(tap)
+        attention = self._natural(self.parts.attention)
+        held = self.probe.run(attention, write=(tap, value.reshape_as), entering=self.x + self.delta)
+        for name in self.parts.mlp:
+            before, after = self.natural.child(name), held.child(name)
+            if not self.compare.close(after.entering, before.entering):
+                return False
+            if not (self.compare.close(after.leaving, before.leaving) or self._carries_stream(before, after)):
+                return False
+        moved = self.probe.run(self._natural(self.parts.mlp), write=(tap, self._add_delta))
+        first = self.natural.child(self.parts.mlp[0]).entering
+        return (
+            self.compare.close(moved.output, self.natural.output)
+            and all(
+                self.compare.close(moved.child(name).entering, self.natural.child(name).entering)
+                for name in self.parts.attention
+            )
+            and self.compare.close(moved.child(self.parts.mlp[0]).entering, self._add_delta(first))
+        )
+
+    def _carries_stream(self, before: ChildCall, after: ChildCall) -> bool:
+        """Whether a module is given the stream to add its result to: it then follows the change one to one."""
+        return self.compare.same_tokens(before.leaving) and self.compare.same_move(
+            before.leaving, after.leaving, self._add_delta(before.leaving)
+        )
+
+    def _silencing_pair(self) -> tuple[Ends, Ends] | None:
         """The ends of the attention and MLP branches: with both at zero, the layer returns its input."""
-        mlp_ends = [self.mlp_last, *self._between(self.mlp_last, None)]
-        for mlp_end in reversed(mlp_ends):
-            for attention_end in [self.attention, *self._between(self.attention, self.mlp_first)]:
-                if self._close(self.probe.run({attention_end: self.zero, mlp_end: self.zero}).output, self.x):
+        parts = self.parts
+        after_mlp = parts.between(parts.mlp[-1], parts.stop)
+        mlp_ends: list[Ends] = [(name,) for name in reversed([parts.mlp[-1], *after_mlp])]
+        mlp_ends += [parts.mlp] if len(parts.mlp) > 1 else []
+        after_attention = parts.between(parts.attention[-1], parts.mlp[0])
+        for mlp_end in mlp_ends:
+            for attention_end in [parts.attention, *((name,) for name in after_attention)]:
+                quiet = self.probe.run(self._zeros((*attention_end, *mlp_end)))
+                if self.compare.close(quiet.output, self.x):
                     return attention_end, mlp_end
         return None
 
     def _follows(self, mlp_end: str) -> bool:
         """Whether the layer's output is a constant plus exactly this module's output."""
-        base = self.probe.run({mlp_end: self.zero}).output
+        base = self.probe.run(self._zeros((mlp_end,))).output
         moved = self.probe.run({mlp_end: self.delta}).output
         whole = base + self.natural.child(mlp_end).leaving.reshape(base.shape)
-        return self._close(moved, base + self.delta) and self._close(self.natural.output, whole)
+        return self.compare.close(moved, base + self.delta) and self.compare.close(self.natural.output, whole)
 
     def _is_parallel(self) -> bool:
-        quiet = self.probe.run({self.attention: self.zero}).child(self.mlp_first).entering
-        moved = self.probe.run({self.attention: self.delta}).child(self.mlp_first).entering
+        attention = self.parts.attention
+        replays = (self.probe.run(forced) for forced in (self._zeros(attention), dict.fromkeys(attention, self.delta)))
+        quiet, moved = (replay.child(self.parts.mlp[0]).entering for replay in replays)
         return torch.equal(quiet, moved)
 
-    def _post_attention_tap(self, attention_end: str, mlp_end: str) -> Tap | None:
-        without_mlp = self.probe.run({mlp_end: self.zero})
-        without_both = self.probe.run({attention_end: self.zero, mlp_end: self.zero})
-        for name in [*self._between(self.attention, self.mlp_first), self.mlp_first]:
-            stream = without_mlp.child(name).entering
-            if not (self._same_tokens(stream) and self._close(stream, without_mlp.output)):
-                continue
-            if not self._close(without_both.child(name).entering, self.x):
+    def _post_attention_taps(self, attention_ends: Ends, mlp_ends: Ends) -> Iterator[Tap]:
+        parts = self.parts
+        stream = self.probe.run(self._zeros(mlp_ends)).output
+        # What a change of the stream does to all that follows the attention: one that the attention has not seen.
+        asked = self.probe.run(self._natural(attention_ends), entering=self.x + self.delta)
+        asked_held = self.probe.run(self._natural((*attention_ends, *mlp_ends)), entering=self.x + self.delta)
+        for name in [*parts.between(parts.attention[-1], parts.mlp[0]), parts.mlp[0]]:
+            given = self.natural.child(name).entering
+            if not (self.compare.same_tokens(given) and self.compare.close(given, stream)):
                 continue
             tap = Tap(name, "input", in_place=True)
-            written = self.probe.run({mlp_end: self.zero}, write=(tap, self._add_delta))
-            expected = without_mlp.output + self.delta
-            reaches_mlp = name == self.mlp_first or not torch.equal(
-                written.child(self.mlp_first).entering, without_mlp.child(self.mlp_first).entering
+            written = self.probe.run(write=(tap, self._add_delta))
+            held = self.probe.run(self._natural(mlp_ends), write=(tap, self._add_delta))
+            if self.compare.close(held.output, asked_held.output) and self._same_effect(name, written, asked):
+                yield tap
+
+    def _same_effect(self, first: str, written: Replay, asked: Replay) -> bool:
+        """Whether the modules from `first` to the MLP's last are given what `asked` shows."""
+        parts, natural = self.parts, self.natural
+        following = {first, *parts.between(first, parts.mlp[-1]), *parts.mlp}
+        return not torch.equal(asked.child(parts.mlp[0]).entering, natural.child(parts.mlp[0]).entering) and all(
+            self.compare.same_move(
+                natural.child(name).entering, written.child(name).entering, asked.child(name).entering
             )
-            if reaches_mlp and self._close(written.output, expected):
-                return tap
-        return None
+            for name in following
+        )
+
+    def _value_at(self, tap: Tap) -> torch.Tensor:
+        call = self.natural.child(tap.path)
+        return call.entering if tap.side == "input" else call.leaving
+
+    def _zeros(self, names: Ends) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros_like(value) for name, value in self._natural(names).items()}
+
+    def _natural(self, names: Ends) -> dict[str, torch.Tensor]:
+        return {name: self.natural.child(name).leaving for name in names}
 
     def _add_delta(self, value: torch.Tensor) -> torch.Tensor:
         return value + self.delta.reshape(value.shape)
-
-    def _between(self, first: str, last: str | None) -> list[str]:
-        """Modules called after `first` and before `last`. One that is called twice is no place to act at once."""
-        start, stop = self.order.index(first) + 1, None if last is None else self.order.index(last)
-        return [name for name in self.order[start:stop] if self.order.count(name) == 1]
-
-    def _same_tokens(self, value: torch.Tensor) -> bool:
-        return value.shape[-1] == self.x.shape[-1] and value.numel() == self.x.numel()
-
-    def _close(self, left: torch.Tensor, right: torch.Tensor) -> bool:
-        """Equal but for the rounding of a few additions in the model's dtype, element by element."""
-        a, b = left.double().reshape(-1), right.double().reshape(-1)
-        size = self.x.double().abs() + self.delta.double().abs() + self.natural.output.double().abs()
-        bound = 4 * torch.finfo(self.x.dtype).eps * (size.reshape(-1) + a.abs() + b.abs())
-        return a.shape == b.shape and bool(((a - b).abs() <= bound).all())
-
-
-def _sub_blocks(layer: nn.Module, natural: Replay) -> tuple[list[str], list[str]]:
-    """Names of the attention and of the MLP modules among the children with weights, in call order."""
-    heavy: Sequence[str] = [c.name for c in natural.children if has_matrix(layer.get_submodule(c.name))]
-    attention = [name for name in heavy if ATTENTION_NAME.search(name)]
-    return attention, [name for name in heavy if name not in attention]

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from trimtab.errors import SteeringError
 from trimtab.instrument.conventions import LayerConvention, derive_convention
 from trimtab.instrument.layers import DecoderLayers, find_decoder_layers
-from trimtab.instrument.probe import LayerCall, LayerProbe, evaluating, record_layer_calls, run_probe
+from trimtab.instrument.probe import LayerProbe, evaluating, record_layer_calls, run_probe
+from trimtab.instrument.stream import check_additions, check_places, check_stream
 from trimtab.instrument.taps import Tap, Transform
 from trimtab.sites import HookPoint, ModelSites, Site, site_order
 
@@ -55,60 +55,53 @@ class HookMap:
 def map_hook_points(model: nn.Module) -> HookMap:
     """Find the decoder layers of a Transformers causal LM and prove each hook point by numbers.
 
-    Runs the model twice over a few tokens, and one layer of each kind about ten times; weights, buffers, hooks,
+    Runs the model seven times over a few tokens, and one layer of each kind some twenty times; weights, buffers, hooks,
     training mode and random state are left as they were.
-    Raises SteeringError where the decoder layers cannot be found or do not form one residual stream.
+    Raises SteeringError, and nothing else, where the decoder layers cannot be found, do not form one residual stream,
+    or cannot be run.
     """
+    name = type(model).__name__
+    try:
+        return _map(model)
+    except SteeringError as error:
+        named = error.field != "model" or name in error.message
+        raise SteeringError(error.field, error.message if named else f"{name}: {error.message}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise SteeringError(
+            "model", f"{name} cannot be run over a few token ids to find its hook points: {reason}"
+        ) from error
+
+
+def _map(model: nn.Module) -> HookMap:
     decoder = find_decoder_layers(model)
+    if any(weight.is_meta for weight in (*decoder.layers.parameters(), *_embedding(model).parameters())):
+        raise SteeringError(
+            "model", "its weights are on no device (offloaded, or not loaded): load them onto real ones"
+        )
     with evaluating(model):
-        calls = record_layer_calls(model, list(decoder))
-        _check_stream(decoder, calls)
+        layers = list(decoder)
+        calls = record_layer_calls(layers, lambda: run_probe(model))
+        check_stream(calls, decoder.hidden_size)
         kinds: dict[object, LayerConvention] = {}
         conventions = []
-        for layer, call in zip(decoder, calls, strict=True):
+        for layer, call in zip(layers, calls, strict=True):
             kind = _kind(layer)
             if kind not in kinds:
                 kinds[kind] = derive_convention(layer, LayerProbe(layer, call))
             conventions.append(kinds[kind])
         sites = frozenset(Site(layer, hook) for layer, conv in enumerate(conventions) for hook in conv.taps)
         found = HookMap(decoder, tuple(conventions), ModelSites(decoder.hidden_size, len(decoder), sites))
-        _check_every_layer(model, found, torch.finfo(calls[0].entering.dtype).eps)
+        check_places(model, layers, sites, found.installed)
+        check_additions(model, layers, calls, sites, found.installed)
     return found
+
+
+def _embedding(model: nn.Module) -> nn.Module:
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    return embedding
 
 
 def _kind(layer: nn.Module) -> object:
     """Layers of one kind share a convention: same class, same modules under the same names."""
     return type(layer), tuple((name, type(child)) for name, child in layer.named_modules() if name.count(".") < 2)
-
-
-def _check_stream(decoder: DecoderLayers, calls: list[LayerCall]) -> None:
-    """Each layer must be given exactly what the layer before it returned, one hidden-sized vector per token."""
-    for index, call in enumerate(calls):
-        if call.entering.shape[-1] != decoder.hidden_size or call.entering.shape != call.leaving.shape:
-            shape = tuple(call.entering.shape)
-            raise SteeringError("model", f"layer {index} takes {shape}, not one {decoder.hidden_size}-wide stream")
-        if index and not torch.equal(call.entering.cpu(), calls[index - 1].leaving.cpu()):
-            raise SteeringError("model", f"layer {index} is not given what layer {index - 1} returns")
-
-
-def _check_every_layer(model: nn.Module, found: HookMap, eps: float) -> None:
-    """In every layer that has both: post_attn + mlp_out = post_block, in the model itself."""
-    seen: dict[Site, torch.Tensor] = {}
-
-    def reader(site: Site) -> Transform:
-        def read(value: torch.Tensor) -> None:
-            seen[site] = value.detach().double().reshape(-1, value.shape[-1]).clone()
-
-        return read
-
-    with found.installed({site: reader(site) for site in found.sites.sites}):
-        run_probe(model)
-    for layer, convention in enumerate(found.conventions):
-        if {HookPoint.POST_ATTN, HookPoint.MLP_OUT} <= convention.taps.keys():
-            stream, branch = seen[Site(layer, HookPoint.POST_ATTN)], seen[Site(layer, HookPoint.MLP_OUT)]
-            leaving = seen[Site(layer, HookPoint.POST_BLOCK)]
-            bound = 2 * eps * (stream.abs() + branch.abs() + leaving.abs())
-            if not bool(((stream + branch - leaving).abs() <= bound).all()):
-                raise SteeringError(
-                    f"{HookPoint.POST_ATTN}:{layer}", "post_attn + mlp_out is not post_block in this layer"
-                )

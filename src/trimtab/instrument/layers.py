@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from trimtab.errors import SteeringError
+from trimtab.instrument.weights import has_matrix
 
 ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -42,10 +43,7 @@ def find_decoder_layers(model: nn.Module, config: Any = None) -> DecoderLayers:
     if getattr(config, "is_encoder_decoder", False):
         raise SteeringError("model", f"{type(model).__name__} has an encoder; only decoder-only models can be steered")
     depth, width = int(config.num_hidden_layers), int(config.hidden_size)
-    root = _decoder_root(model)
-    lists = [found for found in _outermost_lists(root, depth) if any(_is_block(layer) for layer in found)]
-    if len(lists) > 1:  # lists of norms or adapters may share the length; decoder layers attend
-        lists = [found for found in lists if any(_attends(layer) for layer in found)]
+    lists = next((found for root in _roots(model) if (found := _layer_lists(root, depth))), [])
     if len(lists) != 1:
         where = ", ".join(repr(_path_of(model, found)) for found in lists) or "none"
         raise SteeringError(
@@ -65,15 +63,24 @@ def text_config(model: nn.Module) -> Any:
     return nested(decoder=True) if nested is not None else config
 
 
-def has_matrix(module: nn.Module) -> bool:
-    """Whether a module holds a weight of two or more dimensions: norms, dropouts and activations do not."""
-    return any(parameter.dim() >= 2 for parameter in module.parameters())
-
-
-def _decoder_root(model: nn.Module) -> nn.Module:
+def _roots(model: nn.Module) -> Iterator[nn.Module]:
+    """Where to look: in the text decoder, if the model names one, so that towers beside it are passed over; then in
+    all of it, since what some models call their decoder is the head behind it."""
     get_decoder: Any = getattr(model, "get_decoder", None)
     root = get_decoder() if callable(get_decoder) else None
-    return root if isinstance(root, nn.Module) else model
+    if isinstance(root, nn.Module):
+        yield root
+    yield model
+
+
+def _layer_lists(root: nn.Module, depth: int) -> list[nn.ModuleList]:
+    known = list(_outermost_lists(root, depth))
+    lists = [found for found in known if any(_is_block(layer) for layer in found)]
+    if not lists:  # weights that nobody can see
+        lists = [found for found in known if any(_attends_by_name(layer) for layer in found)]
+    if len(lists) > 1:  # lists of norms or adapters may share the length; decoder layers attend
+        lists = [found for found in lists if any(_attends(layer) for layer in found)]
+    return lists
 
 
 def _outermost_lists(module: nn.Module, length: int) -> Iterator[nn.ModuleList]:
@@ -86,6 +93,10 @@ def _outermost_lists(module: nn.Module, length: int) -> Iterator[nn.ModuleList]:
 
 def _is_block(layer: nn.Module) -> bool:
     return has_matrix(layer) and sum(1 for _ in layer.children()) >= 2
+
+
+def _attends_by_name(layer: nn.Module) -> bool:
+    return any(ATTENTION_NAME.search(name) for name, _ in layer.named_children())
 
 
 def _attends(layer: nn.Module) -> bool:

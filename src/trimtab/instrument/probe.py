@@ -6,15 +6,25 @@ MLP is forced to a known value says where the additions are, whatever the module
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from trimtab.instrument.taps import Tap, Transform, hidden_argument, hidden_output
+from trimtab.errors import SteeringError
+from trimtab.instrument.taps import (
+    Tap,
+    Transform,
+    hidden_argument,
+    hidden_output,
+    replace_hidden_argument,
+    replace_hidden_output,
+)
 
-PROBE_TOKENS = 4
+PROBE_ROWS, PROBE_TOKENS = 2, 5
+PROBE_END = 2  # the last token of the shorter row
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,8 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class ChildCall:
-    """One call of a direct child of the layer during a replay, with copies of its hidden input and output."""
+    """One call of a direct child of the layer during a replay, with copies of its hidden input and output; of what is
+    not a tensor, an empty one."""
 
     name: str
     entering: torch.Tensor
@@ -47,15 +58,15 @@ class Replay:
         return next(call for call in self.children if call.name == name)
 
 
-def record_layer_calls(model: nn.Module, layers: Sequence[nn.Module]) -> list[LayerCall]:
-    """One call per layer of an un-cached forward pass over PROBE_TOKENS tokens. The caller holds the model in eval."""
+def record_layer_calls(layers: Sequence[nn.Module], run: Callable[[], object]) -> list[LayerCall]:
+    """The call of each layer in what `run` does: what came to it and what it returned, before hooks that `run` sets."""
     calls: dict[int, LayerCall] = {}
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
 
             def before(_m: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
                 hidden = hidden_argument(args, kwargs).detach().clone()
-                calls[index] = LayerCall(args, dict(kwargs), hidden, hidden)
+                calls[index] = LayerCall(_kept(args), _kept(kwargs), hidden, hidden)
 
             def after(_m: nn.Module, _args: Any, output: Any, index: int = index) -> None:
                 calls[index] = replace(calls[index], leaving=hidden_output(output).detach().clone())
@@ -65,27 +76,50 @@ def record_layer_calls(model: nn.Module, layers: Sequence[nn.Module]) -> list[La
                 layer.register_forward_hook(after),
             ):
                 stack.callback(handle.remove)
-        run_probe(model)
+        run()
     if sorted(calls) != list(range(len(layers))):
-        raise TypeError("the forward pass of the model did not call every decoder layer")
+        raise SteeringError("model", "a forward pass does not call every decoder layer")
     return [calls[index] for index in range(len(layers))]
 
 
-def run_probe(model: nn.Module) -> None:
-    """A forward pass over PROBE_TOKENS different token ids, without a cache and without gradients."""
+def run_probe(model: nn.Module, last_token: int = 5, *, padded: bool = True) -> torch.Tensor:
+    """The result of a pass over PROBE_ROWS prompts of different lengths and tokens: [rows, columns, width of the head].
+
+    Row 0 holds PROBE_TOKENS tokens; row 1 ends at PROBE_END with `last_token`, the rest of it is padding, or, if not
+    `padded`, other tokens.
+    """
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=embedding.weight.device) % embedding.weight.shape[0]
+    ids = torch.arange(1, PROBE_ROWS * PROBE_TOKENS + 1).reshape(PROBE_ROWS, PROBE_TOKENS) + 5
+    ids[1, PROBE_END] = last_token
+    mask = torch.ones_like(ids)
+    if padded:
+        ids[1, PROBE_END + 1 :], mask[1, PROBE_END + 1 :] = 0, 0
+    device = embedding.weight.device
+    return run_tokens(model, (ids % embedding.weight.shape[0]).to(device), mask.to(device))
+
+
+def run_tokens(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The result of a forward pass over a padded batch [rows, columns], without a cache and without gradients.
+
+    The whole model runs, since it may make its masks and positions anywhere on the way to its layers.
+    """
     with torch.no_grad():
-        model(input_ids=ids[None], use_cache=False)
+        result = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    first: torch.Tensor = result if isinstance(result, torch.Tensor) else result[0]
+    return first
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold `model` in evaluation mode; afterwards each module is in the mode that it was in."""
+    """Hold `model` in evaluation mode and compiled code off; afterwards each module is in the mode that it was in.
+
+    Code that was compiled before a hook came would not call it.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True
@@ -103,26 +137,42 @@ class LayerProbe:
         return self._call.entering
 
     def run(
-        self, outputs: Mapping[str, torch.Tensor] | None = None, write: tuple[Tap, Transform] | None = None
+        self,
+        outputs: Mapping[str, torch.Tensor] | None = None,
+        write: tuple[Tap, Transform] | None = None,
+        entering: torch.Tensor | None = None,
     ) -> Replay:
-        """Call the layer again. `outputs` forces the hidden output of the named children; `write` installs one tap."""
+        """Call the layer again, with other hidden states `entering` if given.
+
+        `outputs` forces the hidden output of the named children; `write` installs one tap, whose change shows in what
+        is recorded.
+        """
         children: list[ChildCall] = []
         with torch.no_grad(), ExitStack() as stack:
-            for name, child in self._layer.named_children():
-                stack.enter_context(_recorded(name, child, children, (outputs or {}).get(name)))
             if write is not None:
                 tap, transform = write
                 stack.callback(tap.install(self._layer, transform).remove)
-            args, kwargs = self._fresh_arguments()
+            for name, child in self._layer.named_children():
+                stack.enter_context(_recorded(name, child, children, (outputs or {}).get(name)))
+            args, kwargs = self._arguments(self._call.entering if entering is None else entering)
             output = hidden_output(self._layer(*args, **kwargs)).detach().clone()
         return Replay(output, tuple(children))
 
-    def _fresh_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        entering = self._call.entering.clone()  # a layer is free to overwrite what it is given
-        if self._call.args:
-            return (entering, *self._call.args[1:]), self._call.kwargs
-        old = hidden_argument((), self._call.kwargs)
-        return (), {name: entering if value is old else value for name, value in self._call.kwargs.items()}
+    def _arguments(self, hidden: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        entering = hidden.clone()  # a layer is free to overwrite what it is given
+        args, kwargs = _kept(self._call.args), _kept(self._call.kwargs)
+        return replace_hidden_argument(args, kwargs, hidden_argument(args, kwargs), entering)
+
+
+def _kept(arguments: Any) -> Any:
+    """The arguments as they are now: caches and dictionaries, which layers write to, are copied."""
+    if isinstance(arguments, tuple):
+        return tuple(_kept_one(value) for value in arguments)
+    return {name: _kept_one(value) for name, value in arguments.items()}
+
+
+def _kept_one(value: Any) -> Any:
+    return deepcopy(value) if isinstance(value, dict) or hasattr(value, "get_seq_length") else value
 
 
 @contextmanager
@@ -130,15 +180,15 @@ def _recorded(name: str, child: nn.Module, calls: list[ChildCall], forced: torch
     entering: list[torch.Tensor] = []
 
     def before(_m: nn.Module, args: Any, kwargs: Any) -> None:
-        entering.append(hidden_argument(args, kwargs).detach().clone())
+        entering.append(_copy_of(lambda: hidden_argument(args, kwargs)))
 
     def after(_m: nn.Module, _args: Any, output: Any) -> Any:
-        value = hidden_output(output)
-        calls.append(ChildCall(name, entering.pop(), (value if forced is None else forced).detach().clone()))
-        if forced is None:
+        leaving = _copy_of(lambda: hidden_output(output))
+        if forced is None or not leaving.numel():
+            calls.append(ChildCall(name, entering.pop(), leaving))
             return None
-        fresh = forced.reshape(value.shape).clone()  # a layer may add into its children's results
-        return type(output)((fresh, *output[1:])) if isinstance(output, (tuple, list)) else fresh
+        calls.append(ChildCall(name, entering.pop(), forced.detach().clone()))
+        return replace_hidden_output(output, forced.reshape(leaving.shape).clone())  # a layer may add into it
 
     handles: list[Callable[[], None]] = [
         child.register_forward_pre_hook(before, with_kwargs=True).remove,
@@ -149,3 +199,11 @@ def _recorded(name: str, child: nn.Module, calls: list[ChildCall], forced: torch
     finally:
         for remove in handles:
             remove()
+
+
+def _copy_of(find: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A copy of the tensor that `find` finds; an empty one where a module takes or returns none."""
+    try:
+        return find().detach().clone()
+    except TypeError:
+        return torch.empty(0)

@@ -68,7 +68,10 @@ def hidden_output(output: Any) -> torch.Tensor:
 
 def replace_hidden_output(output: Any, new: torch.Tensor) -> Any:
     """The same results with the hidden states exchanged for `new`."""
-    return type(output)((new, *output[1:])) if isinstance(output, (tuple, list)) else new
+    if not isinstance(output, (tuple, list)):
+        return new
+    made = (new, *output[1:])
+    return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)  # a named tuple takes them singly
 
 
 def _output_hook(transform: Transform) -> Callable[..., Any]:

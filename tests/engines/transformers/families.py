@@ -113,6 +113,26 @@ def _gptj(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> tupl
     return steer("post_block", x + attended + steer("mlp_out", layer.mlp(steer("mlp_in", normed)))), None
 
 
+def _granite_shared(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> torch.Tensor:
+    x = steer("pre_attn", x)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **kw)
+    x = steer("post_attn", x + attended * layer.residual_multiplier)
+    normed = steer("mlp_in", layer.post_attention_layernorm(x))
+    branch = layer.block_sparse_moe(normed) + layer.shared_mlp(normed)
+    return steer("post_block", x + branch * layer.residual_multiplier)
+
+
+def _falcon_h1(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> tuple[torch.Tensor]:
+    x = steer("pre_attn", x)
+    normed = layer.input_layernorm(x)
+    mamba_mask = kw.pop("mamba_attention_mask", None)
+    mixed = layer.mamba(hidden_states=normed, cache_params=kw.get("past_key_values"), attention_mask=mamba_mask)
+    attended, _ = layer.self_attn(hidden_states=normed * layer.attention_in_multiplier, **kw)
+    x = steer("post_attn", x + mixed * layer.ssm_out_multiplier + attended * layer.attn_out_multiplier)
+    branch = layer.feed_forward(steer("mlp_in", layer.pre_ff_layernorm(x)))
+    return (steer("post_block", x + steer("mlp_out", branch)),)
+
+
 class Family:
     """One family: how to make a tiny model, the hook points it has, and its edited layer."""
 
@@ -171,6 +191,17 @@ GPT_OSS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
 FALCON = {"new_decoder_architecture": False, "parallel_attn": True, "multi_query": True, "bias": True, "alibi": False}
+FALCON_H1 = {
+    "head_dim": 8,
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+    "attention_out_multiplier": 0.6,
+    "ssm_out_multiplier": 0.8,
+}
 NO_KV = ("num_key_value_heads",)
 
 FAMILIES: dict[str, Family] = {
@@ -208,5 +239,12 @@ FAMILIES: dict[str, Family] = {
     "gpt-j": Family(
         hf.GPTJConfig, {**GPT2_SIZES, **DROPOUTS, "rotary_dim": 4}, _gptj, PARALLEL, path="transformer.h", without=NO_KV
     ),
+    "granite-moe-shared": Family(
+        hf.GraniteMoeSharedConfig,
+        {**EXPERTS, "num_local_experts": 4, "shared_intermediate_size": 24, "residual_multiplier": 0.7},
+        _granite_shared,
+        ("pre_attn", "post_attn", "mlp_in", "post_block"),
+    ),
+    "falcon-h1": Family(hf.FalconH1Config, FALCON_H1, _falcon_h1),
     "gpt-oss": Family(hf.GptOssConfig, GPT_OSS, _llama_like),
 }
