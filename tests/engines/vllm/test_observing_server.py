@@ -44,7 +44,7 @@ def server(folder: Path) -> Iterator[Server]:
     server = Server(
         folder / "model", "--enable-steering", "--steering-vectors", f"calm={folder / 'calm.safetensors'}",
         "--steering-probes", f"anger={folder / 'anger.safetensors'}", "--steering-probe-layers", "0",
-        "--distributed-executor-backend", "mp", "--enable-request-id-headers", log=folder / "server.log",
+        "--distributed-executor-backend", "mp", "--enable-scale-out", log=folder / "server.log",
     )  # fmt: skip
     server.wait()
     yield server
@@ -156,14 +156,13 @@ def test_each_choice_counts_its_prompt_and_its_tokens(client, embedded) -> None:
 def test_an_answer_that_a_stop_string_or_token_ends_counts_what_it_holds(client, embedded) -> None:
     words = complete(client, SHORT, 9, add())["choices"][0]["text"].split()
     place = next(place for place in range(1, 9) if words[place] not in words[:place])
-    stopped = complete(client, SHORT, 9, add(), stop=[words[place]])
-    assert stopped["choices"][0]["finish_reason"] == "stop"
-    want = counts(embedded, [SHORT], 9, add(), stop_strings=[words[place]], tokenizer=embedded.tokenizer)
-    assert stopped["steering"]["steered_tokens"] == want == {"prefill": 10, "decode": place}
     token = int(words[place][1:])
-    ended = complete(client, SHORT, 9, add(), stop_token_ids=[token])
     want = counts(embedded, [SHORT], 9, add(), eos_token_id=token)
-    assert ended["steering"]["steered_tokens"] == want == {"prefill": 10, "decode": place}
+    assert want == {"prefill": 10, "decode": place}
+    for end in ({"stop": [words[place]]}, {"stop_token_ids": [token]}):
+        stopped = complete(client, SHORT, 9, add(), **end)
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        assert stopped["steering"]["steered_tokens"] == want
 
 
 CHAT = {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 6, "temperature": 0}

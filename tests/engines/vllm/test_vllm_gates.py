@@ -29,6 +29,10 @@ def test_every_token_behind_a_gate_is_counted_once(outcome: dict[str, Any]) -> N
     assert outcome["totals"] == outcome["tokens"]
 
 
+def test_offline_outputs_carry_receipts_that_count_as_the_embedded_engine_does(outcome: dict[str, Any]) -> None:
+    assert outcome["receipts"] == []
+
+
 def test_rows_are_given_back(outcome: dict[str, Any]) -> None:
     (status,) = outcome["status"]
     assert status["runner"] == outcome["case"][:2].lower()

@@ -17,6 +17,7 @@ from support import (
     preemptions,
     random_prompts,
     random_spec,
+    receipts,
     report,
     status,
     tight_engine,
@@ -78,6 +79,7 @@ def main(mode, requests):
         "alone": differences([generate(llm, [prompts[i]], [specs[i]], counts[i])[0] for i in range(8)], expected[:8]),
         "unsteered": differences(generate(llm, prompts, [None] * requests, counts), unsteered),
         "tokens": evaluated(prompts, specs, counts),
+        "receipts": receipts(llm, model, prompts[:8], specs[:8], [1, 2, 5, 1, 1, 3, 4, 2]),
         "status": status(llm),
         "refusals": refusals(llm),
     }

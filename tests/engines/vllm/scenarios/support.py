@@ -152,6 +152,11 @@ def generate(
     llm: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int] = 8
 ) -> list[list[int]]:
     """Greedy continuations of `prompts`, all submitted at once, each under its own spec."""
+    return [list(output.outputs[0].token_ids) for output in outputs_of(llm, prompts, specs, tokens)]
+
+
+def outputs_of(llm: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int]) -> list[Any]:
+    """The same as vLLM returns it."""
     from vllm import SamplingParams
 
     counts = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
@@ -163,7 +168,7 @@ def generate(
         for count, spec in zip(counts, specs, strict=True)
     ]  # fmt: skip
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return [list(output.outputs[0].token_ids) for output in llm.generate(inputs, params, use_tqdm=False)]
+    return list(llm.generate(inputs, params, use_tqdm=False))
 
 
 def oracle(
@@ -188,6 +193,26 @@ def oracle(
             )  # fmt: skip
             answers += [list(o.token_ids)[:count] for o, count in zip(outputs, counts[part], strict=True)]
     return answers
+
+
+def receipts(
+    llm: Any, model: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], counts: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Where the identities and steered tokens of offline outputs differ from those of the embedded engine."""
+    from trimtab import SteeredModel
+
+    told = [getattr(output, "steering", None) for output in outputs_of(llm, prompts, specs, counts)]
+    found = [receipt and {key: receipt[key] for key in ("identity", "steered_tokens")} for receipt in told]
+    due: list[Any] = []
+    with SteeredModel(model, None) as steered:
+        for prompt, spec, count in zip(prompts, specs, counts, strict=True):
+            (output,) = steered.generate(
+                [prompt], steering=[spec], max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            identity = {phase.value: text for phase, text in output.receipt.identity.items()}
+            tokens = {phase.value: number for phase, number in output.receipt.steered_tokens.items()}
+            due.append(None if spec is None else {"identity": identity, "steered_tokens": tokens})
+    return differences(found, due)
 
 
 def differences(found: Sequence[Any], expected: Sequence[Any]) -> list[dict[str, Any]]:
