@@ -2,6 +2,7 @@
 #
 #   make demo   train nothing, download no model: steer the bundled one and measure the effect
 #   make test   every test, stock vLLM on the CPU included
+#   make test-versions   tests of the engines on the oldest and the newest Transformers and vLLM that are admitted
 #   make lint   ruff and mypy
 #   make test-gpu   the tests that need a CUDA device (see docs/performance.md)
 
@@ -14,17 +15,41 @@ CPU_VLLM := tests/support/vllm_cpu
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \
   TRIMTAB_TESTS_MUST_RUN=1
 
-.PHONY: demo test lint types test-gpu clean
 
 demo: $(VENV)/.base
 	$(BIN)/trimtab demo --output demo-output
 
 # Two runs: vLLM changes torch's settings in every process that imports it. The second runs whatever the first found.
+# Three processes in the second, since a server and its client wait for each other.
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder
 test: $(VENV)/.vllm
 	@failed=0; set -x; \
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/engines/vllm $(PYTEST_ARGS) || failed=1; \
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile tests/engines/vllm $(PYTEST_ARGS) || failed=1; \
+	$(PYTEST) -n 2 --ignore tests/engines/vllm $(PYTEST_ARGS) || failed=1; \
+	$(PYTEST) -n 3 tests/engines/vllm $(PYTEST_ARGS) || failed=1; \
 	exit $$failed
+
+# Both ends of what pyproject.toml admits. A version is a folder in front of .venv: what is not in it comes from there,
+# torch above all. Every run checks and prints what it ran on; all of them run, and the command fails at the end.
+FOLDER := .versions
+VERSIONS := transformers-oldest transformers-newest vllm-oldest vllm-newest
+ON_TRANSFORMERS := tests/engines/transformers tests/instrument tests/demo tests/test_cli.py tests/test_cli_probe.py
+ON_VLLM := $(addprefix tests/engines/vllm/test_,$(addsuffix .py,engine_start parity prefix_cache refusals \
+  compat doors flags vllm_conventions steered_layers server))
+ON = PYTHONPATH=$(abspath $(FOLDER))/$(@:test-on-%=%) TRIMTAB_TEST_VERSIONS=tests/support/versions/$(@:test-on-%=%).txt
+
+test-versions:
+	@$(MAKE) --keep-going $(VERSIONS:%=test-on-%)
+
+test-on-transformers-oldest test-on-transformers-newest: test-on-%: $(FOLDER)/%/.complete
+	$(ON) $(PYTEST) -n 2 $(ON_TRANSFORMERS) $(PYTEST_ARGS)
+
+test-on-vllm-oldest test-on-vllm-newest: test-on-%: $(FOLDER)/%/.complete
+	$(ON) $(PYTEST) -n 3 $(ON_VLLM) $(PYTEST_ARGS)
+
+$(VERSIONS:%=$(FOLDER)/%/.complete): $(FOLDER)/%/.complete: tests/support/versions/%.txt $(VENV)/.vllm
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(@D) --requirement $<
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -39,7 +64,7 @@ test-gpu:
 	PYTHONPATH=src OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m gpu tests -n 6 --durations=3 $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) $(FOLDER) demo-output
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -62,3 +87,5 @@ $(VENV)/.vllm: $(VENV)/.dev $(CPU_VLLM)/requirements.txt $(CPU_VLLM)/pyproject.t
 	$(PIP) --requirement $(CPU_VLLM)/requirements.txt
 	$(PIP) --no-deps ./$(CPU_VLLM)
 	@touch $@
+
+.PHONY: demo test test-versions $(VERSIONS:%=test-on-%) lint types test-gpu clean

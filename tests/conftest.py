@@ -8,11 +8,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Generator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from schedule import schedule
 
 CACHES = {  # the variable that names a cache of compiled code, and the folder of a run's own
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -37,13 +40,42 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the run caches of its own, shared by its processes: code compiled by an earlier run proves nothing."""
+    """Give the run caches of its own, shared by its processes: code that an earlier run compiled proves nothing."""
     if hasattr(config, "workerinput"):
         return
     folder = Path(tempfile.mkdtemp(prefix="trimtab-caches-"))
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     for variable, name in CACHES.items():
         os.environ[variable] = str(folder / name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests, and group them for processes side by side."""
+    schedule(items)
+
+
+def pytest_sessionstart() -> None:
+    """Where versions are named, run on no other: a folder in front of the others may lack one, or come too late."""
+    for line in _pins():
+        name, _, wanted = line.partition("==")
+        place = find_spec(name.replace("-", "_"))
+        found = version(name)
+        first = os.environ["PYTHONPATH"].split(os.pathsep)[0]
+        if found != wanted or place is None or not (place.origin or "").startswith(first):
+            raise pytest.UsageError(f"these tests are to run on {line} of {first}, not on {found} of {place}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say at the end what the tests ran on."""
+    found = [f"{name} {version(name)}" for name in ("torch", "transformers", "vllm") if find_spec(name)]
+    terminalreporter.write_line(f"on {', '.join(found)}")
+
+
+def _pins() -> list[str]:
+    """The lines of the file of tests/support/versions that this run is for."""
+    file = os.environ.get("TRIMTAB_TEST_VERSIONS")
+    return [line for line in Path(file).read_text().split("\n") if line and line[0] != "#"] if file else []
 
 
 def _must_run() -> bool:

@@ -1,15 +1,20 @@
-"""What tests promise of themselves: no clocks, both halves, nothing skipped in silence, bounds that are tried."""
+"""What the tests promise about themselves: no clocks, both halves, nothing skipped in silence, every bound tried."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+VERSIONS = TESTS / "support" / "versions"
 
 POLL = {"engines/vllm/vllm_server.py"}  # asks a server until it answers; says what its log ends with if it never does
 
@@ -27,6 +32,24 @@ def test_no_test_reads_a_clock() -> None:
     assert read == []  # bound work instead: tests/work.py counts it
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_the_versions_that_tests_run_on_are_the_ends_of_what_is_admitted(engine: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extra = Requirement(project["project"]["optional-dependencies"][engine][0])
+    oldest, newest = (
+        Version(re.search(rf"^{engine}==(.*)$", (VERSIONS / f"{engine}-{end}.txt").read_text(), re.M)[1])
+        for end in ("oldest", "newest")
+    )
+    bounds = {bound.operator: Version(bound.version) for bound in extra.specifier}
+    assert (extra.name, set(bounds)) == (engine, {">=", "<"})
+    assert bounds[">="] == Version(f"{oldest.major}.{oldest.minor}")
+    assert bounds["<"] == Version(f"{newest.major}.{newest.minor + 1}")
+    pinned = re.search(
+        rf"\b{engine}==([\d.]+)", ((ROOT / "constraints.txt").read_text() + (ROOT / "Makefile").read_text())
+    )
+    assert oldest < Version(pinned[1]) <= newest
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
     """A virtual environment that is complete, as make sees it, and whose Python only writes down what it is asked."""
@@ -34,20 +57,34 @@ def environment(tmp_path: Path) -> Path:
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\necho "$PYTHONPATH|$@" >> {tmp_path}/asked\nexit 1\n')
     python.chmod(0o755)
-    for stamp in (".base", ".dev", ".vllm"):
+    for stamp in (".base", ".dev", ".vllm", *(f"{file.stem}/.complete" for file in VERSIONS.iterdir())):
+        (tmp_path / stamp).parent.mkdir(exist_ok=True)
         (tmp_path / stamp).touch()
     return tmp_path
 
 
 def test_both_halves_of_the_tests_run_and_the_command_fails_at_the_end(environment: Path) -> None:
-    done = subprocess.run(
-        ["make", f"VENV={environment}", "test"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
-    asked = (environment / "asked").read_text().splitlines()
+    asked = made(environment, "test")
     assert len(asked) == 2
     assert [line.count("--ignore tests/engines/vllm") for line in asked] == [1, 0]
     assert "tests/engines/vllm" in asked[1]
+
+
+def test_every_version_is_tried_and_the_command_fails_at_the_end(environment: Path) -> None:
+    asked = made(environment, "test-versions", f"FOLDER={environment}")
+    runs = {Path(path).name: arguments for path, arguments in (line.split("|") for line in asked)}
+    assert set(runs) == {path.stem for path in VERSIONS.iterdir()}
+    for name, arguments in runs.items():
+        wanted = ["start", "parity", "cache", "refus"] if "vllm" in name else ["engines/transformers", "instrument"]
+        assert all(word in arguments for word in wanted)
+
+
+def made(environment: Path, *arguments: str) -> list[str]:
+    """What the tests were called with by a make that fails."""
+    command = ["make", f"VENV={environment}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    return (environment / "asked").read_text().splitlines()
 
 
 SKIPPING = """
@@ -72,7 +109,8 @@ def test_that_is_skipped(): pass
     ids=["a test", "one for a GPU", "a file", "an empty file"],
 )
 def test_where_every_test_must_run_a_skipped_one_has_failed(tmp_path: Path, text: str, passes: bool) -> None:
-    (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
+    for name in ("conftest.py", "schedule.py"):
+        (tmp_path / name).write_text((TESTS / name).read_text())
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu\n    vllm\n")
     (tmp_path / "test_it.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)]

@@ -116,6 +116,8 @@ class Server:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENGINE_READY_TIMEOUT_S": "3600",  # a busy machine is no fault
+            "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_USE_V2_MODEL_RUNNER": "0",
             **(environment or {}),

@@ -232,5 +232,8 @@ def status(llm: Any) -> list[dict[str, Any]]:
 
 
 def report(outcome: dict[str, Any]) -> None:
-    """End the scenario with this outcome."""
+    """End the scenario with this outcome, and the version of vLLM that it was found on."""
+    import vllm
+
+    outcome = outcome | {"vllm": vllm.__version__}
     Path(os.environ["TRIMTAB_TEST_REPORT"]).write_text(json.dumps(outcome))

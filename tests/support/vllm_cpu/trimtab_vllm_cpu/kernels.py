@@ -12,6 +12,22 @@ from torch import Tensor
 _library: torch.library.Library | None = None
 
 
+def replace_kernels() -> None:
+    """Put PyTorch in the place of compiled and Triton kernels that do not run here; of each process with a worker."""
+    import vllm.model_executor.layers.utils as layer_utils
+    from vllm import triton_utils
+
+    layer_utils.check_cpu_sgl_kernel = lambda *_: False  # a compiled bfloat16 GEMM that this wheel lacks
+    if triton_utils.HAS_TRITON:  # interpreted; this one kernel does not run under the interpreter
+        from vllm.v1.sample.ops import topk_topp_sampler
+
+        topk_topp_sampler.HAS_TRITON = False
+    elif hasattr(triton_utils, "dispatcher"):  # 0.26 has none, and a fallback that fits
+        triton_utils.dispatcher.register_kernels(
+            {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": slot_mapping_kernel}
+        )
+
+
 def register_kernels() -> None:
     """Define each missing operator once per process; a real CPU build keeps its own."""
     global _library
@@ -204,7 +220,7 @@ _KERNELS: dict[str, Any] = {
     "Tensor(a!) slot_mapping, SymInt block_size) -> ()": _compute_slot_mapping,
     "get_scheduler_metadata(int num_reqs, int num_heads, int num_kv_heads, int head_dim, Tensor seq_lens, "
     "ScalarType dtype, Tensor query_start_loc, bool causal, int window, str isa, bool enable_kv_split, "
-    "Tensor? dynamic_causal, str kv_cache_dtype) -> Tensor": lambda *_: torch.empty(0, dtype=torch.int8),
+    "Tensor? dynamic_causal, str kv_cache_dtype='auto') -> Tensor": lambda *_: torch.empty(0, dtype=torch.int8),
     "cpu_attn_reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor slot_mapping, str isa, float k_scale, float v_scale, str kv_cache_dtype) -> ()": _reshape_and_cache,
     "cpu_attention_with_kv_cache(Tensor query, Tensor key_cache, Tensor value_cache, Tensor(a!) output, "

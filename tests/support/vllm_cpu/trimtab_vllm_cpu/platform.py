@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from trimtab_vllm_cpu.kernels import register_kernels, slot_mapping_kernel
+from trimtab_vllm_cpu.kernels import register_kernels
 
 
 class TorchKernelsCpuPlatform(CpuPlatform):
@@ -23,20 +23,12 @@ class TorchKernelsCpuPlatform(CpuPlatform):
         register_kernels()
 
     @classmethod
-    def register_triton_kernel_overrides(cls) -> None:
-        super().register_triton_kernel_overrides()
-        import vllm.model_executor.layers.utils as layer_utils
-        from vllm.triton_utils import HAS_TRITON, dispatcher
+    def pre_register_and_update(cls, parser: Any = None) -> None:
+        super().pre_register_and_update(parser)
+        from vllm.model_executor.models import registry
 
-        layer_utils.check_cpu_sgl_kernel = lambda *_: False  # a compiled bfloat16 GEMM that this wheel lacks
-        if HAS_TRITON:  # interpreted; this one kernel does not run under the interpreter
-            from vllm.v1.sample.ops import topk_topp_sampler
-
-            topk_topp_sampler.HAS_TRITON = False
-        else:
-            dispatcher.register_kernels(
-                {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": slot_mapping_kernel}
-            )
+        # vLLM looks into a model's class in a new interpreter, 10 s of imports, to keep CUDA out of this process.
+        registry._run_in_subprocess = lambda look: look()
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:

@@ -1,10 +1,18 @@
-"""vLLM's CPU worker, profiling once more where pipeline stages need it."""
+"""vLLM's CPU worker with kernels written in PyTorch, profiling once more where pipeline stages need it."""
+
+from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from trimtab_vllm_cpu.kernels import replace_kernels
+
 
 class TorchKernelsCpuWorker(CPUWorker):
-    """Adds the profile run that vLLM's CPU worker skips in eager mode."""
+    """Replaces kernels in its process, and adds the profile run that vLLM's CPU worker skips in eager mode."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        replace_kernels()
 
     def determine_available_memory(self) -> int:
         runner = self.model_runner

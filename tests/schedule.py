@@ -1,0 +1,73 @@
+"""Which tests go to one process together, and which are begun first.
+
+Tests of a file stay together. Where fixtures of a file start engines or servers, only the tests that share one do; a
+test that runs a scenario by itself goes alone. What takes longest is begun first, so that no process ends long after
+the others.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+
+import pytest
+
+LONGEST = (  # parts of node ids, by falling CPU time
+    "share_a_compile_cache",
+    "V2 compiled",
+    "test_layer_families",
+    "V1 compiled",
+    "test_data_parallel",
+    "test_server_shared",
+    "V2 eager",
+    "test_ranks",
+    "server",
+    "test_engine_start",
+    "V1 eager",
+    "test_scale_out",
+    "test_prefix_cache",
+    "test_kernels_without_gpu",
+    "test_demo.py",
+    "test_gather",
+    "test_families",
+)
+
+
+def schedule(items: list[pytest.Item]) -> None:
+    """Mark the group of each test for `--dist loadgroup`, and put the groups in the order in which they are begun."""
+    shared = _components({item: list(_engines(item)) for item in items})
+    groups: dict[Hashable, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        alone = "run_scenario" in getattr(getattr(item, "function", None), "__code__", compile("", "", "exec")).co_names
+        groups[shared.get(item, item.nodeid if alone else item.path)].append(item)
+    for number, group in enumerate(groups.values()):
+        for item in group:
+            item.add_marker(pytest.mark.xdist_group(f"{number}"))
+    items[:] = [item for group in sorted(groups.values(), key=_rank) for item in group]
+
+
+def _engines(item: pytest.Item) -> Iterable[Hashable]:
+    """What a test of stock vLLM shares with others of its file: fixtures of the file, each with its parameter."""
+    if item.get_closest_marker("vllm") is None:
+        return
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    for name, definitions in item._fixtureinfo.name2fixturedefs.items():  # type: ignore[attr-defined]
+        if definitions[-1].scope == "module":
+            yield item.path, name, repr(parameters.get(name))
+
+
+def _components(uses: dict[pytest.Item, list[Hashable]]) -> dict[pytest.Item, Hashable]:
+    """One name for each set of tests that hang together by what they use; none for a test that uses nothing."""
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(use: Hashable) -> Hashable:
+        while (above := parent.setdefault(use, use)) != use:
+            use = above
+        return use
+
+    for shared in uses.values():
+        for use in shared[1:]:
+            parent[root(use)] = root(shared[0])
+    return {item: root(shared[0]) for item, shared in uses.items() if shared}
+
+
+def _rank(group: list[pytest.Item]) -> int:
+    return min(next((i for i, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST)) for item in group)
