@@ -4,10 +4,11 @@ Whatever vLLM has become, an engine without steering runs on, and one with steer
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,9 +175,10 @@ def installed() -> dict[str, dict[str, Callable[[ModuleType], None]]]:
 
 CHANGES = [(module, what) for module, changes in installed().items() for what in changes]
 
-UNCHECKED = {  # where a missing target is none of ours, or is found out otherwise
-    "vllm.v1.core.block_pool": "uses the function, or does not",
-    "vllm.v1.simple_kv_offload.manager": "uses the function, or does not",
+OPTIONAL = {  # where a missing target is none of ours in some versions
+    ("vllm.v1.core.block_pool", "generate_block_hash_extra_keys"),
+    ("vllm.v1.simple_kv_offload.manager", "generate_block_hash_extra_keys"),
+    *((patch.module, patch.target) for patch in compat_http.TABLE if patch.optional),
 }
 
 
@@ -188,11 +190,28 @@ def test_a_vllm_module_without_what_is_patched_is_imported_unharmed_and_noted(
     """The real functions over a module that holds nothing, as after a move to another place."""
     monkeypatch.setitem(sys.modules, module, ModuleType(module))
     when_imported(module, what, installed()[module][what])
-    if module in UNCHECKED:
+    if (module, what) in OPTIONAL:
         return
     assert compat_patching.problems
     with pytest.raises(SteeringError, match="does not know this vLLM"):
         compat_patching.require_known()
+
+
+def test_a_vllm_that_has_changed_makes_configurations_and_front_ends_as_ever_unless_they_are_steered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compat_patching.note("vllm.v1.engine.input_processor.InputProcessor is gone")
+    monkeypatch.setattr("trimtab.engines.vllm.start.require_supported", compat_patching.require_known)
+    plain, steered = (SimpleNamespace(additional_config=config) for config in ({}, {"steering": {}}))
+    create = compat._check_the_configuration(lambda self, config: config)
+    make = compat_frontend._make_the_front_end(lambda self, config: setattr(self, "made", config))
+    assert create(None, plain) is plain
+    processor = SimpleNamespace()
+    make(processor, plain)
+    assert processor.made is plain
+    for start in (lambda: create(None, steered), lambda: make(SimpleNamespace(), steered)):
+        with pytest.raises(SteeringError, match="InputProcessor is gone"):
+            start()
 
 
 def test_the_entry_point_raises_nothing_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +244,26 @@ class TestOnThisVllm:
         monkeypatch.setattr(vllm, "__version__", version)
         with pytest.raises(SteeringError, match=r"is not supported: versions 0\.26 to 0\.33 are"):
             compat.require_supported()
+
+    def test_the_start_log_does_not_say_that_our_routes_are_left_out_and_says_so_of_others(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import vllm.plugins
+
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+        log = logging.getLogger("vllm.plugins")
+        log.addHandler(handler)
+        compat_frontend.install(lambda config: None)
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        found = [SimpleNamespace(name="trimtab")]
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found)
+        try:
+            for others in ([], [SimpleNamespace(name="another")]):
+                found[1:] = others
+                assert [plugin.name for plugin in vllm.plugins.load_endpoint_plugins(("generate",))] == ["trimtab"]
+        finally:
+            log.removeHandler(handler)
+        assert len(said) == 1
+        assert "['another']" in said[0]

@@ -27,7 +27,10 @@ MESSAGES = "vllm.entrypoints.anthropic.serving"
 
 RENDERER = "vllm.entrypoints.scale_out.render.serving"
 
-BATCHES = ("vllm.entrypoints.launchers.run_batch", "vllm.entrypoints.openai.run_batch")  # by version
+BATCHES = {  # module: whether some versions have only another name for it there
+    "vllm.entrypoints.launchers.run_batch": False,
+    "vllm.entrypoints.openai.run_batch": True,
+}
 
 HTTP_MODULES: dict[str, Need] = {  # a server imports no module of batches
     **{module: Need.LIBRARIES if "speech" in module else Need.ALWAYS for module in PROTOCOLS},
@@ -152,6 +155,8 @@ TABLE: tuple[Patch, ...] = (
     Patch(TOKENS, "ServingTokens.serve_tokens", _REQUEST, _admit_tokens),
     Patch(MESSAGES, "AnthropicServingMessages.create_messages", _REQUEST, _return_refusals),
     Patch(RENDERER, "ServingRender.render_messages_request", _REQUEST, _return_refusals, optional=True),  # not in 0.26
-    *(Patch(module, "BatchRequestInput.model_validate_json", ("json_data",), _read_lines) for module in BATCHES),
-    *(Patch(module, "run_request", ("serving_engine_func", "request"), _answer_lines) for module in BATCHES),
+    *(Patch(module, "BatchRequestInput.model_validate_json", ("json_data",), _read_lines, optional=optional)
+      for module, optional in BATCHES.items()),
+    *(Patch(module, "run_request", ("serving_engine_func", "request"), _answer_lines, optional=optional)
+      for module, optional in BATCHES.items()),
 )  # fmt: skip

@@ -38,7 +38,7 @@ class Patch:
     first: tuple[str, ...]  # the parameters that it relies on, from the first one on
     make: Callable[[Any], Any]
     exact: bool = False  # whether there may be no further parameters
-    optional: bool = False  # whether some versions have no such method
+    optional: bool = False  # whether some versions have nothing of that name there
 
     @property
     def why(self) -> str:
@@ -49,10 +49,10 @@ class Patch:
         """Put it into `module`; what does not fit is noted."""
         owner_name, _, name = self.target.rpartition(".")
         owner = getattr(module, owner_name, None) if owner_name else module
+        if self.optional and not hasattr(owner, name):
+            return
         if owner is None:
             note(f"{self.module}.{owner_name} is gone")
-        elif self.optional and not hasattr(owner, name):
-            return
         elif (original := take(owner, name, self.first, exact=self.exact)) is not None:
             put(owner, name, self.make(original))
 
