@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from transformers import LlamaModel
+from transformers import BertConfig, BertLMHeadModel, LlamaModel
 
 from trimtab.engines.transformers import SteeredModel, groups
 from trimtab.engines.transformers.progress import Progress
@@ -79,6 +79,16 @@ def test_a_model_without_a_head_can_be_read_and_nothing_else() -> None:
         assert next(iter(model.activations(PROMPTS, [(1, "post_block")])[0].values())).shape == (5, 32)
         with pytest.raises(SteeringError, match="model: LlamaModel cannot generate"):
             model.generate(PROMPTS, max_new_tokens=1)
+
+
+def test_layers_may_lie_in_a_part_that_takes_no_token_ids() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    bert = BertLMHeadModel(BertConfig(vocab_size=96, is_decoder=True, **sizes)).eval()
+    with SteeredModel(bert) as model:
+        read = model.activations(PROMPTS, [(1, "post_block")])
+    for prompt, rows in zip(PROMPTS, read, strict=True):
+        alone = bert(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states[2][0]
+        torch.testing.assert_close(torch.from_numpy(next(iter(rows.values()))), alone.detach(), atol=1e-5, rtol=1e-5)
 
 
 def test_half_precision_opens_and_its_rounding_is_no_fault() -> None:

@@ -1,6 +1,7 @@
 """SteeredModel: a Transformers causal LM whose prompts can each be steered differently in one batch."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -56,7 +57,7 @@ class SteeredModel:
         self._homes = layer_devices(find_decoder_layers(model))
         self._map = map_hook_points(model)
         self._model, self._tokenizer = model, tokenizer
-        self._decoder: nn.Module = model.get_submodule(self._map.decoder.path.rpartition(".")[0])
+        self._decoder = _decoder(model, self._map.decoder.path)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._vectors: dict[str, SteeringVector] = {}
         self._probes: dict[str, Probe] = {}
@@ -242,3 +243,14 @@ class SteeredModel:
         with evaluating(self._model), torch.no_grad(), self._map.installed({site: reader(site) for site in sites}):
             self._decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         return [{site: seen[site][row, :length].copy() for site in sites} for row, length in enumerate(batch.lengths)]
+
+
+def _decoder(model: nn.Module, layers_path: str) -> nn.Module:
+    """The smallest part of the model that turns token ids into what its layers return."""
+    path = layers_path
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if "input_ids" in signature(module.forward).parameters:
+            return module
+    return model
