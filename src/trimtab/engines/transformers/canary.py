@@ -79,9 +79,14 @@ def _check(
     for index, seen in enumerate(passes):
         end = width + index
         there = slice(max(end - seen.shape[1], 0), end)
-        right = (seen - expected[:, there]).norm(dim=-1) <= BOUND * vectors[Phase.PREFILL].norm()
-        if not bool((right | ~mask[:, there].cpu().bool()).all()):
+        off = (seen - expected[:, there]).norm(dim=-1)[mask[:, there].cpu().bool()] / vectors[Phase.PREFILL].norm()
+        if not bool((off <= BOUND).all()):
             what = "the prompts" if index == 0 else f"new token {index}"
+            if bool((off <= 0.5).all()):  # no vector is missing or too much
+                reason = (
+                    "the first layer returns other numbers than in a plain pass: there is a prefix before the tokens"
+                )
+                raise SteeringError("model", f"{reason}, or it attends to later ones")
             raise SteeringError("model", f"steering did not act where it should in the pass over {what}")
 
 
