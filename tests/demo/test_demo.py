@@ -10,10 +10,11 @@ import pytest
 
 from trimtab.cli import main
 from trimtab.demo.contrast import Feature, contrasting_prompts
-from trimtab.demo.experiment import COLUMNS, Column, complete_sentences
+from trimtab.demo.experiment import COLUMNS, SWEEP, Column, SweepPoint, complete_sentences, intervals
 from trimtab.demo.grammar import Shares
-from trimtab.demo.targets import check_all
+from trimtab.demo.targets import OTHER, check_all, worst_drift
 from trimtab.vectors import SteeringVector
+from trimtab.vectors.statistics import Interval
 
 
 def good_columns() -> dict[str, Column]:
@@ -28,8 +29,42 @@ def good_columns() -> dict[str, Column]:
     return {name: Column(name, (), measured) for name, measured in shares.items()}
 
 
+def good_sweep(**moved: float) -> list[SweepPoint]:
+    """Every strength of both vectors, the share of the other feature at one half but for `moved[vector]` at +0.5."""
+    points = []
+    for feature, share in OTHER.items():
+        for strength in SWEEP:
+            value = 0.5 + (moved.get(feature, 0.0) if strength == 0.5 else 0.4 if abs(strength) > 1 else 0.0)
+            points.append(
+                SweepPoint(
+                    feature, strength, Shares(400, 1.0, 0.5, 0.5), {share: Interval(value, value - 0.05, value + 0.05)}
+                )
+            )
+    return points
+
+
 def test_every_promise_holds_for_good_numbers() -> None:
-    assert all(check.holds for check in check_all(good_columns(), 96, 96))
+    assert all(check.holds for check in check_all(good_columns(), 96, 96, good_sweep()))
+
+
+@pytest.mark.parametrize(("feature", "drift"), [("formality", 0.22), ("formality", -0.22), ("sentiment", 0.33)])
+def test_a_drift_at_any_useful_strength_is_noticed_with_its_interval(feature: Feature, drift: float) -> None:
+    sweep = good_sweep(**{feature: drift})
+    missed = [check for check in check_all(good_columns(), 96, 96, sweep) if not check.holds]
+    (check,) = missed
+    assert f"from -1 to 1 {feature} moves" in check.promise
+    assert check.measured.startswith(f"{100 * drift:+.0f} points (")
+    found = worst_drift(sweep, feature, 1.0)
+    assert (found.strength, found.moved.value) == (0.5, pytest.approx(drift))
+    assert abs(worst_drift(sweep, feature, 1.5).strength) > 1
+
+
+def test_intervals_count_texts_and_not_their_sentences() -> None:
+    alike = [" ".join(["The soup was " + word] * 3) for word in ("good.", "bad.") for _ in range(20)]
+    found = intervals(alike)["positive"]
+    assert found.value == 0.5
+    reach = 1.96 * math.sqrt(0.25 / 40)  # of forty texts, not of 120 sentences
+    assert found.high - found.value == pytest.approx(reach, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -45,20 +80,18 @@ def test_every_promise_holds_for_good_numbers() -> None:
         ("positive and formal", "formal", 0.6),
         ("positive and formal", "positive", 0.8),
         ("positive", "sentences", 63),
-        ("formal", "positive", 0.7),
         ("formal", "formal", 0.5),
-        ("informal", "positive", 0.3),
         ("informal", "parsed", 0.8),
     ],
 )
 def test_a_missed_target_is_noticed(column: str, field: str, value: float) -> None:
     columns = good_columns()
     columns[column] = replace(columns[column], shares=columns[column].shares._replace(**{field: value}))
-    assert not all(check.holds for check in check_all(columns, 96, 96))
+    assert not all(check.holds for check in check_all(columns, 96, 96, good_sweep()))
 
 
 def test_an_unsteered_row_that_differs_is_noticed() -> None:
-    assert not all(check.holds for check in check_all(good_columns(), 96, 95))
+    assert not all(check.holds for check in check_all(good_columns(), 96, 95, good_sweep()))
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,16 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from trimtab.vectors.statistics import (
+    Interval,
     auroc,
     auroc_interval,
+    difference_interval,
     lowest_promise,
     mean_interval,
     permutation_p,
     promised_threshold,
     relabelled,
+    share_interval,
     texts_for,
     win_rates,
 )
@@ -119,3 +122,39 @@ def test_a_promise_beyond_the_texts_is_none_and_ties_stay_together():
     assert promised_threshold([*texts, texts[0]], 0.05, 0.95) > 1.0
     assert promised_threshold([np.array([0.0, 1.0])] * 400, 0.6, 0.95) == pytest.approx(0.5)
     assert promised_threshold(texts, 1.0, 0.95) < 0.0
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.6, 1.0])
+def test_the_interval_of_a_share_covers_the_truth_whether_or_not_parts_of_a_text_are_alike(alike):
+    rng, covered, runs = np.random.default_rng(4), 0, 200
+    for _ in range(runs):
+        counts = rng.integers(0, 5, 60)
+        own = rng.random(60) < 0.3
+        hits = [
+            sum(mine if rng.random() < alike else rng.random() < 0.3 for _ in range(n))
+            for n, mine in zip(counts, own, strict=True)
+        ]
+        found = share_interval(np.array(hits, float), counts.astype(float), 0.95)
+        covered += found.low <= 0.3 <= found.high
+    assert covered >= 0.89 * runs
+
+
+def test_a_share_of_nothing_or_of_all_is_no_certainty():
+    ones = np.ones(20)
+    assert share_interval(3 * ones, 3 * ones, 0.95).low == pytest.approx(20 / (20 + 1.96**2), rel=1e-3)
+    nothing = share_interval(0 * ones, 0 * ones, 0.95)
+    assert math.isnan(nothing.value)
+    assert (nothing.low, nothing.high) == (0.0, 1.0)
+
+
+def test_the_interval_of_a_difference_is_newcombes():
+    one, other = (
+        share_interval(np.array([56.0]), np.array([70.0]), 0.95),
+        share_interval(np.array([48.0]), np.array([80.0]), 0.95),
+    )
+    wilson = [stats.binomtest(k, n).proportion_ci(0.95, "wilson") for k, n in ((56, 70), (48, 80))]
+    ends = [Interval(k / n, ci.low, ci.high) for (k, n), ci in zip(((56, 70), (48, 80)), wilson, strict=True)]
+    found = difference_interval(*ends)
+    assert (found.low, found.high) == (pytest.approx(0.0524, abs=1e-4), pytest.approx(0.3339, abs=1e-4))
+    assert one.low < wilson[0].low  # one text of seventy sentences is one text
+    assert other.high > wilson[1].high

@@ -5,24 +5,28 @@ must come out as the plain model's row of an equally large batch does, token by 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from trimtab.demo import model_path
 from trimtab.demo.contrast import Feature, contrasting_prompts
-from trimtab.demo.grammar import Shares, headers, measure, split_sentences
+from trimtab.demo.grammar import Shares, headers, measure, read_sentence, split_sentences
 from trimtab.engines.transformers import SteeredModel
 from trimtab.vectors import SteeringVector
 from trimtab.vectors.extraction import extract_vector
+from trimtab.vectors.statistics import Interval, share_interval
 
 LAYERS = (2,)
 PAIRS = 96
 STRENGTH = {"sentiment": 0.6, "formality": 0.25}  # in mean differences
 SWEEP = (-1.5, -1.25, -1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)  # in multiples of STRENGTH
 COPIES = 6  # of each header in every column
-SWEEP_COPIES = 2  # of each header at every strength
+SWEEP_COPIES = 6  # of each header at every strength
+USEFUL = 1.0  # strengths up to here do all that is asked of a vector; those beyond show what too much does
+CONFIDENCE = 0.95
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "max_new_tokens": 40}
 
 Direction = tuple[float, float]  # multiples of the sentiment vector and of the formality vector
@@ -44,6 +48,7 @@ class Column:
     name: str
     texts: tuple[str, ...]
     shares: Shares
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # of each share
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class SweepPoint:
     feature: Feature
     strength: float
     shares: Shares
+    intervals: Mapping[str, Interval] = field(default_factory=dict)  # of each share
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def run_columns(model: SteeredModel, vectors: Vectors, seed: int) -> tuple[dict[
     columns = {}
     for index, name in enumerate(COLUMNS):
         texts = [output.text for output in outputs[index * len(prompts) : (index + 1) * len(prompts)]]
-        columns[name] = Column(name, tuple(texts), measure(complete_sentences(texts)))
+        columns[name] = Column(name, tuple(texts), measure(complete_sentences(texts)), intervals(texts))
     return columns, equal
 
 
@@ -104,11 +110,11 @@ def run_sweep(model: SteeredModel, vectors: Vectors, seed: int) -> list[SweepPoi
     points: list[tuple[Feature, float]] = [(feature, s) for feature in ("sentiment", "formality") for s in SWEEP]
     specs = [vectors.spec((s, 0.0) if feature == "sentiment" else (0.0, s)) for feature, s in points]
     outputs = sample(model, prompts * len(points), [spec for spec in specs for _ in prompts], seed)
-    texts = [output.text for output in outputs]
-    return [
-        SweepPoint(feature, s, measure(complete_sentences(texts[i * len(prompts) : (i + 1) * len(prompts)])))
-        for i, (feature, s) in enumerate(points)
-    ]
+    found = []
+    for index, (feature, strength) in enumerate(points):
+        texts = [output.text for output in outputs[index * len(prompts) : (index + 1) * len(prompts)]]
+        found.append(SweepPoint(feature, strength, measure(complete_sentences(texts)), intervals(texts)))
+    return found
 
 
 def sample(model: SteeredModel, prompts: Sequence[str], steering: Sequence[Any], seed: int) -> list[Any]:
@@ -135,3 +141,19 @@ def plain_rows(prompts: Sequence[str], seed: int) -> list[list[int]]:
 def complete_sentences(texts: Sequence[str]) -> list[str]:
     """The sentences of all texts that reached their closing mark; the token limit cuts others short."""
     return [sentence for text in texts for sentence in split_sentences(text) if sentence[-1] in ".!"]
+
+
+def intervals(texts: Sequence[str]) -> dict[str, Interval]:
+    """An interval for each share; the sentences of one text are alike, so texts are what is counted."""
+    readings = [[read_sentence(sentence) for sentence in complete_sentences([text])] for text in texts]
+    answers = {
+        "parsed": [[one.parsed for one in text] for text in readings],
+        "positive": [[one.sentiment == "positive" for one in text if one.sentiment] for text in readings],
+        "formal": [[one.formality == "formal" for one in text if one.formality] for text in readings],
+    }
+    return {
+        name: share_interval(
+            np.array([sum(text) for text in given], float), np.array([len(text) for text in given], float), CONFIDENCE
+        )
+        for name, given in answers.items()
+    }

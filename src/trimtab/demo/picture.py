@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trimtab.demo.contrast import Feature
-from trimtab.demo.experiment import SweepPoint
+from trimtab.demo.experiment import CONFIDENCE, USEFUL, SweepPoint
 
 LINES = (  # field of Shares, label, colour, marker
     ("positive", "positive sentences", "#c2410c", "o"),
@@ -31,8 +31,11 @@ def draw(sweep: Sequence[SweepPoint], path: Path) -> None:
         strengths = [point.strength for point in points]
         for name, label, colour, marker in LINES:
             values = [100 * getattr(point.shares, name) for point in points]
+            ends = [point.intervals[name] for point in points]
+            low, high = [100 * end.low for end in ends], [100 * end.high for end in ends]
+            panel.fill_between(strengths, low, high, color=colour, alpha=0.15, linewidth=0)
             panel.plot(strengths, values, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=label)
-        for strength in (-1, 1):
+        for strength in (-USEFUL, USEFUL):
             panel.axvline(strength, color="#9ca3af", linewidth=0.8, linestyle=":", zorder=0)
         less, more = ENDS[feature]
         panel.set_title(title, fontsize=12)
@@ -40,7 +43,7 @@ def draw(sweep: Sequence[SweepPoint], path: Path) -> None:
         panel.set_ylim(-3, 103)
         panel.grid(axis="y", color="#e5e7eb", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("share of sentences, %")
+    panels[0].set_ylabel(f"share of sentences, %, with {CONFIDENCE:.0%} intervals over texts")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(LINES), frameon=False)
     figure.savefig(path, dpi=150, metadata={"Software": None})

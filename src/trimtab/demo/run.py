@@ -14,6 +14,9 @@ from rich.text import Text
 from trimtab.demo import model_path
 from trimtab.demo.experiment import (
     COLUMNS,
+    CONFIDENCE,
+    SWEEP,
+    USEFUL,
     Column,
     SweepPoint,
     column_prompts,
@@ -21,9 +24,9 @@ from trimtab.demo.experiment import (
     run_columns,
     run_sweep,
 )
-from trimtab.demo.grammar import Shares, read_sentence, split_sentences
+from trimtab.demo.grammar import read_sentence, split_sentences
 from trimtab.demo.picture import draw
-from trimtab.demo.targets import Check, check_all
+from trimtab.demo.targets import OTHER, Check, check_all, points_of, worst_drift
 from trimtab.engines.transformers import SteeredModel
 
 SHOWN_COLUMNS = ("unsteered", "positive", "negative", "positive and formal")
@@ -43,10 +46,8 @@ class DemoResult:
     def as_json(self) -> dict[str, Any]:
         """Plain data, for a script."""
         return {
-            "columns": {name: column.shares._asdict() for name, column in self.columns.items()},
-            "sweep": [
-                {"vector": point.feature, "strength": point.strength, **point.shares._asdict()} for point in self.sweep
-            ],
+            "columns": {name: _plain(column) for name, column in self.columns.items()},
+            "sweep": [{"vector": point.feature, "strength": point.strength, **_plain(point)} for point in self.sweep],
             "checks": [{"promise": c.promise, "measured": c.measured, "holds": c.holds} for c in self.checks],
             "picture": str(self.picture),
         }
@@ -68,7 +69,7 @@ def run_demo(output: Path, seed: int, console: Console) -> DemoResult:
         status.update("drawing")
         picture = output / "steering.png"
         draw(sweep, picture)
-    checks = check_all(columns, rows, equal_rows)
+    checks = check_all(columns, rows, equal_rows, sweep)
     return DemoResult(columns, sweep, checks, picture)
 
 
@@ -87,11 +88,22 @@ def show(result: DemoResult, console: Console) -> None:
         console.print(texts)
     console.print(Rule("what the grammar makes of the sentences", style="dim"))
     shares = Table(box=SIMPLE_HEAD)
-    for heading in ("", "sentences", "positive", "formal", "parsed"):
+    for heading in ("", "sentences", "positive, %", "formal, %", "parsed, %"):
         shares.add_column(heading, justify="right" if heading else "left")
     for name, column in result.columns.items():
-        shares.add_row(name, *_cells(column.shares))
+        shares.add_row(name, *_cells(column))
     console.print(shares)
+    console.print(f"{CONFIDENCE:.0%} intervals, over texts. What each vector does to the share that is not its own:")
+    drifts = Table(box=SIMPLE_HEAD)
+    for heading in ("vector", "moves", "within", "most at", "by"):
+        drifts.add_column(heading)
+    for feature, moved in OTHER.items():
+        for strongest in (USEFUL, max(SWEEP)):
+            drift = worst_drift(result.sweep, feature, strongest)
+            drifts.add_row(
+                feature, moved, f"\N{PLUS-MINUS SIGN}{strongest:g}", f"{drift.strength:+g}", points_of(drift.moved)
+            )
+    console.print(drifts)
 
 
 def show_checks(checks: Sequence[Check], console: Console) -> None:
@@ -104,8 +116,15 @@ def show_checks(checks: Sequence[Check], console: Console) -> None:
     console.print(table)
 
 
-def _cells(shares: Shares) -> list[str]:
-    return [str(shares.sentences), *(f"{share:.1%}" for share in (shares.positive, shares.formal, shares.parsed))]
+def _cells(column: Column) -> list[str]:
+    shares = [(getattr(column.shares, name), column.intervals[name]) for name in ("positive", "formal", "parsed")]
+    told = [f"{100 * share:.0f} ({100 * ends.low:.0f} to {100 * ends.high:.0f})" for share, ends in shares]
+    return [str(column.shares.sentences), *told]
+
+
+def _plain(measured: Column | SweepPoint) -> dict[str, Any]:
+    ends = {name: [interval.low, interval.high] for name, interval in measured.intervals.items()}
+    return {**measured.shares._asdict(), "intervals": ends}
 
 
 def _coloured(text: str) -> Text:

@@ -7,6 +7,7 @@ Tokens of one text are alike, so forty tokens of one text are worth far less tha
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +134,33 @@ def mean_interval(values: Floats, confidence: float) -> Interval:
         return n * divergence(mean, other) <= -math.log(tail)
 
     return Interval(mean, _boundary(inside, mean, 0.0), _boundary(inside, mean, 1.0))
+
+
+def share_interval(hits: Floats, counts: Floats, confidence: float) -> Interval:
+    """The share of `hits` [texts] among `counts` [texts], with Wilson's interval for texts whose parts are alike.
+
+    The number of parts is divided by the design effect, the variance between texts over that of independent parts. NaN
+    and the whole range where nothing was counted.
+    """
+    texts, total = int((counts > 0).sum()), float(counts.sum())
+    if texts == 0:
+        return Interval(math.nan, 0.0, 1.0)
+    share = float(hits.sum()) / total
+    alone = share * (1 - share) / total
+    found = texts / max(texts - 1, 1) * float(((hits - share * counts) ** 2).sum()) / total**2
+    effect = min(max(found / alone, 1.0), total / texts) if alone and texts > 1 else total / texts
+    n, z = total / effect, NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Interval(share, min(max(middle - reach, 0.0), share), max(min(middle + reach, 1.0), share))
+
+
+def difference_interval(one: Interval, other: Interval) -> Interval:
+    """`one` less `other`, independent of it (Newcombe, Statistics in Medicine 17, 1998, 873-890, method 10)."""
+    value = one.value - other.value
+    below = math.hypot(one.value - one.low, other.high - other.value)
+    above = math.hypot(one.high - one.value, other.value - other.low)
+    return Interval(value, value - below, value + above)
 
 
 def divergence(mean: float, rate: float) -> float:
