@@ -9,6 +9,28 @@ see the same requests agree on every row without talking.
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from trimtab.errors import SteeringError
+from trimtab.gates import probes_needed, rows_needed
+from trimtab.ops.buffers import SteeringBuffers
+
+
+def require_room(buffers: SteeringBuffers, max_requests: int) -> None:
+    """Raise SteeringError if the tables have fewer rows than any `max_requests` requests can need."""
+    max_rows = buffers.table.shape[1]
+    gates = 0 if buffers.gates is None else buffers.gates.count
+    if max_requests < 1:
+        raise SteeringError("max_requests", f"{max_requests} given; at least 1 is needed")
+    if max_rows < rows_needed(max_requests, gates):
+        each = "a prefill and a decode row each" if not gates else f"a prefill and a decode row and {gates} gates each"
+        raise SteeringError(
+            "max_rows",
+            f"{max_rows} rows given; {max_requests} requests with {each}, and row 0, need "
+            f"{rows_needed(max_requests, gates)}",
+        )
+    if buffers.gates is not None and len(buffers.gates.probe_table) < probes_needed(max_requests, gates):
+        given = len(buffers.gates.probe_table)
+        raise SteeringError("max_probes", f"{given} given; at least {probes_needed(max_requests, gates)} are needed")
+
 
 class RowAllocator:
     """Hands out the rows 1 .. max_rows - 1 by content key. Row 0 means "no steering" and is never given out."""

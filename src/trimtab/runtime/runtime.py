@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate, probes_needed, rows_needed
+from trimtab.gates import ResolvedGate
 from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.runtime.gates import GateLanes
 from trimtab.runtime.meters import GateUse
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, row_probes
 from trimtab.runtime.plan import TOKEN, RowUse, StepPlanner, as_ints
-from trimtab.runtime.rows import RowAllocator
+from trimtab.runtime.rows import RowAllocator, require_room
 from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
 from trimtab.sites import Site
 from trimtab.vectors.values import FloatArray
@@ -37,24 +37,8 @@ class SteeringRuntime:
         Raises SteeringError if the tables have fewer rows than these requests can need: a row for each phase, one for
         each gate of each phase, and row 0.
         """
+        require_room(buffers, max_requests)
         max_rows = buffers.table.shape[1]
-        gates = 0 if buffers.gates is None else buffers.gates.count
-        if max_requests < 1:
-            raise SteeringError("max_requests", f"{max_requests} given; at least 1 is needed")
-        if max_rows < rows_needed(max_requests, gates):
-            each = (
-                "a prefill and a decode row each" if not gates else f"a prefill and a decode row and {gates} gates each"
-            )
-            raise SteeringError(
-                "max_rows",
-                f"{max_rows} rows given; {max_requests} requests with {each}, and row 0, need "
-                f"{rows_needed(max_requests, gates)}",
-            )
-        if buffers.gates is not None and len(buffers.gates.probe_table) < probes_needed(max_requests, gates):
-            given = len(buffers.gates.probe_table)
-            raise SteeringError(
-                "max_probes", f"{given} given; at least {probes_needed(max_requests, gates)} are needed"
-            )
         self._buffers = buffers
         self._max_requests = max_requests
         self._capacity = max_rows - 1
