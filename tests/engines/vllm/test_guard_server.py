@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from vllm_server import LAYERS, WIDTH, Oracle, make_model, serving
+from vllm_server import LAYERS, SCALE_OUT, WIDTH, Oracle, make_model, serving
 
 from trimtab.engines.vllm.guard import DOORS
 
@@ -64,7 +64,7 @@ def model(tmp_path_factory) -> Path:
 def steering(model: Path) -> Iterator[httpx.Client]:
     # Scale-out and development mode: as many routes as vLLM has.
     with serving(
-        model, "--enable-steering", "--enable-scale-out",
+        model, "--enable-steering", *SCALE_OUT,
         log=model.parent / "steering.log", environment={"VLLM_SERVER_DEV_MODE": "1"},
     ) as client:  # fmt: skip
         yield client

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from vllm_server import WIDTH, Server, make_model
+from vllm_server import SCALE_OUT, WIDTH, Server, make_model
 
 from trimtab import Probe, SteeredModel, SteeringVector
 from trimtab.sites import HookPoint, Phase, Site
@@ -44,7 +44,7 @@ def server(folder: Path) -> Iterator[Server]:
     server = Server(
         folder / "model", "--enable-steering", "--steering-vectors", f"calm={folder / 'calm.safetensors'}",
         "--steering-probes", f"anger={folder / 'anger.safetensors'}", "--steering-probe-layers", "0",
-        "--distributed-executor-backend", "mp", "--enable-scale-out", log=folder / "server.log",
+        "--distributed-executor-backend", "mp", *SCALE_OUT, log=folder / "server.log",
     )  # fmt: skip
     server.wait()
     yield server

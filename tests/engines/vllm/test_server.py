@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from vllm_server import KEY, LAYERS, WIDTH, Oracle, Server, make_model
+from vllm_server import KEY, LAYERS, SCALE_OUT, WIDTH, Oracle, Server, make_model
 
 from trimtab.vectors.vector import SteeringVector
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
 def server(folder: Path) -> Iterator[Server]:
     server = Server(
         folder / "model", "--enable-steering", "--steering-vectors", f"calm={folder / 'calm.safetensors'}",
-        "--steering-layers", "0-2", "--steering-hook-points", "post_block", "--enable-scale-out",
+        "--steering-layers", "0-2", "--steering-hook-points", "post_block", *SCALE_OUT,
         log=folder / "server.log",
     )  # fmt: skip
     server.wait()

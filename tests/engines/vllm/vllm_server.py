@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 LAYERS, WIDTH, VOCABULARY = 4, 64, 256
 
 KEY = "a-secret-key"
+
+# Turns on the routes that take tokens. vLLM 0.26 always has them, and no such flag.
+SCALE_OUT = ["--enable-scale-out"] if (Path(find_spec("vllm").origin).parent / "entrypoints/launchers").exists() else []
 
 
 def make_model(path: Path) -> None:
