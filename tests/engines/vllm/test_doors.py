@@ -13,7 +13,7 @@ from trimtab.engines.vllm import compat_frontend, compat_patching, doors
 from trimtab.engines.vllm.accounts import Ticket
 from trimtab.engines.vllm.frontend import FrontEnd
 from trimtab.engines.vllm.registry import VectorRegistry
-from trimtab.engines.vllm.wire import TICKET, AdmittedWire
+from trimtab.engines.vllm.wire import MARK, TICKET, AdmittedWire
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
@@ -135,7 +135,11 @@ def test_steering_is_admitted_apart_from_a_copy_of_the_sampling_parameters_and_p
     plain = SamplingParams()
     assert doors.admit_params(front_end, plain) == (plain, None)
     doors.carry(plain, None)
+    doors.mark(None, plain)
     assert plain.extra_args is None
+    doors.mark(front_end, plain)
+    assert plain.extra_args == {MARK: True}
+    doors.mark(front_end, None)  # a pooling request
 
 
 @pytest.mark.parametrize(
@@ -177,6 +181,8 @@ def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carrie
     request = processor.process_inputs("r", "x", params, ())
     assert seen[0].extra_args is None
     assert request.sampling_params.extra_args["steering"] is front_end.admit(SPEC).wire
+    assert MARK in request.sampling_params.extra_args
+    assert processor.process_inputs("r", "x", SamplingParams(), ()).sampling_params.extra_args == {MARK: True}
     assert params.extra_args == {"steering": SPEC}
 
 

@@ -118,9 +118,11 @@ def _admit_each_request(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         resumable = bool(kwargs.get("resumable", False))
-        params, steering = doors.admit_params(getattr(self, "_trimtab_front_end", None), params, resumable=resumable)
+        front_end = getattr(self, "_trimtab_front_end", None)
+        params, steering = doors.admit_params(front_end, params, resumable=resumable)
         request = original(self, request_id, prompt, params, *args, **kwargs)
         doors.carry(request.sampling_params, steering)
+        doors.mark(front_end, request.sampling_params)
         return request
 
     return process_inputs

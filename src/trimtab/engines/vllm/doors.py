@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from trimtab.engines.vllm.accounts import Account, Ticket, ticket_in
 from trimtab.engines.vllm.body import DATA, Body, names_steering
 from trimtab.engines.vllm.frontend import FIELD, Admission, FrontEnd
-from trimtab.engines.vllm.wire import TICKET, AdmittedWire
+from trimtab.engines.vllm.wire import MARK, TICKET, AdmittedWire
 from trimtab.errors import SteeringError
 from trimtab.sites import Phase
 from trimtab.spec_errors import join
@@ -176,6 +176,12 @@ def carry(params: Any, steering: dict[str, Any] | None) -> None:
     """Let sampling parameters that belong to one request alone carry its steering."""
     if steering is not None:
         params.extra_args = {**(params.extra_args or {}), **steering}  # vLLM shares this dict with the request
+
+
+def mark(front_end: FrontEnd | None, params: Any) -> None:
+    """Let a request of a steered engine show that its front end looked for steering. `params` are None for pooling."""
+    if front_end is not None and params is not None:
+        params.extra_args = {**(params.extra_args or {}), MARK: True}
 
 
 def _carried(admission: Admission) -> dict[str, Any]:

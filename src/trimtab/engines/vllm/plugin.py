@@ -4,6 +4,8 @@ Importing this module imports neither torch nor vLLM's engine, and an engine wit
 `additional_config` runs as if trimtab were not installed.
 """
 
+from typing import Any
+
 
 def register() -> None:
     """Install the patches of this process; vLLM may call it more than once.
@@ -17,3 +19,19 @@ def register() -> None:
 
     guarded("the engine", compat.install)
     guarded("the front end", compat_frontend.install, build_front_end)
+
+
+class Travelling(dict[str, Any]):
+    """The `additional_config` of a steered engine. Whoever unpickles it has the patches of his process installed.
+
+    A front end may get its configuration from another process, which made it, and then calls nothing that loads
+    plugins: Ray Serve LLM's replicas do. It is a plain dict for all else, hashes and JSON included.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (dict(self),)
+
+
+def _arrived(additional_config: dict[str, Any]) -> Travelling:
+    register()
+    return Travelling(additional_config)

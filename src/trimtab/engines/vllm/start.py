@@ -9,9 +9,11 @@ from typing import Any
 import trimtab
 from trimtab.engines.vllm.compat import require_supported
 from trimtab.engines.vllm.config import SteeringSettings, model_sites, stamped
+from trimtab.engines.vllm.doors import refuse
 from trimtab.engines.vllm.flags import SETTINGS_KEY
+from trimtab.engines.vllm.plugin import Travelling
 from trimtab.engines.vllm.refusals import require_steerable
-from trimtab.engines.vllm.wire import Decoded, DecodedWire, carried, checked
+from trimtab.engines.vllm.wire import MARK, Decoded, DecodedWire, carried, checked
 from trimtab.errors import SteeringError
 from trimtab.sites import ModelSites
 from trimtab.version import code_version
@@ -24,7 +26,8 @@ def prepare_config(vllm_config: Any) -> None:
         return
     require_supported()
     require_steerable(vllm_config)
-    vllm_config.additional_config = {**vllm_config.additional_config, SETTINGS_KEY: stamped(vllm_config, settings)}
+    given = vllm_config.additional_config
+    vllm_config.additional_config = Travelling({**given, SETTINGS_KEY: stamped(vllm_config, settings)})
 
 
 def stamped_settings(vllm_config: Any) -> SteeringSettings | None:
@@ -47,21 +50,37 @@ def stamped_settings(vllm_config: Any) -> SteeringSettings | None:
 
 
 def check_request(core: Any, request: Any) -> None:
-    """Read and check what an `EngineCoreRequest` carries. Raises `SteeringError`, which refuses the request alone."""
-    given = carried(request.sampling_params)
+    """Read and check what an `EngineCoreRequest` carries. Raises a `SteeringError` that refuses the request alone."""
+    params = request.sampling_params
+    if params is None or (served := _served_by(core)) is None:
+        return
+    try:
+        request.sampling_params = _checked_params(request, params, *served)
+    except SteeringError as error:
+        refuse(error)  # some versions tell the client what such an error says
+
+
+def _checked_params(request: Any, params: Any, settings: SteeringSettings, model: ModelSites, recent: Decoded) -> Any:
+    if MARK not in (params.extra_args or ()) and not getattr(request, "abort_immediately", False):
+        raise SteeringError(SETTINGS_KEY, _UNMARKED)
+    given = carried(params)
     if given is None or isinstance(given, DecodedWire):
-        return
-    if (served := _served_by(core)) is None:
-        return
-    settings, model, recent = served
+        return params
     if getattr(request, "resumable", False):
         raise SteeringError(SETTINGS_KEY, "cannot be combined with resumable requests: where a prompt ends would move")
     wire = checked(given, settings, model, recent)
     # Callers may use their sampling parameters again: they are not to find our form in them. Only one attribute
     # changes, so a shallow copy is enough.
-    params = copy(request.sampling_params)
+    params = copy(params)
     params.extra_args = {**params.extra_args, SETTINGS_KEY: wire}
-    request.sampling_params = params
+    return params
+
+
+_UNMARKED = (
+    "this engine is steered, and a request came from a front end that never loaded trimtab, which would drop what "
+    "requests say about steering: call vllm.plugins.load_general_plugins() in the process that takes requests, before "
+    "it makes its engine client"
+)
 
 
 def check_workers(vllm_config: Any, executor: Any) -> None:

@@ -18,8 +18,10 @@ from trimtab.errors import SteeringError
 from trimtab.gates import check_served
 from trimtab.program import ResolvedSteering, Term
 from trimtab.sites import ModelSites
-from trimtab.spec import Steering
-from trimtab.wire import KEYS
+
+# In `extra_args` of each request of a steered engine whose front end looked for steering in it, found or not. A front
+# end that never loaded trimtab drops a request's `steering` without a word: the core refuses what lacks the mark.
+MARK = "trimtab_admitted"
 
 TICKET = "trimtab_ticket"  # beside the steering in `extra_args`: {"answer": the name of an `accounts.Account`}
 _LONGEST_NAME = 64  # characters
@@ -65,10 +67,9 @@ def carried(sampling_params: Any) -> Any:
 
 
 def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: Decoded | None = None) -> DecodedWire:
-    """What a request carries, read and checked against what the engine serves.
+    """The wire form that a request carries, read and checked against what the engine serves.
 
-    Takes the wire form, or a spec as users write it from a producer that bypassed the front end. `recent` is what this
-    engine read before. Raises `SteeringError`.
+    `recent` is what this engine read before. Raises `SteeringError`.
     """
     if isinstance(given, DecodedWire):
         return given
@@ -80,17 +81,14 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: D
             wire = DecodedWire(given, given.steering)
             given.taken = settings, model, wire
             return wire
-    if isinstance(given, Mapping) and set(given) == KEYS:
-        key = None if recent is None else key_of(given)
-        if recent is not None and (known := recent.get(key)) is not None:
-            return DecodedWire(given, known)
-        steering = replace(ResolvedSteering.from_wire(given, settings.start_vectors_by_digest), monitor=model.monitor)
-        _check_served(steering, model)
-        if recent is not None:
-            recent.put(key, steering, held_bytes(steering))
-        return DecodedWire(given, steering)
-    steering = Steering.parse(given).resolve(settings.start_vectors, model, settings.start_probes)
-    return DecodedWire(steering.to_wire(), steering)
+    key = None if recent is None else key_of(given)
+    if recent is not None and (known := recent.get(key)) is not None:
+        return DecodedWire(given, known)
+    steering = replace(ResolvedSteering.from_wire(given, settings.start_vectors_by_digest), monitor=model.monitor)
+    _check_served(steering, model)
+    if recent is not None:
+        recent.put(key, steering, held_bytes(steering))
+    return DecodedWire(given, steering)
 
 
 def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSteering | None:

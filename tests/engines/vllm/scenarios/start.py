@@ -6,6 +6,7 @@ import traceback
 import torch
 
 from support import HIDDEN, SCRATCH, engine, generate, random_prompts, random_spec, report, tiny_model
+from trimtab.engines.vllm.wire import MARK
 from trimtab.ops.gates import decides, gate_count
 
 
@@ -119,20 +120,25 @@ def _doors(llm):
     from vllm import SamplingParams
 
     core = llm.llm_engine.engine_core.engine_core
-    good, other = random_spec(1), random_spec(1, layers=[0])
-    elsewhere = {"interventions": [{"kind": "add", "vector": {"mlp_in": {"1": [0.0] * 63 + [1.0]}}}]}
+    good = random_spec(1, layers=[0])
     answers = {}
-    for name, given in (
-        ("a spec as users write it", good),
-        ("an unknown name", {"interventions": [{"kind": "add", "vector": "nobody"}]}),
-        ("a site that is not served", elsewhere),
-        ("nonsense", 7),
-        ("a broken wire form", {"version": 1, "vectors": [], "gates": [], "prefill": [[0, 1.0]], "decode": []}),
-        ("a wire form for a site that is not served", _wire(other, "mlp_in")),
+    for name, extra in (
+        ("no mark", None),
+        ("no mark, and a spec", {"steering": good}),
+        ("a spec as users write it", {MARK: True, "steering": good}),
+        ("nonsense", {MARK: True, "steering": 7}),
+        ("a broken wire form", {MARK: True, "steering": _wire(good) | {"prefill": [[0, 1.0]], "vectors": []}}),
+        ("a wire form for a site that is not served", {MARK: True, "steering": _wire(good, "mlp_in")}),
+        ("a wire form", {MARK: True, "steering": _wire(good)}),
     ):
-        request = _engine_core_request(SamplingParams(max_tokens=2, extra_args={"steering": given}))
+        request = _engine_core_request(SamplingParams(max_tokens=2, extra_args=extra))
         answers[name] = _refusal(lambda request=request: core.preprocess_add_request(request))
-    request = _engine_core_request(SamplingParams(max_tokens=2, extra_args={"steering": good}))
+    request = _engine_core_request(SamplingParams(max_tokens=1))  # as vLLM makes them for rejected transfers of KV
+    answers["a request that ends at once"] = "started"
+    if hasattr(request, "abort_immediately"):
+        request.abort_immediately = True
+        answers["a request that ends at once"] = _refusal(lambda: core.preprocess_add_request(request))
+    request = _engine_core_request(SamplingParams(max_tokens=2, extra_args={MARK: True, "steering": _wire(good)}))
     admitted, _ = core.preprocess_add_request(request)
     carried = admitted.sampling_params.extra_args["steering"]
     return {
@@ -142,7 +148,7 @@ def _doors(llm):
     }
 
 
-def _wire(spec, hook):
+def _wire(spec, hook="post_block"):
     from trimtab import Steering
     from trimtab.sites import HookPoint, ModelSites, Site
 
