@@ -79,6 +79,11 @@ def test_a_list_whose_layers_live_elsewhere_in_part_is_still_found():
     assert len(find_decoder_layers(Model(layers=layers))) == 3
 
 
+def test_one_list_under_two_names_is_one():
+    layers = blocks("self_attn", "mlp")
+    assert len(find_decoder_layers(Model(layers=layers, first_half=layers[:3]))) == 3
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

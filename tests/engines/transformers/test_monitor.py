@@ -86,7 +86,7 @@ def assert_same(model: SteeredModel, given: list[Any], expected, prompts=PROMPTS
 MIXED = [
     [Addition("post_block", (0, 1, 2), numbers(1), 1.5), Addition("post_block", (1,), numbers(2), phase="decode")],
     [],
-    [Addition("pre_attn", (0, 2), numbers(3), 2.0), Addition("mlp_out", (1,), numbers(4), -1.0)],
+    [Addition("pre_attn", (0, 2), numbers(3), 2.0), Addition("mlp_in", (1,), numbers(4), -1.0)],
     [Addition("post_block", (2,), numbers(5), 2.0, "prefill")],
 ]
 

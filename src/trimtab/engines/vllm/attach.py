@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from trimtab.engines.vllm.config import SteeringSettings, model_sites, table_rows
-from trimtab.engines.vllm.conventions import branch_taps, convention_of, unsupported_reason
+from trimtab.engines.vllm.conventions import branch_taps, convention_of
 from trimtab.engines.vllm.layers import steered_branch_class, steered_layer_class
+from trimtab.engines.vllm.streams import unsupported_reason
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, set_emission
@@ -38,7 +39,7 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
     wanted = model_sites(vllm_config, settings)
     held = {site: layers[site.layer] for site in wanted.sites if site.layer in layers}
     for layer in {site.layer for site in held}:
-        _check(layers[layer], layer, settings)
+        _check(layers[layer], layer, settings, vllm_config.model_config.dtype)
     buffers = SteeringBuffers(
         list(held),
         hidden_size=wanted.hidden_size,
@@ -99,10 +100,10 @@ def _decoder_layers(model: nn.Module, vllm_config: Any) -> dict[int, nn.Module]:
     return {i: layer for i, layer in enumerate(found) if type(layer).__name__ != "PPMissingLayer"}
 
 
-def _check(layer: nn.Module, index: int, settings: SteeringSettings) -> None:
+def _check(layer: nn.Module, index: int, settings: SteeringSettings, dtype: torch.dtype) -> None:
     name = type(layer).__name__
-    if (reason := unsupported_reason(type(layer))) is not None:
-        raise SteeringError("model", f"{reason}; such models cannot be steered")
+    if (reason := unsupported_reason(layer, dtype)) is not None:
+        raise SteeringError("model", f"layers of class {name} cannot be steered: {reason}")
     taps = branch_taps(type(layer))
     for hook in settings.hook_points:
         if hook not in _LAYER_HOOKS and hook not in taps:

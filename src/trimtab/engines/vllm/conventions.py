@@ -32,28 +32,17 @@ class Convention(Enum):
 # Layers whose source does not tell, by class name; each was read, and why is said.
 _OVERRIDES: dict[str, Convention] = {}
 
-# Streams of another shape: several streams per token, mixing weights, or shared blocks run in loops. `vllm.models` is
-# where vLLM keeps the former.
-_UNSUPPORTED_PACKAGES = ("vllm.models.",)
-
 
 def convention_of(layer_class: type) -> Convention:
     """The convention of a decoder layer's class."""
     if (known := _OVERRIDES.get(layer_class.__name__)) is not None:
         return known
-    function = _forward(layer_class)
+    function = forward_source(layer_class)
     if function is None:
         return Convention.FIRST
     if "residual" not in (argument.arg for argument in function.args.args):
         return Convention.FIRST if _returns_tuple(function) else Convention.WHOLE
     return Convention.SPLIT if _reads_residual_first(function) else Convention.FIRST
-
-
-def unsupported_reason(layer_class: type) -> str | None:
-    """Why layers of this class cannot be steered; None where they can."""
-    if layer_class.__module__.startswith(_UNSUPPORTED_PACKAGES):
-        return f"{layer_class.__module__}.{layer_class.__name__} carries more than one residual stream"
-    return None
 
 
 class BranchTap:
@@ -87,7 +76,7 @@ def branch_taps(layer_class: type) -> dict[HookPoint, BranchTap]:
     What is added to the last module before the norm enters the stream, and the MLP, as `post_attn` says; what follows
     the norm is the MLP branch.
     """
-    function = _forward(layer_class)
+    function = forward_source(layer_class)
     if function is None or not function.body or not _returns_pair(function.body[-1]):
         return {}
     branch: list[str] = []  # children after the attention add, last first
@@ -112,7 +101,8 @@ def branch_taps(layer_class: type) -> dict[HookPoint, BranchTap]:
     }
 
 
-def _forward(layer_class: type) -> ast.FunctionDef | None:
+def forward_source(layer_class: type) -> ast.FunctionDef | None:
+    """The source of a layer class's `forward`, parsed; None where there is none to read."""
     forward: Any = inspect.unwrap(layer_class.forward)  # type: ignore[attr-defined]
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
