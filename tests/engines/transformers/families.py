@@ -106,11 +106,13 @@ def _cohere(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> to
     return steer("post_block", x + attended + steer("mlp_out", layer.mlp(steer("mlp_in", normed))))
 
 
-def _gptj(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> tuple[torch.Tensor, None]:
+def _gptj(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> Any:
     x = steer("pre_attn", x)
     normed = layer.ln_1(x)
     attended = layer.attn(hidden_states=normed, **kw)[0]
-    return steer("post_block", x + attended + steer("mlp_out", layer.mlp(steer("mlp_in", normed)))), None
+    out = steer("post_block", x + attended + steer("mlp_out", layer.mlp(steer("mlp_in", normed))))
+    older = "layer_past" in inspect.signature(type(layer).forward).parameters  # Transformers before 5.24
+    return (out, None) if older else out
 
 
 def _granite_shared(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> torch.Tensor:
