@@ -3,6 +3,7 @@
 #   make demo   train nothing, download no model: steer the bundled one and measure the effect
 #   make test   every test, stock vLLM on the CPU included
 #   make test-versions   tests of the engines on the oldest and the newest Transformers and vLLM that are admitted
+#   make serve-cpu   stock vLLM on the CPU with steering on: the bundled model, or MODEL=PATH
 #   make lint   ruff and mypy
 #   make test-gpu   the tests that need a CUDA device (see docs/performance.md)
 
@@ -15,6 +16,12 @@ CPU_VLLM := tests/support/vllm_cpu
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \
   TRIMTAB_TESTS_MUST_RUN=1
 
+
+MODEL := src/trimtab/demo/model
+serve-cpu: $(VENV)/.vllm
+	VLLM_USE_V2_MODEL_RUNNER=0 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \
+	$(BIN)/vllm serve $(MODEL) --served-model-name model --enable-steering --host 127.0.0.1 --dtype float32 \
+	  --enforce-eager --block-size 32 --kv-cache-memory-bytes 268435456 --max-num-seqs 16 $(SERVE_ARGS)
 
 demo: $(VENV)/.base
 	$(BIN)/trimtab demo --output demo-output
@@ -88,4 +95,4 @@ $(VENV)/.vllm: $(VENV)/.dev $(CPU_VLLM)/requirements.txt $(CPU_VLLM)/pyproject.t
 	$(PIP) --no-deps ./$(CPU_VLLM)
 	@touch $@
 
-.PHONY: demo test test-versions $(VERSIONS:%=test-on-%) lint types test-gpu clean
+.PHONY: demo serve-cpu test test-versions $(VERSIONS:%=test-on-%) lint types test-gpu clean

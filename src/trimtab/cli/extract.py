@@ -7,7 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from trimtab.cli.failure import CommandError
-from trimtab.cli.options import BUNDLED, Json, Layers, Model, load_model, read_layers, read_prompts
+from trimtab.cli.options import (
+    BUNDLED,
+    Chat,
+    Json,
+    Layers,
+    Model,
+    Negative,
+    Pairs,
+    Positive,
+    check_output,
+    load_model,
+    read_contrast,
+    read_layers,
+)
+from trimtab.cli.texts import rendered
 
 if TYPE_CHECKING:
     from trimtab.training.tuning import TunedVector
@@ -15,9 +29,11 @@ if TYPE_CHECKING:
 
 
 def extract(
-    positive: Annotated[Path, typer.Option("--positive", help="Prompts that show the wanted property, one a line.")],
-    negative: Annotated[Path, typer.Option("--negative", help="Prompts that show its opposite, one a line.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Vector file to write: .safetensors or .gguf.")],
+    positive: Positive = None,
+    negative: Negative = None,
+    pairs: Pairs = None,
+    chat: Chat = False,
     model: Model = BUNDLED,
     layers: Layers = None,
     hook_point: Annotated[
@@ -38,14 +54,21 @@ def extract(
     seed: Annotated[int, typer.Option(help="Seed of the split and of the trials.")] = 0,
     json_: Json = False,
 ) -> None:
-    """Extract a vector from two files of prompts, at the layer and the strength at which it steers: scale 1."""
+    """Extract a vector from contrasting prompts, at the layer and the strength at which it steers: scale 1."""
     chosen = read_layers(layers)
-    wanted, opposite = read_prompts(positive), read_prompts(negative)
-    if output.suffix not in (".safetensors", ".gguf"):  # known before minutes of reading activations
-        raise CommandError(f"--output {output}: vectors are written as .safetensors or .gguf")
-    if not output.parent.is_dir():
-        raise CommandError(f"--output {output}: there is no directory {output.parent}")
+    given = read_contrast(positive, negative, pairs)
+    check_output(output, ".safetensors", ".gguf")  # known before minutes of reading activations
+    if output.suffix == ".gguf":
+        if hook_point != "post_block":
+            raise CommandError(f"{output}: GGUF holds post_block directions alone; write .safetensors for {hook_point}")
+        if chosen and 0 in chosen:
+            raise CommandError(
+                f"{output}: llama.cpp cannot steer block 0; leave it out of --layers, or write .safetensors"
+            )
     steered = load_model(model)
+    wanted, opposite = (rendered(texts, steered.tokenizer, chat=chat) for texts in given)
+    if output.suffix == ".gguf" and chosen is None:
+        chosen = list(range(1, steered.sites.num_layers))
     options: dict[str, Any] = {"layers": chosen, "hook_point": hook_point, "token": token}
     options["progress"] = sys.stdout.isatty() and not json_
     tuned = None

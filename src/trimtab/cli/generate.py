@@ -1,15 +1,21 @@
 """`trimtab generate`: steered text from any model."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from trimtab.cli.failure import CommandError
-from trimtab.cli.options import BUNDLED, Json, Layers, Model, load_model, read_layers, read_vector
+from trimtab.cli.options import BUNDLED, Chat, Json, Layers, Model, load_model, read_layers, read_vector
+from trimtab.cli.texts import Text, read_prompts, rendered
 
 
 def generate(
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="A prompt; repeat for a batch.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for a batch.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="File of prompts: one a line, or .jsonl with texts or messages.")
+    ] = None,
+    chat: Chat = False,
     vector: Annotated[
         list[str] | None,
         typer.Option("--vector", "-v", metavar="FILE[:SCALE]", help="A vector file and its scale (1); repeat to add."),
@@ -28,6 +34,9 @@ def generate(
     """Generate text under steering vectors, which add up; without a vector, as the plain model."""
     if not vector and (layers or phase != "all"):
         raise CommandError("--layers and --phase say where vectors act, but no --vector is given")
+    given: list[Text] = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
+    if not given:
+        raise CommandError("give a --prompt, or a file with --prompts")
     chosen = read_layers(layers)
     from trimtab.vectors.dose import dose_warning
 
@@ -41,27 +50,28 @@ def generate(
     spec = {"interventions": interventions} if interventions else None
 
     steered = load_model(model)
+    texts = rendered(given, steered.tokenizer, chat=chat)
     import torch
 
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    specs = [spec] * len(prompt) + [None] * (len(prompt) if compare else 0)
+    specs = [spec] * len(texts) + [None] * (len(texts) if compare else 0)
     with steered:
-        outputs = steered.generate(prompt * (2 if compare else 1), specs, max_new_tokens=max_new_tokens, **sampling)
+        outputs = steered.generate(texts * (2 if compare else 1), specs, max_new_tokens=max_new_tokens, **sampling)
     if json_:
         import json
 
-        typer.echo(json.dumps({"outputs": [_as_json(*row) for row in zip(prompt * 2, specs, outputs, strict=False)]}))
+        typer.echo(json.dumps({"outputs": [_as_json(*row) for row in zip(texts * 2, specs, outputs, strict=False)]}))
         return
 
     from rich.console import Console
-    from rich.text import Text
+    from rich.text import Text as Styled
 
     console = Console(highlight=False)
-    for index, (line, asked, output) in enumerate(zip(prompt * 2, specs, outputs, strict=False)):
-        if compare and index in (0, len(prompt)):
-            console.print(Text("steered" if asked else "unsteered", "bold cyan" if asked else "bold"))
-        console.print(Text.assemble((line, "dim"), output.text), soft_wrap=True)
+    for index, (line, asked, output) in enumerate(zip(texts * 2, specs, outputs, strict=False)):
+        if compare and index in (0, len(texts)):
+            console.print(Styled("steered" if asked else "unsteered", "bold cyan" if asked else "bold"))
+        console.print(Styled.assemble((line, "dim"), output.text), soft_wrap=True)
 
 
 def _as_json(prompt: str, spec: Any, output: Any) -> dict[str, Any]:

@@ -12,13 +12,16 @@ BAR = 40
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A vector in any format that trimtab reads, or a probe.")],
+    hook: Annotated[
+        str | None, typer.Option(help="Where layers of a .svec file act: pre_attn or post_block, if it does not say.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Show a vector or a probe: its sites, the length of each direction, its metadata; of a probe its bias too."""
     from trimtab.vectors import Probe
     from trimtab.vectors.files import load_vector_or_probe
 
-    found = load_vector_or_probe(file)
+    found = load_vector_or_probe(file, hook)
     vector, bias = (found.vector, found.bias) if isinstance(found, Probe) else (found, None)
     norms = vector.norms()
     metadata = {

@@ -1,6 +1,7 @@
 """Options that several commands share, and how their text is read."""
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.cli.failure import CommandError
+from trimtab.cli.texts import Text, read_pairs, read_prompts
 
 if TYPE_CHECKING:
     from trimtab.vectors import SteeringVector
 
 BUNDLED = "demo"
+HUB_TIMEOUT = 15.0  # seconds
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Directory or hub name of a model; `demo` is the bundled one.")
@@ -21,6 +24,28 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 Layers = Annotated[
     str | None, typer.Option("--layers", help="Layers such as `8-24` or `3,5,7-9`, counted from 0. Default: all.")
 ]
+
+Positive = Annotated[
+    Path | None, typer.Option("--positive", help="File of prompts that show the property: one a line, or .jsonl.")
+]
+Negative = Annotated[Path | None, typer.Option("--negative", help="File of prompts that show its opposite, likewise.")]
+Pairs = Annotated[
+    Path | None, typer.Option("--pairs", help='Instead of both: .jsonl of {"positive": ..., "negative": ...}.')
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Read each text as what a user says, through the model's chat template.")
+]
+
+
+def read_contrast(positive: Path | None, negative: Path | None, pairs: Path | None) -> tuple[list[Text], list[Text]]:
+    """The two lists of prompts, from two files or one. Raises `CommandError` for anything between."""
+    if pairs is not None:
+        if positive is not None or negative is not None:
+            raise CommandError("--pairs holds both lists: leave --positive and --negative out")
+        return read_pairs(pairs)
+    if positive is None or negative is None:
+        raise CommandError("give --positive and --negative, or --pairs")
+    return read_prompts(positive), read_prompts(negative)
 
 
 def read_layers(text: str | None) -> list[int] | None:
@@ -42,26 +67,27 @@ def read_vector(text: str) -> "tuple[SteeringVector, float]":
     from trimtab.vectors import SteeringVector
 
     path, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
+    if not colon or Path(text).exists() or not Path(path).exists():
         return SteeringVector.load(text), 1.0
     try:
         scale = float(number)
     except ValueError:
-        return SteeringVector.load(text), 1.0
+        raise CommandError(f"--vector {text}: the scale {number!r} is not a number; want {path}:1.5, say") from None
     if not math.isfinite(scale):
         raise CommandError(f"--vector {text}: the scale {number} is not a finite number")
     return SteeringVector.load(path), scale
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines are skipped. Raises `CommandError` where none is left, `OSError` for no file."""
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise CommandError(f"{path}: not a UTF-8 text file, want one prompt a line") from None
-    if not prompts:
-        raise CommandError(f"{path}: no prompts in it, want one a line")
-    return prompts
+def check_output(path: Path, *suffixes: str) -> None:
+    """Raise `CommandError` for a file that cannot be written or has none of `suffixes`: before the work, not after."""
+    if path.suffix not in suffixes:
+        raise CommandError(f"{path}: want a file name that ends in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise CommandError(f"{path}: there is no directory {path.parent}")
+    if path.is_dir():
+        raise CommandError(f"{path}: is a directory")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise CommandError(f"{path}: nothing can be written in {path.parent}")
 
 
 def load_model(name: str) -> Any:
@@ -73,13 +99,42 @@ def load_model(name: str) -> Any:
         from trimtab.demo import model_path
 
         name = str(model_path())
-    elif name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+    elif Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser())
+    elif name.startswith(("/", ".", "~")):
         raise CommandError(f"--model {name}: there is no such directory")
+    else:
+        _find_on_hub(name)
     try:
         return SteeredModel.from_pretrained(name)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CommandError(f"--model {name}: {reason}") from None
+
+
+def _find_on_hub(name: str) -> None:
+    """Raise `CommandError` where a model is neither in the cache nor on the hub, or the hub does not answer.
+
+    The hub's own client tries for minutes and says nothing; a person wants to know at once what it waits for.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            return
+        typer.echo(f"trimtab: no directory {name}, and not in the cache: asking the hub for it", err=True)
+        huggingface_hub.HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except HFValidationError:
+        raise CommandError(f"--model {name}: there is no such directory, and no model has such a name") from None
+    except HfHubHTTPError as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CommandError(f"--model {name}: there is no such directory, and the hub says: {reason}") from None
+    except Exception as error:  # no network, a proxy, offline mode: each client raises its own
+        raise CommandError(
+            f"--model {name}: there is no such directory, it is not in the cache, and the hub cannot be reached "
+            f"({type(error).__name__})"
+        ) from None
 
 
 def quiet_transformers() -> None:

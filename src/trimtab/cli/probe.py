@@ -6,16 +6,32 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from trimtab.cli.failure import CommandError
-from trimtab.cli.options import BUNDLED, Json, Layers, Model, load_model, read_layers, read_prompts
+from trimtab.cli.options import (
+    BUNDLED,
+    Chat,
+    Json,
+    Layers,
+    Model,
+    Negative,
+    Pairs,
+    Positive,
+    check_output,
+    load_model,
+    read_contrast,
+    read_layers,
+)
+from trimtab.cli.texts import rendered
 
 if TYPE_CHECKING:
     from trimtab.vectors.probe_report import ProbeReport
 
 
 def probe(
-    positive: Annotated[Path, typer.Option("--positive", help="Texts for which the probe shall fire, one a line.")],
-    negative: Annotated[Path, typer.Option("--negative", help="Texts for which it shall not, one a line.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Probe file to write: .safetensors.")],
+    positive: Positive = None,
+    negative: Negative = None,
+    pairs: Pairs = None,
+    chat: Chat = False,
     model: Model = BUNDLED,
     layers: Layers = None,
     hook_point: Annotated[
@@ -37,15 +53,14 @@ def probe(
 ) -> None:
     """Train a probe by logistic regression; layer, thresholds and report each come from texts of their own."""
     chosen = read_layers(layers)
-    wanted, opposite = read_prompts(positive), read_prompts(negative)
-    for path, suffixes in ((output, {".safetensors"}), (picture, {".png", ".svg"})):
-        if path is not None and path.suffix not in suffixes:
-            raise CommandError(f"{path}: want a file name that ends in {' or '.join(sorted(suffixes))}")
-        if path is not None and not path.parent.is_dir():
-            raise CommandError(f"{path}: there is no directory {path.parent}")
-    if paired and len(wanted) != len(opposite):
-        raise CommandError(f"--paired: {positive} has {len(wanted)} texts, {negative} has {len(opposite)}")
+    given = read_contrast(positive, negative, pairs)
+    check_output(output, ".safetensors")
+    if picture is not None:
+        check_output(picture, ".png", ".svg")
+    if paired and len(given[0]) != len(given[1]):
+        raise CommandError(f"--paired: {positive} has {len(given[0])} texts, {negative} has {len(given[1])}")
     steered = load_model(model)
+    wanted, opposite = (rendered(texts, steered.tokenizer, chat=chat) for texts in given)
     from trimtab.vectors.probe_training import FALSE_POSITIVE_RATES, train_probe
 
     with steered:
@@ -57,7 +72,7 @@ def probe(
             hook_point=hook_point,
             token=token,
             rates=rate or FALSE_POSITIVE_RATES,
-            groups=[*range(len(wanted))] * 2 if paired else None,
+            groups=[*range(len(wanted))] * 2 if paired or pairs is not None else None,
             seed=seed,
         )
     written = report.better_than_chance or force

@@ -17,7 +17,7 @@ from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.dose import stream_norm_key, stream_site
 from trimtab.vectors.parts import check_disjoint
-from trimtab.vectors.vector import SteeringVector, VectorMetadata
+from trimtab.vectors.vector import SteeringVector, VectorMetadata, model_name
 
 if TYPE_CHECKING:  # torch is loaded by whoever has a model, not by this module
     from trimtab.engines.transformers import SteeredModel
@@ -140,7 +140,7 @@ def difference(
     site_norms = {stream_norm_key(site): f"{norm:.6g}" for site, norm in readings.stream_norms.items()}
     count = int(positive.sum())
     metadata = VectorMetadata(
-        base_model=str(getattr(model.model.config, "_name_or_path", "")),
+        base_model=model_name(model.model.config),
         method="mean difference",
         source=f"{count} positive and {len(positive) - count} negative prompts",
         extra={

@@ -58,14 +58,10 @@ def write_gguf(vector: SteeringVector, path: Path, *, allow_block_zero: bool = F
     """
     foreign = [site for site in vector.sites if site.hook is not HookPoint.POST_BLOCK]
     if foreign:
-        raise SteeringError(
-            str(path), f"GGUF holds post_block directions alone, not {foreign[0]}: save as .safetensors"
-        )
+        raise SteeringError("", f"GGUF holds post_block directions alone, not {foreign[0]}: save as .safetensors")
     if vector.sites[0].layer == 0 and not allow_block_zero:
         remedy = "leave it out with `vector.at(...)`, or save as .safetensors"
-        raise SteeringError(
-            str(path), f"llama.cpp cannot steer block 0, for which this vector has a direction: {remedy}"
-        )
+        raise SteeringError("", f"llama.cpp cannot steer block 0, for which this vector has a direction: {remedy}")
     architecture = ARCHITECTURES[0]
     writer = _gguf().GGUFWriter(path, architecture)
     writer.add_string(f"{architecture}.model_hint", vector.metadata.base_model)

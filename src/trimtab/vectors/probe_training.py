@@ -36,7 +36,7 @@ from trimtab.vectors.statistics import (
     texts_for,
     win_rates,
 )
-from trimtab.vectors.vector import VectorMetadata
+from trimtab.vectors.vector import VectorMetadata, model_name
 
 if TYPE_CHECKING:  # torch is loaded by whoever has a model, not by this module
     from trimtab.engines.transformers import SteeredModel
@@ -129,7 +129,7 @@ def train_probe(
     )
     return about.with_metadata(
         VectorMetadata(
-            base_model=str(getattr(model.model.config, "_name_or_path", "")),
+            base_model=model_name(model.model.config),
             method="logistic regression",
             source=f"{len(positive)} positive and {len(negative)} negative texts",
             extra={"token": token, "held_out": f"{held_out:g}", **_told(about)},

@@ -20,7 +20,7 @@ from trimtab.sites import Site, site_order
 from trimtab.vectors.values import FloatArray, as_direction, as_site, largest
 from trimtab.wording import summary
 
-__all__ = ["FloatArray", "SteeringVector", "VectorMetadata", "as_site"]
+__all__ = ["FloatArray", "SteeringVector", "VectorMetadata", "as_site", "model_name"]
 
 # Selections of layers that one vector remembers, so that requests which narrow it cost nothing: how many at most, and
 # how many times its own size they may take together. Callers choose layers, so both are bounded.
@@ -36,6 +36,17 @@ class VectorMetadata:
     method: str = ""
     source: str = ""
     extra: Mapping[str, str] = field(default_factory=dict)
+
+
+def model_name(config: Any) -> str:
+    """What to call the model of a Transformers `config` in metadata: its hub name, or its folder's own name.
+
+    A file is passed on, and where a folder lies says more of the machine than of the model.
+    """
+    name = str(getattr(config, "_name_or_path", "") or "")
+    path = Path(name)
+    local = path.is_absolute() or name.startswith((".", "~")) or path.is_dir()
+    return path.expanduser().resolve().name if name and local else name
 
 
 class SteeringVector:
@@ -253,11 +264,14 @@ class SteeringVector:
         save_vector(self, Path(path))
 
     @staticmethod
-    def load(path: str | Path) -> "SteeringVector":
-        """Read any format of docs/formats.md. Raises `SteeringError` for a file that cannot be read as one."""
+    def load(path: str | Path, *, hook: str | None = None) -> "SteeringVector":
+        """Read any format of docs/formats.md. `hook` is the hook point at which layers of a `.svec` file act.
+
+        Raises `SteeringError` for a file that cannot be read as one, and for a `hook` beside another format.
+        """
         from trimtab.vectors.files import load_vector
 
-        return load_vector(Path(path))
+        return load_vector(Path(path), hook)
 
     # --- values: equal by content, shared rather than copied because nothing in them can change
 

@@ -8,7 +8,7 @@ from trimtab.errors import SteeringError
 from trimtab.gates import ResolvedGate, check_monitor
 from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
-from trimtab.sites import GateLimits
+from trimtab.sites import GateLimits, ModelSites
 from trimtab.spec import Gate, Steering
 from trimtab.spec_errors import join
 from trimtab.vectors.probe import Probe
@@ -23,6 +23,11 @@ class Names:
     probes: Mapping[str, Probe]
     gates: int
     monitor: ResolvedGate | None = None
+
+    def served_by(self, hook_map: HookMap) -> ModelSites:
+        """The model's sites, with its gates and its monitor."""
+        limits = GateLimits(self.gates, hook_map.sites.sites)
+        return replace(hook_map.sites, gates=limits, monitor="" if self.monitor is None else self.monitor.digest.hex())
 
 
 def resolve_monitor(monitor: Any, probes: Mapping[str, Probe], hook_map: HookMap) -> ResolvedGate | None:
@@ -63,11 +68,8 @@ def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> l
 
 
 def _resolve(spec: Any, prefix: str, names: Names, hook_map: HookMap) -> ResolvedSteering:
-    limits = GateLimits(names.gates, hook_map.sites.sites)
-    monitor = "" if names.monitor is None else names.monitor.digest.hex()
-    sites = replace(hook_map.sites, gates=limits, monitor=monitor)
     try:
-        return Steering.parse(spec).resolve(names.vectors, sites, names.probes)
+        return Steering.parse(spec).resolve(names.vectors, names.served_by(hook_map), names.probes)
     except SteeringError as error:
         field = f"{prefix}.{error.field}".strip(".")
         raise SteeringError(field, error.message + _reason(error, hook_map)) from None

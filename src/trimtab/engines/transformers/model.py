@@ -18,6 +18,7 @@ from trimtab.engines.transformers.groups import layer_devices
 from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
 from trimtab.engines.transformers.results import Generation, receipt
 from trimtab.errors import SteeringError
+from trimtab.gates import ResolvedGate
 from trimtab.instrument.hookmap import map_hook_points
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.instrument.probe import evaluating
@@ -62,6 +63,7 @@ class SteeredModel:
         self._vectors: dict[str, SteeringVector] = {}
         self._probes: dict[str, Probe] = {}
         self._gates = gates
+        self._monitor: ResolvedGate | None = None
         self._closed = False
         for name, vector in (vectors or {}).items():
             self.register(name, vector)
@@ -104,8 +106,12 @@ class SteeredModel:
 
     @property
     def sites(self) -> ModelSites:
-        """Everything that can be steered and read in this model."""
-        return self._map.sites
+        """Everything that can be steered and read in this model, and the gates and the monitor that it serves."""
+        return self._names.served_by(self._map)
+
+    @property
+    def _names(self) -> Names:
+        return Names(self._vectors, self._probes, self._gates, self._monitor)
 
     @property
     def refused_hook_points(self) -> Mapping[HookPoint, str]:
@@ -153,7 +159,7 @@ class SteeredModel:
         """
         self._check_open()
         rows = encode(prompts, self._tokenizer, self._vocabulary)
-        names = Names(self._vectors, self._probes, self._gates, self._monitor)
+        names = self._names
         resolved = resolve_all(steering, len(rows), names, self._map)
         call = Call.of(self._model, self._tokenizer, generation_kwargs)
         filler = self._pad_token(call.pad_token, call.ends)

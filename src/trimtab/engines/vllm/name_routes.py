@@ -162,6 +162,9 @@ def check_probe(probe: Probe, front_end: FrontEnd) -> None:
     if probe.vector.hidden_size != model.hidden_size:
         given = probe.vector.hidden_size
         raise SteeringError("probe", f"has width {given}, this model has hidden size {model.hidden_size}")
+    if not model.gates.count:
+        remedy = f"start it with --steering-probe-layers {probe.site.layer}, or with a probe in --steering-probes"
+        raise SteeringError("probe", f"cannot be used: this engine reads no probes; {remedy}")
     check_served(ResolvedGate.of(probe.vector, -probe.bias, 1.0), [], model.gates)
 
 
