@@ -78,9 +78,8 @@ def _layer_lists(root: nn.Module, depth: int) -> list[nn.ModuleList]:
     lists = [found for found in known if any(_is_block(layer) for layer in found)]
     if not lists:  # weights that nobody can see
         lists = [found for found in known if any(_attends_by_name(layer) for layer in found)]
-    lists = list(
-        {tuple(map(id, found)): found for found in reversed(lists)}.values()
-    )  # one list under two names is one
+    named = {tuple(map(id, found)): found for found in reversed(lists)}  # one list under two names is one
+    lists = [*named.values()][::-1]
     if len(lists) > 1:  # lists of norms or adapters may share the length; decoder layers attend
         lists = [found for found in lists if any(_attends(layer) for layer in found)]
     return lists
