@@ -176,6 +176,20 @@ def test_a_probe_is_read_where_the_vector_acts_or_before_it_within_the_layer() -
         resolved(gate(after))
 
 
+def test_within_a_layer_a_probe_after_its_vector_is_refused() -> None:
+    hooks = list(HookPoint)
+    for place, hook in enumerate(hooks):
+        vector = {hook.value: {"3": [1.0] * H}}
+        for other, reads in enumerate(hooks):
+            step = {"kind": "add", "vector": vector, **gate(Probe.at(Site(3, reads), [1.0] * H))}
+            spec = Steering.parse({"interventions": [step]})
+            if other <= place:
+                spec.resolve({}, MODEL)
+                continue
+            with pytest.raises(SteeringError, match=f"read at {reads}:3, after the vector has acted at {hook}:3"):
+                spec.resolve({}, MODEL)
+
+
 def test_what_an_engine_does_not_serve_is_refused_by_name() -> None:
     none = ModelSites(H, 6, SITES)
     with pytest.raises(SteeringError, match=r"interventions\[0\]\.gate: this engine serves no gates"):

@@ -16,9 +16,10 @@ import pytest
 
 import trimtab.spec
 from trimtab.errors import SteeringError
-from trimtab.program import Term
+from trimtab.program import ResolvedSteering, Term
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 from trimtab.spec import Add, Gate, Intervention, Steering
+from trimtab.spec_fields import Number
 from trimtab.vectors import Probe, SteeringVector
 
 H = 8
@@ -176,21 +177,38 @@ assert len(os.listdir("/proc/self/task")) == before
 
 
 def test_a_new_kind_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Twice(Intervention):
-        kind: Literal["twice"] = "twice"
+    """The kind gives each site's direction one length, which no scale of the vector does."""
+
+    class Length(Intervention):
+        kind: Literal["length"] = "length"
+        length: Number
 
         def term(self, vectors: Mapping[str, SteeringVector], path: str) -> Term:
-            vector, reference = self.narrowed_vector(vectors, path)
-            return Term(vector, 2.0, reference)
+            vector, _ = self.narrowed_vector(vectors, path)
+            return Term(vector.normalized() * self.length, 1.0)
 
-    monkeypatch.setattr(trimtab.spec, "KINDS", (Add, Twice))
+    monkeypatch.setattr(trimtab.spec, "KINDS", (Add, Length))
 
     class Wider(Steering):  # reads the kinds anew, as the module does when it is imported
         pass
 
-    both = Wider.parse({"interventions": [{"kind": "twice", "vector": "calm"}, {"kind": "add", "vector": "calm"}]})
-    assert both.resolve(NAMES, MODEL).decode.factor == 3.0
-    with pytest.raises(SteeringError, match=r"interventions\[0\]\.kind: unknown kind 'tice', did you mean 'twice'"):
-        Wider.parse({"interventions": [{"kind": "tice", "vector": "calm"}]})
+    lengths = np.linalg.norm(NUMBERS.astype(float), axis=1)
+    assert lengths[0] != lengths[1]
+    spec = {"interventions": [{"kind": "length", "vector": "calm", "length": 5, "phase": "decode"}]}
+    program = Wider.parse(spec).resolve(NAMES, MODEL).decode
+    row = program.row(list(VECTOR.sites)) * program.coefficient
+    np.testing.assert_allclose(row, NUMBERS * (5 / lengths)[:, None], rtol=1e-6)
+    back = ResolvedSteering.from_wire(Wider.parse(spec).resolve(NAMES, MODEL).to_wire(), {})
+    assert (
+        back.decode.identity
+        == program.identity
+        != Steering.parse({"interventions": [{"kind": "add", "vector": "calm", "scale": 5}]}).identity("decode", NAMES)
+    )
+    both = {"interventions": [*spec["interventions"], {"kind": "add", "vector": "calm"}]}
+    assert len(Wider.parse(both).resolve(NAMES, MODEL).decode.terms) == 2
+    with pytest.raises(SteeringError, match=r"interventions\[0\]\.kind: unknown kind 'lenth', did you mean 'length'"):
+        Wider.parse({"interventions": [{"kind": "lenth", "vector": "calm"}]})
     with pytest.raises(SteeringError, match=r"interventions\[0\]\.scale: unknown key"):
-        Wider.parse({"interventions": [{"kind": "twice", "vector": "calm", "scale": 1.0}]})
+        Wider.parse({"interventions": [{"kind": "length", "vector": "calm", "length": 1, "scale": 1.0}]})
+    with pytest.raises(SteeringError, match=r"interventions\[0\]\.kind"):
+        Steering.parse(spec)

@@ -59,8 +59,8 @@ def layouts() -> int:
         args = steering_case(7, 20, monitor=True, gate_rows=True, row_monitor=True)
         strided = torch.zeros(20, 14).t()[::2]
         strided.copy_(args.hidden_states)
-        slab = torch.zeros(7, 4)
-        slab[:, 0], slab[:, 1], slab[:, 2] = (
+        gate, tier, mask = (torch.full((7, stride), torch.nan) for stride in (2, 4, 5))  # each with a stride of its own
+        gate[:, 1], tier[:, 2], mask[:, 3] = (
             args.steering_row_gate,
             args.steering_token_scales,
             args.steering_decode_mask,
@@ -70,9 +70,9 @@ def layouts() -> int:
         args = args._replace(
             hidden_states=strided,
             steering_index=index[:, 1],
-            steering_row_gate=slab[:, 0],
-            steering_token_scales=slab[:, 1],
-            steering_decode_mask=slab[:, 2],
+            steering_row_gate=gate[:, 1],
+            steering_token_scales=tier[:, 2],
+            steering_decode_mask=mask[:, 3],
         )
         check_steering(args, 3, in_place)
         idle = steering_case(7, 20, active=False, monitor=True, row_monitor=True)
@@ -93,6 +93,16 @@ def monitor_cases() -> int:
             np.testing.assert_allclose(numpy64(args.steering_token_scales), token_scales, rtol=5e-6, atol=1e-7)
             np.testing.assert_allclose(numpy64(args.steering_row_gate), row_gate, rtol=5e-6, atol=1e-7)
             count += 1
+    args = monitor_case(7, 20, active=True, gate_rows=True)
+    expected = monitored(args)
+    gate, tier, mask = (torch.full((7, stride), torch.nan) for stride in (2, 4, 5))
+    gate[:, 1], tier[:, 2], mask[:, 3] = args.steering_row_gate, args.steering_token_scales, args.steering_decode_mask
+    args = args._replace(
+        steering_row_gate=gate[:, 1], steering_token_scales=tier[:, 2], steering_decode_mask=mask[:, 3]
+    )
+    launch_steering_monitor(args, Launch(32, 1, None, 3))
+    for actual, wanted in zip((args.steering_token_scales, args.steering_row_gate), expected, strict=True):
+        np.testing.assert_allclose(numpy64(actual), wanted, rtol=5e-6, atol=1e-7)
     launch_steering_monitor(monitor_case(0, 8))
     return count
 

@@ -120,6 +120,13 @@ def test_dp_2_in_place_form_declares_its_mutation_and_gives_the_same_values() ->
     assert written == ["hidden_states"]
 
 
+def test_dp_2_in_place_form_leaves_an_inactive_site_as_it_is() -> None:
+    args = steering_case(6, 20, active=False, monitor=True, row_monitor=True)
+    before = args.hidden_states.clone()
+    apply_in_place(*args)
+    assert torch.equal(args.hidden_states, before)
+
+
 def test_dp_3_what_stands_beyond_the_last_token_has_no_effect() -> None:
     args = steering_case(4, 20, capacity=9, monitor=True, gate_rows=True, row_monitor=True)
     expected = apply_steering(*args)
@@ -293,8 +300,50 @@ def test_dp_13_registered_schema_is_the_tuple(name: str, fields: tuple[str, ...]
     assert str(registered) == f"trimtab::{SCHEMAS[name]}"
 
 
-def test_dp_13_arity_is_locked() -> None:
-    assert (len(SteeringOpArgs._fields), len(MonitorOpArgs._fields)) == (15, 7)
+def test_dp_13_published_orders_are_locked() -> None:
+    """Everything else derives from the tuples: here alone are their orders written out once more."""
+    assert SteeringOpArgs._fields == (
+        "hidden_states",
+        "steering_table",
+        "steering_index",
+        "any_active",
+        "steering_scales",
+        "steering_dynamic_vec",
+        "steering_token_scales",
+        "steering_row_gate",
+        "steering_monitor_probe",
+        "steering_monitor_params",
+        "steering_monitor_active",
+        "steering_decode_mask",
+        "steering_monitor_probe_table",
+        "steering_monitor_row_params",
+        "steering_monitor_row_active",
+    )
+    assert MonitorOpArgs._fields == (
+        "hidden_states",
+        "probe",
+        "params",
+        "monitor_active",
+        "steering_token_scales",
+        "steering_decode_mask",
+        "steering_row_gate",
+    )
+
+
+@pytest.mark.parametrize("hidden_dtype", DTYPES)
+@pytest.mark.parametrize("table_dtype", DTYPES)
+def test_a_traced_operator_promises_the_tensor_that_it_returns(
+    hidden_dtype: torch.dtype, table_dtype: torch.dtype
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    args = steering_case(6, 20, dtype=hidden_dtype, table_dtype=table_dtype)
+    args = args._replace(hidden_states=args.hidden_states.t().contiguous().t())
+    real = apply_steering(*args)
+    with FakeTensorMode() as mode:
+        promised = apply_steering(*[mode.from_tensor(tensor) for tensor in args])
+    assert (promised.dtype, promised.shape, promised.stride()) == (real.dtype, real.shape, real.stride())
+    assert real.dtype == hidden_dtype
 
 
 class Stack(nn.Module):

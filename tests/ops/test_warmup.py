@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from trimtab.ops import register_steering_buffers
+from trimtab.ops import register_steering_buffers, warmup
+from trimtab.ops.buffers import monitor_op_args
 from trimtab.ops.variants import compiled_variants
 from trimtab.ops.warmup import warmup_apply_steering_kernel, warmup_steering_monitor_kernel
+from trimtab.sites import HookPoint
 
 
 def test_warm_up_does_nothing_on_a_cpu() -> None:
@@ -18,6 +20,33 @@ def test_warm_up_does_nothing_on_a_cpu() -> None:
     register_steering_buffers(module, 8, max_tokens=4, max_rows=3, dtype=torch.float32)
     assert warmup_apply_steering_kernel([module], [1, 2]) == 0
     assert warmup_steering_monitor_kernel([module], [1, 2]) == 0
+
+
+def test_warm_up_leaves_every_buffer_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the operators run on the CPU: what matters is what warm-up does around them."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(warmup, "_launches_kernels", lambda args: True)
+    module, other = nn.Module(), nn.Module()
+    for one in (module, other):
+        register_steering_buffers(one, 8, max_tokens=4, max_rows=3, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(5)
+        for buffer in one.buffers():
+            if buffer.dtype == torch.float32:
+                buffer.copy_(torch.rand(buffer.shape, generator=generator))
+            elif buffer.dtype == torch.bool:
+                buffer.fill_(True)
+            else:
+                buffer.fill_(1)
+    warmup_apply_steering_kernel([module], [1, 4])
+    warmup_steering_monitor_kernel([module], [1, 4])
+    args = monitor_op_args(other, HookPoint.POST_BLOCK, torch.zeros(4, 8))
+    before = args.steering_row_gate.clone(), args.steering_token_scales.clone()
+    torch.ops.trimtab.steering_monitor(*args)
+    for changed, was in zip((args.steering_row_gate, args.steering_token_scales), before, strict=True):
+        assert (changed != was).any()  # so there was something to put back
+        changed.copy_(was)
+    for (name, mine), theirs in zip(module.named_buffers(), other.buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 def test_operators_and_warm_up_work_without_triton() -> None:

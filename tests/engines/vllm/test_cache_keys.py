@@ -1,14 +1,18 @@
 """The extra keys of one block, by the tokens it holds."""
 
+import pickle
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trimtab import Steering
-from trimtab.engines.vllm.cache_keys import steering_keys
+from trimtab.engines.vllm.cache_keys import keep_keys, steering_keys
 from trimtab.engines.vllm.wire import DecodedWire
+from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 
 MODEL = ModelSites(4, 2, frozenset({Site(0, HookPoint.POST_BLOCK), Site(1, HookPoint.POST_BLOCK)}))
@@ -67,6 +71,18 @@ def test_behind_a_monitor_an_answer_steered_like_its_prompt_is_not_found_as_a_pr
     assert keys(request("prefill", monitor="ab" * 32)) == keys(request("prefill"))
 
 
+def test_a_prompt_shorter_than_a_block_is_named_in_the_block_that_its_answer_fills() -> None:
+    """A short chat turn: its first block is prompt and answer at once, and carries both."""
+    for phase in ("prefill", "all", "decode"):
+        short = request(phase, prompt=5)
+        steering = short.sampling_params.extra_args["steering"].steering
+        prefill, decode = steering.identity(Phase.PREFILL), steering.identity(Phase.DECODE)
+        first, second = keys(short, 2)
+        assert (("trimtab_prefill", prefill) in first) == bool(prefill)
+        assert (("trimtab_decode", f"{decode or '-'}@5") in first) == (phase != "all")
+        assert second == (() if phase == "all" else (("trimtab_decode", f"{decode or '-'}@0"),))
+
+
 def test_a_prompt_that_ends_with_its_block_leaves_that_block_pure() -> None:
     assert keys(request("decode", prompt=2 * BLOCK), 3)[:2] == [(), ()]
     assert keys(request("decode", prompt=2 * BLOCK - 1), 3)[1] != ()
@@ -77,6 +93,17 @@ def test_another_scale_or_another_prompt_length_gives_other_keys(other: dict[str
     assert keys(request("decode")) != keys(request("decode", **other))
 
 
+def test_steering_that_no_engine_core_has_read_gets_no_hash() -> None:
+    """No keys would mean that everyone shares the KV. What another process sent is a plain dict of the same form."""
+    steered = request("all")
+    wire = steered.sampling_params.extra_args["steering"]
+    spec = {"interventions": [{"kind": "add", "vector": "calm"}]}
+    for unread in (dict(wire), pickle.loads(pickle.dumps(wire)), spec):
+        steered.sampling_params.extra_args["steering"] = unread
+        with pytest.raises(SteeringError, match="that the engine core has not read"):
+            steering_keys(steered, 0, BLOCK)
+
+
 def test_what_other_plugins_put_under_the_same_name_is_left_alone() -> None:
     foreign = SimpleNamespace(
         sampling_params=SimpleNamespace(extra_args={"steering": {"theirs": 1}}), num_prompt_tokens=1
@@ -84,3 +111,75 @@ def test_what_other_plugins_put_under_the_same_name_is_left_alone() -> None:
     assert steering_keys(foreign, 0, BLOCK) == ()
     pooling = SimpleNamespace(sampling_params=None, num_prompt_tokens=1)
     assert steering_keys(pooling, 0, BLOCK) == ()
+
+
+@pytest.mark.vllm
+class TestOnThisVllm:
+    """With vLLM's own hasher, as an engine core makes it."""
+
+    @pytest.fixture
+    def utils(self) -> Iterator[Any]:
+        from vllm.utils.hashing import sha256_cbor
+        from vllm.v1.core import block_pool, kv_cache_utils
+
+        from trimtab.engines.vllm import compat
+
+        compat.install()
+        kv_cache_utils.init_none_hash(sha256_cbor)
+        before = kv_cache_utils.generate_block_hash_extra_keys, block_pool.generate_block_hash_extra_keys
+        yield kv_cache_utils
+        kv_cache_utils.generate_block_hash_extra_keys, block_pool.generate_block_hash_extra_keys = before
+
+    @staticmethod
+    def core(utils: Any, block: int = BLOCK) -> Any:
+        from vllm.utils.hashing import sha256_cbor
+
+        return SimpleNamespace(request_block_hasher=utils.get_request_block_hasher(block, sha256_cbor))
+
+    @pytest.mark.parametrize("block", [1, 7, 16, 128, 544])
+    def test_an_engine_core_whose_hasher_asks_us_starts_and_hashes_as_it_did(self, utils: Any, block: int) -> None:
+        core, stock = self.core(utils, block), self.core(utils, block)
+        keep_keys(core)
+        plain = SimpleNamespace(
+            sampling_params=SimpleNamespace(extra_args=None), block_hashes=[], num_tokens=3 * block, cache_salt=None,
+            all_token_ids=list(range(3 * block)), mm_features=[], lora_request=None, prompt_embeds=None,
+            num_prompt_tokens=block,
+        )  # fmt: skip
+        assert core.request_block_hasher(plain) == stock.request_block_hasher(plain)
+        assert len(core.request_block_hasher(plain)) == 3
+
+    def test_an_engine_core_whose_hasher_passes_us_by_does_not_start(self, utils: Any) -> None:
+        core = self.core(utils)
+        ours = utils.generate_block_hash_extra_keys
+        utils.generate_block_hash_extra_keys = ours.__wrapped__
+        with pytest.raises(SteeringError, match="of a steered prompt the keys of an unsteered one"):
+            keep_keys(core)
+
+    def test_a_hasher_that_asks_for_the_first_block_alone_is_found_out(self, utils: Any) -> None:
+        ours = utils.generate_block_hash_extra_keys
+        first_only = lambda request, start, end, mm: (ours if start == 0 else ours.__wrapped__)(request, start, end, mm)  # noqa: E731
+        utils.generate_block_hash_extra_keys = first_only
+        with pytest.raises(SteeringError, match="of a steered answer the keys of an unsteered one"):
+            keep_keys(self.core(utils))
+
+    def test_a_module_that_bound_the_function_before_us_is_named(
+        self, utils: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        early = ModuleType("vllm.v1.early")
+        early.generate_block_hash_extra_keys = utils.generate_block_hash_extra_keys.__wrapped__  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, early.__name__, early)
+        with pytest.raises(SteeringError, match=r"vllm\.v1\.early\.generate_block_hash_extra_keys is vLLM's own"):
+            keep_keys(self.core(utils))
+
+    def test_a_steered_engine_core_hashes_nothing_that_it_has_not_read(self, utils: Any) -> None:
+        core = self.core(utils)
+        keep_keys(core)
+        for unread in (dict(request("all").sampling_params.extra_args["steering"]), {"theirs": 1}, "calm"):
+            sent = SimpleNamespace(request_id="r1", sampling_params=SimpleNamespace(extra_args={"steering": unread}))
+            with pytest.raises(SteeringError, match="request 'r1' reached the scheduler with steering"):
+                core.request_block_hasher(sent)
+
+    def test_without_a_prefix_cache_there_is_nothing_to_keep(self) -> None:
+        core = SimpleNamespace(request_block_hasher=None)
+        keep_keys(core)
+        assert core.request_block_hasher is None

@@ -1,11 +1,21 @@
 """Who is admitted while requests come, wait, finish and come back."""
 
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
 import torch
 
 from trimtab import Steering
 from trimtab.engines.vllm.membership import Membership
 from trimtab.ops import SteeringBuffers
 from trimtab.program import ResolvedSteering
+from trimtab.engines.vllm.runner_v1 import drive_v1
+from trimtab.engines.vllm.wire import DecodedWire
 from trimtab.runtime import SteeringRuntime
 from trimtab.sites import HookPoint, ModelSites, Site
 
@@ -77,3 +87,71 @@ def test_a_request_that_left_and_comes_back_at_once_is_admitted_anew() -> None:
     assert runtime.rows_in_use == 1
     group.settle()
     assert runtime.rows_in_use == 1
+
+
+NAMES = [f"request {number}" for number in range(24)]
+
+
+class Runner:
+    """As much of the V1 model runner as `drive_v1` sees."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+        self.input_batch: Any = None
+
+    def _update_states(self, scheduler_output: Any) -> None:
+        for name in scheduler_output.finished_req_ids:
+            del self.requests[name]
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> None:
+        count = len(self.requests)
+        zeros = np.zeros(count, np.int32)
+        self.input_batch = SimpleNamespace(
+            num_reqs=count, req_ids=list(self.requests), num_computed_tokens_cpu=zeros, num_prompt_tokens=zeros + 5
+        )
+
+
+def digest_after_a_set_of_requests_has_left(runner_kind: str) -> str:
+    """Two thirds of the requests finish in one step, named in a set as vLLM names them; then others come."""
+    runtime, group = members(len(NAMES))
+    leaving = set(NAMES[::3]) | set(NAMES[1::3])
+    if runner_kind == "v2":
+        for number, name in enumerate(NAMES):
+            group.join(name, steering(float(number)), NAMES)
+        for name in leaving:
+            group.leave_soon(name)
+        group.settle()
+        return runtime.digest()
+    runner = Runner()
+    drive_v1(runner, runtime, SimpleNamespace(), len(NAMES))  # type: ignore[arg-type]
+    for number, name in enumerate(NAMES):
+        one = steering(float(number))
+        params = SimpleNamespace(extra_args={"steering": DecodedWire(one.to_wire(), one)})
+        runner.requests[name] = SimpleNamespace(sampling_params=params)
+    runner._prepare_inputs(None, np.ones(len(NAMES), np.int32))
+    assert runtime.rows_in_use == len(NAMES)
+    runner._update_states(SimpleNamespace(finished_req_ids=leaving))
+    assert runtime.rows_in_use == len(NAMES) // 3
+    return runtime.digest()
+
+
+@pytest.mark.parametrize("runner_kind", ["v1", "v2"])
+def test_ranks_in_processes_of_their_own_release_in_one_order(runner_kind: str) -> None:
+    """A set of strings is iterated in another order in each process, as ranks are processes of their own."""
+    code = (
+        "import test_membership as test\n"
+        "print(list(set(test.NAMES)))\n"
+        f"print(test.digest_after_a_set_of_requests_has_left({runner_kind!r}))"
+    )
+    found = []
+    for seed in ("1", "2"):
+        path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(done.stdout.splitlines())
+    (order, digest), (other_order, other_digest) = found
+    assert order != other_order  # else nothing was tried
+    assert digest == other_digest

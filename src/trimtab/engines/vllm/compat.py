@@ -120,6 +120,23 @@ def _check_the_workers(original: Callable[..., Any]) -> Callable[..., Any]:
     return _initialize_kv_caches
 
 
+@patch("vllm.v1.engine.core", "EngineCore.__init__", "self", "vllm_config", table=TABLE)
+def _check_the_prefix_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Why: only now does the engine core have the block hasher that it will use, and it has seen no request yet.
+    Until: requests may bring extra keys per block.
+    """
+
+    @functools.wraps(original)
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if is_configured(getattr(self, "vllm_config", None)):
+            from trimtab.engines.vllm.start import check_prefix_cache
+
+            check_prefix_cache(self)
+
+    return initialize
+
+
 # --- the prefix cache
 
 

@@ -7,13 +7,14 @@ from copy import copy
 from typing import Any
 
 import trimtab
+from trimtab.engines.vllm.cache_keys import keep_keys
 from trimtab.engines.vllm.compat import require_supported
 from trimtab.engines.vllm.config import SteeringSettings, model_sites, stamped
 from trimtab.engines.vllm.doors import refuse
 from trimtab.engines.vllm.flags import SETTINGS_KEY
 from trimtab.engines.vllm.plugin import Travelling
 from trimtab.engines.vllm.refusals import require_steerable
-from trimtab.engines.vllm.wire import MARK, Decoded, DecodedWire, carried, checked
+from trimtab.engines.vllm.wire import MARK, Decoded, carried, checked
 from trimtab.errors import SteeringError
 from trimtab.sites import ModelSites
 from trimtab.version import code_version
@@ -64,7 +65,7 @@ def _checked_params(request: Any, params: Any, settings: SteeringSettings, model
     if MARK not in (params.extra_args or ()) and not getattr(request, "abort_immediately", False):
         raise SteeringError(SETTINGS_KEY, _UNMARKED)
     given = carried(params)
-    if given is None or isinstance(given, DecodedWire):
+    if given is None:
         return params
     if getattr(request, "resumable", False):
         raise SteeringError(SETTINGS_KEY, "cannot be combined with resumable requests: where a prompt ends would move")
@@ -81,6 +82,12 @@ _UNMARKED = (
     "requests say about steering: call vllm.plugins.load_general_plugins() in the process that takes requests, before "
     "it makes its engine client"
 )
+
+
+def check_prefix_cache(core: Any) -> None:
+    """See that a new engine core tells steered KV apart. Raises `SteeringError` if it does not."""
+    if SteeringSettings.of(core.vllm_config) is not None:
+        keep_keys(core)
 
 
 def check_workers(vllm_config: Any, executor: Any) -> None:

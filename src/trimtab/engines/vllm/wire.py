@@ -71,7 +71,8 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: D
 
     `recent` is what this engine read before. Raises `SteeringError`.
     """
-    if isinstance(given, DecodedWire):
+    if isinstance(given, DecodedWire) and _is_at_home(given.steering, settings, model):
+        _check_served(given.steering, model)  # which engine core of this process read it is not known
         return given
     if isinstance(given, AdmittedWire):
         if (taken := given.taken) is not None and taken[0] is settings and taken[1] is model:

@@ -21,6 +21,7 @@ def main() -> None:
         "missing vector file": lambda: engine(folder, steering={"vectors": {"calm": "/nowhere/calm.safetensors"}}),
         "unsupported mode": lambda: engine(folder, steering={}, cpu_offload_gb=1),
         "model that is not steered": lambda: _without_attaching(folder),
+        "prefix cache that passes ours by": lambda: _without_keys(folder),
         "site without effect": lambda: _without_adding(folder),
         "monitor without effect": lambda: _without_monitoring(folder),
         "gates without effect": lambda: _with_gates(folder, gate_count=lambda original: lambda module, hook: 0),
@@ -54,6 +55,18 @@ def _without_attaching(folder):
         return engine(folder, steering={})
     finally:
         Worker.load_model = patched
+
+
+def _without_keys(folder):
+    """An engine core whose block hasher is vLLM's own."""
+    from vllm.v1.core import kv_cache_utils
+
+    patched = kv_cache_utils.generate_block_hash_extra_keys
+    kv_cache_utils.generate_block_hash_extra_keys = patched.__wrapped__
+    try:
+        return engine(folder, steering={}, enable_prefix_caching=True)
+    finally:
+        kv_cache_utils.generate_block_hash_extra_keys = patched
 
 
 def _without_adding(folder):

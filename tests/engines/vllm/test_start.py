@@ -1,0 +1,60 @@
+"""What an engine core does with a request before anything else sees it."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trimtab.engines.vllm import start
+from trimtab.engines.vllm.wire import Decoded, DecodedWire
+from trimtab.errors import SteeringError
+from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.spec import Steering
+
+SITE = Site(0, HookPoint.POST_BLOCK)
+MODEL = ModelSites(4, 1, frozenset({SITE}))
+SETTINGS = SimpleNamespace(start_vectors={}, start_probes={}, start_vectors_by_digest={})
+SPEC = {"interventions": [{"kind": "add", "vector": {"post_block": {"0": [1.0, 2.0, 3.0, 4.0]}}}]}
+
+
+def core(steered: bool = True) -> Any:
+    return SimpleNamespace(_trimtab_served=(SETTINGS, MODEL, Decoded()) if steered else None)
+
+
+def request(given: Any, **attributes: Any) -> Any:
+    params = SimpleNamespace(extra_args=None if given is None else {"steering": given, "other": 1})
+    return SimpleNamespace(request_id="r", sampling_params=params, **attributes)
+
+
+def test_a_request_gets_its_steering_in_the_form_that_was_read_and_keeps_the_rest() -> None:
+    asked = request(SPEC)
+    params = asked.sampling_params
+    start.check_request(core(), asked)
+    assert isinstance(asked.sampling_params.extra_args["steering"], DecodedWire)
+    assert asked.sampling_params.extra_args["other"] == 1
+    assert params.extra_args["steering"] is SPEC  # the caller's own parameters are not touched
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_resumable_request_is_refused_only_if_it_is_steered(resumable: bool) -> None:
+    start.check_request(core(), request(None, resumable=resumable))
+    start.check_request(core(steered=False), request(SPEC, resumable=resumable))
+    asked = request(SPEC, resumable=resumable)
+    if not resumable:
+        start.check_request(core(), asked)
+        return
+    with pytest.raises(SteeringError, match="cannot be combined with resumable requests"):
+        start.check_request(core(), asked)
+    assert asked.sampling_params.extra_args["steering"] is SPEC
+
+
+def test_what_another_engine_of_this_process_has_read_is_checked_again() -> None:
+    elsewhere = Site(7, HookPoint.POST_BLOCK)
+    spec = {"interventions": [{"kind": "add", "vector": {"post_block": {"7": [1.0, 2.0, 3.0, 4.0]}}}]}
+    read = Steering.parse(spec).resolve({}, ModelSites(4, 8, frozenset({elsewhere})))
+    with pytest.raises(SteeringError, match="post_block:7 is not served by this engine"):
+        start.check_request(core(), request(DecodedWire(read.to_wire(), read)))
+    monitored = Steering.parse(SPEC).resolve({}, ModelSites(4, 1, frozenset({SITE}), monitor="ab" * 32))
+    asked = request(DecodedWire(monitored.to_wire(), monitored))
+    start.check_request(core(), asked)
+    assert asked.sampling_params.extra_args["steering"].steering.monitor == ""
