@@ -12,10 +12,10 @@ import torch
 
 from trimtab import Steering
 from trimtab.engines.vllm.membership import Membership
-from trimtab.ops import SteeringBuffers
-from trimtab.program import ResolvedSteering
 from trimtab.engines.vllm.runner_v1 import drive_v1
 from trimtab.engines.vllm.wire import DecodedWire
+from trimtab.ops import SteeringBuffers
+from trimtab.program import ResolvedSteering
 from trimtab.runtime import SteeringRuntime
 from trimtab.sites import HookPoint, ModelSites, Site
 
