@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trimtab.engines.vllm.compat_patching import is_patched
 from trimtab.engines.vllm.flags import SETTINGS_KEY
 from trimtab.engines.vllm.wire import DecodedWire, Wire, carried
 from trimtab.errors import SteeringError
@@ -121,7 +122,7 @@ def _require_one_function() -> None:
     ours = getattr(sys.modules["vllm.v1.core.kv_cache_utils"], name)
     for module in sorted(key for key in sys.modules if key.startswith("vllm.")):
         bound = vars(sys.modules[module]).get(name, ours)
-        if bound is not ours:
+        if bound is not ours and not is_patched(bound):
             raise _passed_by(f"is not the only one: {module}.{name} is vLLM's own")
 
 

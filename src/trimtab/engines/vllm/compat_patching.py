@@ -104,6 +104,11 @@ def note(problem: str) -> None:
         logger.debug("Of use only with steering: trimtab does not know this vLLM: %s", problem)
 
 
+def is_patched(target: Any) -> bool:
+    """Whether `target` is one of our replacements, or stands before one."""
+    return bool(getattr(target, _MARK, False))
+
+
 class Need(enum.Enum):
     """What it means for a steered engine that a module of vLLM cannot be imported."""
 
