@@ -112,6 +112,16 @@ def test_merged_scales_are_summed_exactly_in_any_order() -> None:
         assert [term.scale for term in program.terms if term.vector == vector(1)] == [math.fsum(scales)]
 
 
+def test_what_is_small_in_each_term_adds_up_before_it_is_rounded() -> None:
+    """In float32, 1 + 2**-25 is 1, whichever term comes first at one of these places."""
+    small = 2.0**-25
+    terms = [Term(vector(1, *(1.0 if place == k else small for place in range(H))), 1.0) for k in range(H)]
+    program = PhaseProgram.of(terms)
+    row = program.row([Site(1, HookPoint.POST_BLOCK)])[0] * np.float32(program.coefficient)
+    np.testing.assert_array_equal(row, np.full(H, np.float32(1.0 + 4 * small)))
+    assert np.float32(1.0 + 4 * small) > 1.0
+
+
 def test_a_row_is_rounded_once() -> None:
     a, b = [0.1, 0.2, 1e-3, 7.3, -5.5], [0.3, -0.2, 1e3, 1e-5, 5.5]
     program = PhaseProgram.of([Term(vector(1, *a), 0.1), Term(vector(1, *b), 0.7)])

@@ -73,7 +73,7 @@ def due(asked: list[Ask], dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
 class Engine:
     """Two layers that do nothing, steered by a runtime: one decode token of each request."""
 
-    def __init__(self, requests: list[list[Ask]], dtype: torch.dtype) -> None:
+    def __init__(self, requests: list[list[Ask]], dtype: torch.dtype, device: str = "cpu") -> None:
         count = len(requests)
         self.buffers = SteeringBuffers(
             SITES,
@@ -81,6 +81,7 @@ class Engine:
             max_rows=rows_needed(count, GATES),
             max_tokens=count,
             dtype=dtype,
+            device=device,
             gates=GATES,
             max_probes=probes_needed(count, GATES),
         )
@@ -97,7 +98,7 @@ class Engine:
     @property
     def stream(self) -> Tensor:
         """Zeros in float32, so that what is added shows every digit that the table kept."""
-        return torch.zeros(self.buffers.token_slab.shape[0], WIDTH)
+        return torch.zeros(self.buffers.token_slab.shape[0], WIDTH, device=self.buffers.table.device)
 
 
 def check(received: list[Tensor], requests: list[list[Ask]], dtype: torch.dtype) -> None:
@@ -105,7 +106,7 @@ def check(received: list[Tensor], requests: list[list[Ask]], dtype: torch.dtype)
     for token, asked in enumerate(requests):
         want, slack = due(asked, dtype)
         for place, added in enumerate(received):
-            wrong = np.abs(added[token].double().numpy() - want[place]) > slack[place]
+            wrong = np.abs(added[token].double().cpu().numpy() - want[place]) > slack[place]
             assert not wrong.any(), (asked, place, added[token][wrong.tolist()], want[place][wrong])
 
 
