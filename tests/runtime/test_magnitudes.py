@@ -124,6 +124,12 @@ def test_a_program_that_no_device_can_compute_cannot_be_made(scales: list[float]
         ResolvedSteering.from_wire(wire, {})
 
 
+def test_a_term_without_digits_is_refused_beside_one_that_has_them() -> None:
+    one, other = (SteeringVector({SITES[0]: np.full(WIDTH, number)}) for number in (1.0, 2.0))
+    with pytest.raises(SteeringError, match="adds 2e-60 at most"):
+        PhaseProgram.of([Term(one, 1.0), Term(other, 1e-60)])
+
+
 def test_terms_that_cancel_leave_the_digits_of_what_is_left() -> None:
     rng = np.random.default_rng(5)
     large, rest = numbers(rng, 3.0, 0.2), numbers(rng, 1e-5, 4.0)

@@ -6,15 +6,18 @@ from typing import Any
 import pytest
 
 from trimtab.engines.vllm import start
-from trimtab.engines.vllm.wire import Decoded, DecodedWire
+from trimtab.engines.vllm.wire import MARK, Decoded, DecodedWire
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
+
+pytestmark = pytest.mark.vllm  # refusals are vLLM's own errors too
 
 SITE = Site(0, HookPoint.POST_BLOCK)
 MODEL = ModelSites(4, 1, frozenset({SITE}))
 SETTINGS = SimpleNamespace(start_vectors={}, start_probes={}, start_vectors_by_digest={})
 SPEC = {"interventions": [{"kind": "add", "vector": {"post_block": {"0": [1.0, 2.0, 3.0, 4.0]}}}]}
+SENT = Steering.parse(SPEC).resolve({}, MODEL).to_wire()
 
 
 def core(steered: bool = True) -> Any:
@@ -22,30 +25,30 @@ def core(steered: bool = True) -> Any:
 
 
 def request(given: Any, **attributes: Any) -> Any:
-    params = SimpleNamespace(extra_args=None if given is None else {"steering": given, "other": 1})
+    params = SimpleNamespace(extra_args={MARK: True, "other": 1} | ({} if given is None else {"steering": given}))
     return SimpleNamespace(request_id="r", sampling_params=params, **attributes)
 
 
 def test_a_request_gets_its_steering_in_the_form_that_was_read_and_keeps_the_rest() -> None:
-    asked = request(SPEC)
+    asked = request(SENT)
     params = asked.sampling_params
     start.check_request(core(), asked)
     assert isinstance(asked.sampling_params.extra_args["steering"], DecodedWire)
     assert asked.sampling_params.extra_args["other"] == 1
-    assert params.extra_args["steering"] is SPEC  # the caller's own parameters are not touched
+    assert params.extra_args["steering"] is SENT  # the caller's own parameters are not touched
 
 
 @pytest.mark.parametrize("resumable", [True, False])
 def test_a_resumable_request_is_refused_only_if_it_is_steered(resumable: bool) -> None:
     start.check_request(core(), request(None, resumable=resumable))
-    start.check_request(core(steered=False), request(SPEC, resumable=resumable))
-    asked = request(SPEC, resumable=resumable)
+    start.check_request(core(steered=False), request(SENT, resumable=resumable))
+    asked = request(SENT, resumable=resumable)
     if not resumable:
         start.check_request(core(), asked)
         return
     with pytest.raises(SteeringError, match="cannot be combined with resumable requests"):
         start.check_request(core(), asked)
-    assert asked.sampling_params.extra_args["steering"] is SPEC
+    assert asked.sampling_params.extra_args["steering"] is SENT
 
 
 def test_what_another_engine_of_this_process_has_read_is_checked_again() -> None:
