@@ -92,10 +92,11 @@ def test_lists_whose_activations_have_one_mean_are_refused(llama, tokenizer):
 
 
 def test_activations_that_are_not_finite_are_refused_by_prompt(llama, tokenizer):
-    with torch.no_grad():
-        llama.get_input_embeddings().weight[tokenizer("storm")["input_ids"][-1]] = float("nan")
-    with SteeredModel(llama, tokenizer) as model, pytest.raises(SteeringError, match="not finite for the prompt 'the"):
-        extract_vector(model, POSITIVE, NEGATIVE, progress=False)
+    with SteeredModel(llama, tokenizer) as model:
+        with torch.no_grad():
+            llama.get_input_embeddings().weight[tokenizer("storm")["input_ids"][-1]] = float("nan")
+        with pytest.raises(SteeringError, match="not finite for the prompt 'the storm"):
+            extract_vector(model, POSITIVE, NEGATIVE, progress=False)
 
 
 def test_the_norm_of_the_stream_is_kept_beside_the_vector_without_first_tokens(llama, tokenizer):
