@@ -134,6 +134,13 @@ def test_a_bad_steering_is_refused_where_it_stands(llama, steering, message):
         model.generate(PROMPTS, steering, max_new_tokens=1)
 
 
+def test_its_sites_say_how_many_gates_it_serves_and_where(llama):
+    for gates in (4, 2, 0):
+        with SteeredModel(llama, gates=gates) as model:
+            assert model.sites.gates.count == gates
+            assert model.sites.gates.probe_sites == model.sites.sites
+
+
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
