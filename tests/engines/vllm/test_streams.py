@@ -21,7 +21,6 @@ STEERED = [
     "granite.GraniteDecoderLayer",
     "minicpm.MiniCPMDecoderLayer",
     "qwen3_next.Qwen3NextDecoderLayer",
-    "gemma4.Gemma4DecoderLayer",
     "mistral.MistralDecoderLayer",
 ]
 
@@ -63,7 +62,7 @@ def test_an_engine_with_such_layers_does_not_attach() -> None:
 
 
 @pytest.mark.parametrize("path", STEERED)
-def test_scaled_branches_and_streams_scaled_before_they_leave_are_steered(path: str) -> None:
+def test_layers_that_scale_their_branches_alone_are_steered(path: str) -> None:
     assert unsupported_reason(instance(MODELS + path), torch.float16) is None
 
 
@@ -108,3 +107,8 @@ def test_every_package_that_this_vllm_has_was_read() -> None:
 def test_gemma_3n_is_refused_for_its_streams() -> None:
     reason = unsupported_reason(instance(MODELS + "gemma3n.Gemma3nDecoderLayer"), torch.bfloat16)
     assert "several residual streams" in (reason or "")
+
+
+def test_gemma_4_is_refused_for_the_scale_at_its_end() -> None:
+    reason = unsupported_reason(instance(MODELS + "gemma4.Gemma4DecoderLayer"), torch.bfloat16)
+    assert "scales the whole stream at its end" in (reason or "")

@@ -37,7 +37,10 @@ _PACKAGES = {  # below `vllm.models`
     "step5": "its residual may be of another precision than its hidden states",
 }
 
-_CLASSES = {"Gemma3nDecoderLayer": _SEVERAL}
+_CLASSES = {
+    "Gemma3nDecoderLayer": _SEVERAL,
+    "Gemma4DecoderLayer": "it scales the whole stream at its end, and no test has shown yet that it is steered in full",
+}
 
 
 def unsupported_reason(layer: nn.Module, dtype: torch.dtype) -> str | None:
