@@ -200,6 +200,14 @@ REFUSED_BY_MODEL = {
     ),
     "narrowed to a layer it lacks": (add(layers=[3]), MODEL, "interventions[1].layers", "not among its layers 1, 2"),
     "scaled out of range": (add(scale=20000.0), MODEL, "interventions[1].scale", "65504"),
+    "scaled to nothing": (
+        add(vector={"post_block": {"1": [1e-10] * H}}, scale=1e-30),
+        MODEL,
+        "interventions[1].scale",
+        "adds",
+    ),
+    "vector of nearly nothing": (add(vector={"post_block": {"1": [1e-40] * H}}, scale=2.0), MODEL, V, "adds"),
+    "vector beyond any scale": (add(vector={"post_block": {"1": [1e30] * H}}, scale=0.5), MODEL, V, "65504"),
     "vector out of range": (add(vector={"post_block": {"1": [7e4] * H}}), MODEL, V, "65504"),
     "sum out of range": (
         {"interventions": [{"kind": "add", "vector": "calm", "scale": 16000.0}] * 2},
