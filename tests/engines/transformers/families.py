@@ -135,6 +135,16 @@ def _falcon_h1(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) ->
     return (steer("post_block", x + steer("mlp_out", branch)),)
 
 
+def _returns_pairs(model: Any, layer: nn.Module) -> bool:
+    """Whether a layer returns its hidden states with something beside: that changes between releases."""
+    seen: list[bool] = []
+    handle = layer.register_forward_hook(lambda _m, _args, output: seen.append(isinstance(output, tuple)))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1]]), use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
 class Family:
     """One family: how to make a tiny model, the hook points it has, and its edited layer."""
 
@@ -169,17 +179,21 @@ class Family:
 
     def edited(self, model: Any, steer: Callable[[int, str, torch.Tensor], torch.Tensor]) -> Any:
         """`model` with its layers' forward passes exchanged for the edited copy, which calls `steer`."""
-        for index, layer in enumerate(model.get_submodule(self.path)):
-            layer.forward = types.MethodType(self._edited_forward(index, steer), layer)
+        layers = model.get_submodule(self.path)
+        pair = _returns_pairs(model, layers[0])
+        for index, layer in enumerate(layers):
+            layer.forward = types.MethodType(self._edited_forward(index, steer, pair), layer)
         return model
 
-    def _edited_forward(self, index: int, steer: Callable[[int, str, torch.Tensor], torch.Tensor]) -> Any:
+    def _edited_forward(self, index: int, steer: Callable[[int, str, torch.Tensor], torch.Tensor], pair: bool) -> Any:
         def forward(layer: nn.Module, *args: Any, **kw: Any) -> Any:
             names = list(inspect.signature(type(layer).forward).parameters)[1:]  # some models pass these by place
             given = {**dict(zip(names, args, strict=False)), **kw}
             given = {name: value for name, value in given.items() if not name.startswith("encoder_")}
             hidden_states = given.pop("hidden_states")
-            return self.forward(layer, hidden_states, lambda hook, value: steer(index, hook, value), given)
+            left = self.forward(layer, hidden_states, lambda hook, value: steer(index, hook, value), given)
+            left = left[0] if isinstance(left, tuple) else left
+            return (left, None) if pair else left
 
         return forward
 

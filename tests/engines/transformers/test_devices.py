@@ -101,23 +101,3 @@ def test_a_layer_whose_weights_are_on_no_device_is_refused_when_the_model_is_ope
     built.model.layers[1].to("meta")
     with pytest.raises(SteeringError, match="model: the weights of layer 1 are on no device between passes"):
         SteeredModel(built)
-
-
-def test_an_offloaded_model_is_refused_when_it_is_opened() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    built = accelerate.cpu_offload(FAMILIES["llama"].model(), execution_device="cpu")
-    with pytest.raises(SteeringError, match="model: the weights of layer 0 are on no device between passes"):
-        SteeredModel(built)
-
-
-def test_a_dispatched_model_is_steered_as_one_that_lies_still() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
-    places |= {f"model.layers.{index}": "cpu" for index in range(3)}
-    spec = {"interventions": additions()}
-    with SteeredModel(FAMILIES["llama"].model()) as still:
-        expected = still.generate(PROMPTS, spec, max_new_tokens=4)
-    built = accelerate.dispatch_model(FAMILIES["llama"].model(), places, force_hooks=True)
-    with SteeredModel(built) as moved:
-        assert moved.generate(PROMPTS, spec, max_new_tokens=4) == expected
-        assert HookPoint.POST_ATTN in moved.sites.hook_points

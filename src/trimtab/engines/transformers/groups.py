@@ -1,6 +1,8 @@
 """The buffers and the runtime of those steered sites that share a device."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +63,10 @@ class SiteGroup:
 
     def prepare(self, steering: Sequence[ResolvedSteering | None], tokens: int) -> None:
         """Make room for one row per steering, and for passes of up to `tokens` tokens."""
+        with _current(self._device):
+            self._prepare(steering, tokens)
+
+    def _prepare(self, steering: Sequence[ResolvedSteering | None], tokens: int) -> None:
         self._keep_gate_uses()
         rows = self._rows = len(steering)
         buffers = SteeringBuffers(
@@ -84,11 +90,13 @@ class SiteGroup:
     def step(self, names: Sequence[str], first: IntArray, counts: IntArray, lengths: IntArray) -> None:
         """Route the tokens of the pass that now begins: see `SteeringRuntime.step`. Row r is called str(r)."""
         assert self._runtime is not None
-        self._runtime.step(names, first, counts, lengths)
+        with _current(self._device):
+            self._runtime.step(names, first, counts, lengths)
 
     def steer(self, site: Site, value: torch.Tensor) -> torch.Tensor:
         """`value` [..., H], steered, on the device that it came from."""
-        return emit(self._holders[site.layer], site.hook, value.to(self._device)).to(value.device)
+        with _current(self._device):
+            return emit(self._holders[site.layer], site.hook, value.to(self._device)).to(value.device)
 
     def gate_uses(self) -> Mapping[tuple[int, str], GateUse]:
         """What each gate of each row has done in this call. To be read once the call is over."""
@@ -103,3 +111,8 @@ class SiteGroup:
                 known = self._uses.get((row, use.gate))
                 self._uses[row, use.gate] = use if known is None else known + use
         self._runtime = None
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Views of one memory under several types can be made only while its device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
