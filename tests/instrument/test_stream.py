@@ -105,6 +105,7 @@ def test_a_model_that_cannot_be_steered_is_refused_with_the_true_reason(case):
 
 
 def test_a_prefix_that_attends_both_ways_is_refused():
+    # PaliGemma's does; from Transformers 5.24 on only where token types say that there is one.
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = hf.PaliGemmaConfig(
         vision_config={**vision, "image_size": 8, "patch_size": 4, "projection_dim": 32},
@@ -114,8 +115,14 @@ def test_a_prefix_that_attends_both_ways_is_refused():
         image_token_id=63,
     )
     torch.manual_seed(0)
+    model = hf.PaliGemmaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        first, other = (model(input_ids=torch.tensor([[1, 2, last]])).logits[0, 0] for last in (3, 4))
+    if torch.equal(first, other):
+        assert map_hook_points(model).sites.sites
+        return
     with pytest.raises(SteeringError, match="attends to later tokens"):
-        map_hook_points(hf.PaliGemmaForConditionalGeneration(config))
+        map_hook_points(model)
 
 
 def test_a_compiled_model_has_its_hook_points():
