@@ -61,6 +61,11 @@ def test_a_steered_answer_is_not_reused_by_unsteered_requests(cached: dict[str, 
     assert cached["its answer sent unsteered, prefill-only"] == 0
 
 
+def test_a_first_block_that_a_steered_answer_fills_is_found_by_that_steering_alone(cached: dict[str, int]) -> None:
+    assert cached["a short chat's turn, sent unsteered"] == 0
+    assert cached["a short chat's turn"] == 32
+
+
 @pytest.mark.parametrize("steering", ["decode-only", "prefill-only"])
 def test_the_same_tokens_with_another_prompt_length_share_the_common_prompt_alone(
     cached: dict[str, int], steering: str

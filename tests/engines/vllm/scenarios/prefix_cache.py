@@ -3,6 +3,7 @@
 from support import differences, engine, generate, random_prompts, random_spec, report, tiny_model
 
 LENGTH, BLOCK, FULL = 100, 32, 96  # prompt tokens; block size; prompt tokens in full blocks
+SHORT = 10  # prompt tokens of a chat whose first block its answer fills
 EVERY, OTHER = random_spec(1, strength=2.0), random_spec(2, strength=2.0)
 PREFILL, DECODE = random_spec(3, phase="prefill", strength=2.0), random_spec(4, phase="decode", strength=2.0)
 
@@ -36,6 +37,12 @@ def main() -> None:
         turn = prompt + with_cache.answers[-1]
         cached[f"a turn after an answer with {name} steering"] = with_cache.ask(turn, spec)
         cached[f"its answer sent unsteered, {name}"] = with_cache.ask(turn, None)
+
+    chat = random_prompts([SHORT], seed=2)[0]
+    with_cache.ask(chat, EVERY)
+    chat = chat + with_cache.answers[-1]
+    cached["a short chat's turn, sent unsteered"] = with_cache.ask(chat, None)
+    cached["a short chat's turn"] = with_cache.ask(chat, EVERY)
 
     for name, spec in (("decode-only", DECODE), ("prefill-only", PREFILL)):
         prompt = next(fresh)
