@@ -240,6 +240,16 @@ def test_a_lock_that_a_living_process_holds_is_a_refusal_and_one_of_a_dead_proce
     assert registry.vectors() == {"joy": JOY, "fear": FEAR}
 
 
+def test_a_lock_that_is_a_pipe_or_a_folder_is_a_refusal_and_nobody_waits_for_it(directory: Path) -> None:
+    registry = VectorRegistry({}, directory)
+    for make in (os.mkfifo, os.mkdir):
+        (directory / "lock").unlink(missing_ok=True)
+        make(directory / "lock")
+        with pytest.raises(RegistryUnavailableError, match="its lock cannot be taken"):
+            registry.add("fear", FEAR)
+        assert registry.vectors() == {"joy": JOY}
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("call", ["open", "replace", "fsync", "save"])
 def test_a_directory_that_cannot_be_written_is_a_refusal_with_the_reason(

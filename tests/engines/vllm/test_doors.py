@@ -150,6 +150,7 @@ def test_steering_is_admitted_apart_from_a_copy_of_the_sampling_parameters_and_p
         ({"hotwire": "[]"}, "extra_args.hotwire"),
         ({"extra_body": {"steering": SPEC}}, "extra_args.extra_body.steering"),
         ({"steering": SPEC, "steer": "{}"}, "extra_args.steer"),
+        ({"trimtab": "{}"}, "extra_args.trimtab"),
     ],
 )
 def test_in_python_another_name_for_steering_is_refused_where_the_engine_steers(front_end, extra, place):

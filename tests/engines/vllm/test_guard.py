@@ -147,8 +147,12 @@ def test_what_cannot_be_read_is_a_400() -> None:
 def test_query_parameters_and_headers_of_that_name_are_refused() -> None:
     client = application()
     refused(client.post("/v1/completions", params={"steering": "calm"}, json={}), "query.steering")
-    refused(client.post("/v1/completions", headers={"X-Steering": "calm"}, json={}), "headers.x-steering")
-    more = {"x-traffic-steering": "eu", "x-request-id": "steering"}
+    within = client.post("/v1/completions", params={"vllm_xargs": json.dumps({"steering": "calm"})}, json={})
+    refused(within, "query.vllm_xargs.steering")
+    for header in ("X-Steering", "X_Steering", "X-Steer", "Steering-Vector", "X-Steering-Spec", "X-vLLM-Steering"):
+        asked = client.post("/v1/completions", headers={header: "calm"}, json={})
+        refused(asked, f"headers.{header.lower()}")
+    more = {"x-traffic-steering": "eu", "x-request-id": "steering", "x-steering-admin-key": "k", "x-vllm": "1"}
     assert client.post("/v1/completions", params={"a": "steering"}, headers=more, json={}).status_code == 200
 
 

@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 from trimtab.engines.vllm.frontend import FIELD
 from trimtab.spec_errors import join
 
-# Names that others' servers know for the same, beside those with "steer" in them, and the spec's own first key.
-OTHER_NAMES = frozenset(
-    {"hotwire", "controlvector", "controlvectors", "cvec", "applyhooks", "activationaddition", "interventions"}
-)
+# What a name for steering has in it: our words, and those of other systems. And whole names: the spec's own first key.
+WORDS = ("steer", "trimtab", "hotwire", "controlvector", "activationaddition")
+OTHER_NAMES = frozenset({"cvec", "applyhooks", "intervention", "interventions"})
 
-# Objects whose keys are a user's data or a model's, not options.
-DATA = frozenset({"arguments", "documents", "functions", "logit_bias", "parameters", "text", "tools", "variables"})
-DATA |= {"$defs", "definitions", "input_schema", "json", "json_schema", "properties", "schema"}
-DATA |= {"guided_json", "output_format", "response_format", "structured_outputs"}
-DATA |= {"ec_transfer_params", "kv_transfer_params"}
+# Objects whose keys are a user's data or a model's, not options: at the top of a body, and the parts of these deeper
+# within. Schemas stand in options, which are searched up to there.
+DATA = frozenset({"documents", "functions", "guided_json", "tools", "ec_transfer_params", "kv_transfer_params"})
+INNER_DATA = DATA | {"arguments", "parameters", "variables"}
+INNER_DATA |= {"$defs", "definitions", "input_schema", "json", "json_schema", "properties", "schema"}
+
+_TOPS = ("", "body")  # of a request, and of a line of a batch
 
 # Objects in which users choose names. In arguments of their templates and processors our own name means us, and names
 # like it only with an object behind them; in records, of which a server reads nothing, only such an object does.
@@ -105,16 +106,17 @@ class Body:
         todo = deque([("", self.value, "", False)] if self._suspect else [])
         while todo:
             place, node, named, twice = todo.popleft()
-            if isinstance(node, list):
-                if node and not isinstance(node[0], (int, float)):  # token ids and embeddings are long
-                    todo.extend((f"{place}[{i}]", item, named, twice) for i, item in enumerate(node))
+            if isinstance(node, list):  # token ids and embeddings are long
+                inner = ((i, item) for i, item in enumerate(node) if isinstance(item, dict | list))
+                todo.extend((f"{place}[{i}]", item, named, twice) for i, item in inner)
             elif isinstance(node, dict):
+                data = DATA if place in _TOPS else INNER_DATA
                 for key, value, repeated in self._items(node):
                     inside, doubled = join(place, f"{key!s:.80}"), twice or repeated
                     if isinstance(key, str) and asks(key, value, named):
                         if value is not None or doubled:
                             yield Ask(inside, value, doubled)
-                    elif key not in DATA and not (key == "input" and isinstance(value, dict)):
+                    elif key not in data and not (key == "input" and isinstance(value, dict)):
                         todo.append((inside, self._opened(key, value), named or OWN_NAMES.get(key, ""), doubled))
 
     def key_given_twice(self, node: Any) -> str | None:
@@ -156,7 +158,9 @@ def names_steering(key: str) -> bool:
         return False
     name = unicodedata.normalize("NFKC", key).casefold()
     letters = "".join(filter(str.isalnum, name))
-    return "steer" in letters or letters in OTHER_NAMES or any(map(_is_nearly_ours, (letters, *_words(name))))
+    if letters in OTHER_NAMES or any(word in letters for word in WORDS):
+        return True
+    return any(map(_is_nearly_ours, (letters, *_words(name))))
 
 
 def _asks(key: str, value: Any, named: str) -> bool:

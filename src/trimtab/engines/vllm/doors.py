@@ -42,6 +42,8 @@ OFF = "steering is off in this engine; start it with --enable-steering"
 
 PLACES = frozenset({FIELD, f"vllm_xargs.{FIELD}"})  # in a body, where a spec may stand
 
+_OURS = (FIELD, TICKET, MARK)  # what `extra_args` hold for our own use
+
 IN_PYTHON = frozenset({f"extra_args.{FIELD}"})
 
 # The routes that steer what they answer, for messages; `guard` has all that take a spec.
@@ -93,14 +95,12 @@ def spec_in(body: Body, places: frozenset[str] = PLACES) -> Any:
     return next(iter(given.values()), None)
 
 
-def refuse_names(names: Iterable[str], within: str) -> None:
-    """Raise `SteeringError` where one of `names`, of query parameters or the like, asks for steering."""
+def refuse_beside(fields: Iterable[tuple[str, Any]], within: str) -> None:
+    """Raise `SteeringError` where `fields` beside a body, of its query or its headers, ask for steering."""
     off = current_front_end() is None
-    for name in names:
-        if off and name.casefold() == FIELD:
-            raise SteeringError(join(within, name), OFF)
-        if not off and names_steering(name):
-            raise _refused("place", join(within, name), _where_it_belongs(name, PLACES))
+    for ask in Body.of_form(fields).asks(ours_alone=off):
+        place = join(within, ask.place)
+        raise SteeringError(place, OFF) if off else _refused("place", place, _where_it_belongs(ask.place, PLACES))
 
 
 def refuse_all(body: Body, where: str) -> None:
@@ -220,7 +220,7 @@ def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Adm
 def _refuse_misplaced(front_end: FrontEnd, extra: Mapping[str, Any]) -> None:
     """Raise if `extra_args` ask for steering by another name than ours, or deeper within."""
     for name, value in extra.items():
-        if name == FIELD or name in DATA:
+        if name in _OURS or name in DATA:
             continue
         inner = f".{FIELD}" if isinstance(value, Mapping) and value.get(FIELD) is not None else ""
         if inner or (value is not None and isinstance(name, str) and names_steering(name)):

@@ -18,7 +18,7 @@ from trimtab.engines.vllm.doors import (
     current_front_end,
     exchange,
     refuse_all,
-    refuse_names,
+    refuse_beside,
     spec_in,
 )
 from trimtab.engines.vllm.frontend import FIELD
@@ -47,8 +47,8 @@ BY_CONTENT = "/invocations"  # hands a body to the first handler that takes it: 
 
 MORE_PLACES = {"/inference/v1/generate": frozenset({f"sampling_params.extra_args.{FIELD}"})}
 
-# Others' headers may speak of steering too, of traffic or content: these names speak of ours.
-HEADERS = frozenset({"steering", "x-steering", "x-steering-vectors", "x-activation-steering", "x-trimtab-steering"})
+# Others' headers may speak of steering too, of traffic or content. One whose words are all among these speaks of ours.
+HEADERS = frozenset({"steer", "steering", "spec", "vector", "vectors", "activation", "trimtab", "vllm", "llm", "x"})
 
 _NO_JSON = ("multipart/", "application/x-www-form-urlencoded", "application/octet-stream", "audio/", "image/", "video/")
 
@@ -61,6 +61,11 @@ def guard_routes(app: FastAPI) -> None:
             route.app = request_response(_reading(route, door=route.path in doors))
         elif isinstance(route, APIWebSocketRoute):
             route.app = _Session(route.app)
+
+
+def _speaks_of_ours(header: str) -> bool:
+    words = set(header.lower().replace("_", "-").split("-"))
+    return words <= HEADERS and bool(words & {"steer", "steering", "trimtab"})
 
 
 class _ReadRequest(Request):  # type: ignore[misc]
@@ -87,8 +92,8 @@ def _reading(route: APIRoute, *, door: bool) -> Callable[[Request], Awaitable[Re
     async def handler(plain: Request) -> Response:
         request = _ReadRequest(plain.scope, plain.receive)
         try:
-            refuse_names(request.query_params, "query")
-            refuse_names(HEADERS.intersection(request.headers), "headers")
+            refuse_beside(request.query_params.multi_items(), "query")
+            refuse_beside(((name, "") for name in request.headers if _speaks_of_ours(name)), "headers")
             body = await _body_of(request, takes_form=takes_form)
             if not door and body is not None:
                 refuse_all(body, route.path)

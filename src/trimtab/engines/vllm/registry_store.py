@@ -97,7 +97,7 @@ class SharedStore(Generic[Content]):
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
-                lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if os.fstat(lock).st_ino == os.stat(path).st_ino:  # else it was replaced while we opened it
