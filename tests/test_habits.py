@@ -42,7 +42,7 @@ def test_the_versions_that_tests_run_on_are_the_ends_of_what_is_admitted(engine:
     )
     bounds = {bound.operator: Version(bound.version) for bound in extra.specifier}
     assert (extra.name, set(bounds)) == (engine, {">=", "<"})
-    assert bounds[">="] == Version(f"{oldest.major}.{oldest.minor}")
+    assert bounds[">="] == oldest
     assert bounds["<"] == Version(f"{newest.major}.{newest.minor + 1}")
     pinned = re.search(
         rf"\b{engine}==([\d.]+)", ((ROOT / "constraints.txt").read_text() + (ROOT / "Makefile").read_text())
