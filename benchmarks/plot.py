@@ -50,7 +50,7 @@ def main() -> None:
         drawn = not result["settings"].get("eager") and any("decode" in r["workload"] for r in result["records"])
         if drawn:
             draw_vllm(result, options.images / f"{path.stem}.svg")
-        texts["vllm"].append(vllm_text(result, path.stem if drawn else None))
+        texts["vllm"].append(vllm_text(result, path.stem, drawn))
     for path in sorted(options.results.glob("admission*.json")):
         texts["admission"].append(admission_text(json.loads(path.read_text())))
     summary = options.results / "gpu-tests.txt"
@@ -281,8 +281,8 @@ def draw_vllm(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def vllm_text(result: dict[str, Any], picture: str | None) -> str:
-    """The table of one run of `vllm_decode.py`, below its `picture` if there is one."""
+def vllm_text(result: dict[str, Any], stem: str, picture: bool) -> str:
+    """The table of one run of `vllm_decode.py`, below its picture if there is one."""
     machine, settings = result["machine"], result["settings"]
     rows, stock = [], result["records"][0]
     for r in result["records"]:
@@ -303,18 +303,21 @@ def vllm_text(result: dict[str, Any], picture: str | None) -> str:
     against = f"Stock was started {('once', 'twice', 'three times')[starts - 1]}; ratios are to the first of them"
     order = f"{against}, which started {'last' if settings.get('stock_last') else 'first'}."
     if settings.get("eager"):
-        return f"{eager_text(result)}\n"
+        return f"{eager_text(result, earlier='before' in stem)}\n"
     return "\n\n".join([
         f"Machine: {machine['gpu']}, vLLM {machine['vllm']}, torch {machine['torch']}, triton {machine['triton']}. "
         f"Shape `{settings['shape']}`, prompts of {prompt} tokens, {new} new ones, {settings['repeats']} repeats. "
         f"{order}",
-        *([f"![overhead per case and batch](images/{picture}.svg)"] if picture else []),
+        *([f"![overhead per case and batch](images/{stem}.svg)"] if picture else []),
         _table(heads, rows),
     ]) + "\n"  # fmt: skip
 
 
-def eager_text(result: dict[str, Any]) -> str:
-    """The table of an eager run. The host takes the time and shares its cores: the least of the repeats says most."""
+def eager_text(result: dict[str, Any], *, earlier: bool) -> str:
+    """The table of an eager run. The host takes the time and shares its cores: the least of the repeats says most.
+
+    `earlier` is a run of the code in which no site rested.
+    """
     machine, settings, rows = result["machine"], result["settings"], []
     for r in result["records"]:
         same = [o for o in result["records"] if o["workload"] == r["workload"] and o["case"].startswith("stock")]
@@ -326,7 +329,8 @@ def eager_text(result: dict[str, Any]) -> str:
         ))  # fmt: skip
     return "\n\n".join([
         f"Machine: {machine['gpu']}, vLLM {machine['vllm']}, torch {machine['torch']}, triton {machine['triton']}. "
-        f"Eager, shape `{settings['shape']}`, {settings['repeats']} repeats, {_starts(result)} starts of stock.",
+        f"Eager{', before sites could rest' if earlier else ''}, shape `{settings['shape']}`, "
+        f"{settings['repeats']} repeats, {_starts(result)} starts of stock.",
         _table(("workload", "case", "ms, least", "ms, median", "least against stock's"), rows),
     ])  # fmt: skip
 

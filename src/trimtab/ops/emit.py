@@ -8,7 +8,7 @@ from trimtab.ops.args import SteeringOpArgs
 from trimtab.ops.buffers import has_steering, monitor_op_args, steering_op_args
 from trimtab.ops.emission import emission
 from trimtab.ops.gates import decided_gates, decides, gate_count, gate_op_args
-from trimtab.ops.host import site_state
+from trimtab.ops.host import rests
 from trimtab.sites import HookPoint
 
 
@@ -24,11 +24,9 @@ def emit(
     alone. `in_place` lets the operator write into `hidden`, outside of compiled graphs, so an idle site costs a launch
     and no copy; callers must use the returned tensor in either case.
     """
-    if not has_steering(module, hook):
-        return hidden
     compiling = torch.compiler.is_compiling()
     mode = emission(module)
-    if mode.eager and not compiling and site_state(module, hook).resting:
+    if (mode.eager and not compiling and rests(module, hook)) or not has_steering(module, hook):
         return hidden
     tokens = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     rest = None if rest is None else rest.reshape(tokens.shape)

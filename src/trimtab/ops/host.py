@@ -34,6 +34,12 @@ def site_state(module: nn.Module, hook: HookPoint) -> SiteState:
     return state
 
 
+def rests(module: nn.Module, hook: HookPoint) -> bool:
+    """Whether `module` has a site at `hook`, and it rests. All that an idle site costs in eager execution."""
+    state: SiteState | None = module.__dict__.get(_NAMES[hook])
+    return state is not None and state.resting
+
+
 @contextmanager
 def awake(states: Sequence[SiteState]) -> Iterator[None]:
     """Let no site rest while buffers hold what nobody planned; afterwards each does as before."""
