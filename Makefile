@@ -16,15 +16,14 @@ CPU_VLLM := tests/support/vllm_cpu
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \
   TRIMTAB_TESTS_MUST_RUN=1
 
+demo: $(VENV)/.base
+	$(BIN)/trimtab demo --output demo-output
 
 MODEL := src/trimtab/demo/model
 serve-cpu: $(VENV)/.vllm
 	VLLM_USE_V2_MODEL_RUNNER=0 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 \
 	$(BIN)/vllm serve $(MODEL) --served-model-name model --enable-steering --host 127.0.0.1 --dtype float32 \
 	  --enforce-eager --block-size 32 --kv-cache-memory-bytes 268435456 --max-num-seqs 16 $(SERVE_ARGS)
-
-demo: $(VENV)/.base
-	$(BIN)/trimtab demo --output demo-output
 
 # Two runs: vLLM changes torch's settings in every process that imports it. The second runs whatever the first found.
 # Three processes in the second, since a server and its client wait for each other.
