@@ -28,7 +28,7 @@ def inspect(
         "base_model": vector.metadata.base_model,
         "method": vector.metadata.method,
         "source": vector.metadata.source,
-        **vector.metadata.extra,
+        **dict(sorted(vector.metadata.extra.items())),  # a file keeps no order
     }
     if json_:
         import json
@@ -45,10 +45,11 @@ def inspect(
 
     console = Console(highlight=False)
     what = f"{len(norms)} site{'s' if len(norms) > 1 else ''}" if bias is None else f"a probe, bias {bias:.6g}"
-    console.print(Text(f"{file}: {what}, hidden size {vector.hidden_size}, digest {found.digest.hex()[:16]}"))
+    line = f"{file}: {what}, hidden size {vector.hidden_size}, digest {found.digest.hex()[:16]}"
+    console.print(Text(line), soft_wrap=True)  # whole, whatever reads it
     for key, value in metadata.items():
         if value:
-            console.print(Text(f"  {key}: {value}"))
+            console.print(Text(f"  {key}: {value}"), soft_wrap=True)
     table = Table("layer", "hook point", "norm", "", box=None, header_style="bold", padding=(0, 2, 0, 0))
     largest = max(norms.values()) or 1.0
     for site, norm in norms.items():

@@ -67,11 +67,13 @@ def read_vector(text: str) -> "tuple[SteeringVector, float]":
     from trimtab.vectors import SteeringVector
 
     path, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists() or not Path(path).exists():
+    if not colon or Path(text).exists():
         return SteeringVector.load(text), 1.0
     try:
         scale = float(number)
     except ValueError:
+        if not Path(path).exists():  # a colon in the name of a file that is not there
+            return SteeringVector.load(text), 1.0
         raise CommandError(f"--vector {text}: the scale {number!r} is not a number; want {path}:1.5, say") from None
     if not math.isfinite(scale):
         raise CommandError(f"--vector {text}: the scale {number} is not a finite number")

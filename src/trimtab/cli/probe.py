@@ -127,15 +127,16 @@ def show(report: "ProbeReport") -> None:
     for refused in report.unpromised:
         console.print(
             f"<= {refused.false_positive_rate:.1%} of {refused.unit}s: {refused.texts} negative texts cannot promise "
-            f"it, {refused.texts_needed} could; theirs is {refused.lowest:.1%}"
+            f"it, {refused.texts_needed} could; theirs is {refused.lowest:.1%}",
+            soft_wrap=True,
         )
     verdict = "better than chance" if report.better_than_chance else "NOT better than chance"
     texts = "{} positive and {} negative texts".format(*report.reported_on)
-    console.print(f"on {texts} that nothing was chosen by: AUROC {report.auroc} of tokens,")
+    console.print(f"on {texts} that nothing was chosen by: AUROC {report.auroc} of tokens,", soft_wrap=True)
     console.print(f"{report.auroc_of_texts} of texts by their highest token, {sure} intervals; {verdict}, "
-                  f"p = {report.p_value:.3g}")  # fmt: skip
+                  f"p = {report.p_value:.3g}", soft_wrap=True)  # fmt: skip
     if report.repeated:
-        console.print(f"{report.repeated} texts repeat others or belong to them, and count with them")
+        console.print(f"{report.repeated} texts repeat others or belong to them, and count with them", soft_wrap=True)
 
 
 def draw(report: "ProbeReport", path: Path) -> None:
