@@ -35,6 +35,21 @@ def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
     assert lost == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_test_that_a_page_names_is_there(page: Path) -> None:
+    files = {file.name for file in (ROOT / "tests").rglob("*.py")} | {
+        file.stem for file in (ROOT / "tests").rglob("*.py")
+    }
+    named = re.findall(r"`(?:[\w/]*/)?(test_\w+(?:\.py)?)`", page.read_text())
+    assert set(named) - files == set()
+
+
+def test_the_readme_lists_every_page() -> None:
+    listed = set(re.findall(r"^\| \[([\w./-]+)\]", (ROOT / "README.md").read_text(), re.MULTILINE))
+    pages = {page.relative_to(ROOT).as_posix() for page in PAGES} - {"README.md", "CHANGELOG.md"}
+    assert listed == pages
+
+
 def test_the_page_on_serving_tells_of_every_flag() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     add_flags(parser)
