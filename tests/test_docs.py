@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from trimtab import Steering, SteeringError, SteeringVector
 from trimtab.engines.vllm.flags import add_flags
+from trimtab.sites import HookPoint, ModelSites, Site
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,6 +44,16 @@ def test_every_test_that_a_page_names_is_there(page: Path) -> None:
     }
     named = re.findall(r"`(?:[\w/]*/)?(test_\w+(?:\.py)?)`", page.read_text())
     assert set(named) - files == set()
+
+
+def test_the_example_of_an_error_is_what_is_said() -> None:
+    example = re.search(r'"message": "steering\.([^"]*) \.\.\."', (ROOT / "docs" / "serving.md").read_text())
+    calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): [1.0]})
+    model = ModelSites(1, 1, frozenset(calm.sites))
+    with pytest.raises(SteeringError) as caught:
+        Steering.parse({"interventions": [{"kind": "add", "vector": "clam"}]}).resolve({"calm": calm}, model)
+    assert example is not None
+    assert str(caught.value).startswith(example[1])
 
 
 def test_the_readme_lists_every_page() -> None:

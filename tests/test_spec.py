@@ -206,7 +206,9 @@ def test_a_new_kind_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) 
     )
     both = {"interventions": [*spec["interventions"], {"kind": "add", "vector": "calm"}]}
     assert len(Wider.parse(both).resolve(NAMES, MODEL).decode.terms) == 2
-    with pytest.raises(SteeringError, match=r"interventions\[0\]\.kind: unknown kind 'lenth', did you mean 'length'"):
+    with pytest.raises(
+        SteeringError, match=r"interventions\[0\]\.kind: unknown kind 'lenth' \(did you mean 'length'\?\)"
+    ):
         Wider.parse({"interventions": [{"kind": "lenth", "vector": "calm"}]})
     with pytest.raises(SteeringError, match=r"interventions\[0\]\.scale: unknown key"):
         Wider.parse({"interventions": [{"kind": "length", "vector": "calm", "length": 1, "scale": 1.0}]})

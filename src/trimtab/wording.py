@@ -14,10 +14,10 @@ def summary(items: Sequence[object], most: int = 8) -> str:
 
 
 def with_suggestions(name: object, known: Iterable[str]) -> str:
-    """`, did you mean ...?` for a misspelt name, or nothing where no known name is close."""
+    """` (did you mean ...?)` for a misspelt name, or nothing where no known name is close."""
     some = list(islice(known, _NAMES_COMPARED))
     close = get_close_matches(name, some, n=3, cutoff=0.6) if isinstance(name, str) and len(name) <= 200 else []
-    return f", did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def shown(value: object) -> str:
