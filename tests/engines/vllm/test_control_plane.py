@@ -21,6 +21,7 @@ from trimtab.engines.vllm.flags import apply_flags
 from trimtab.engines.vllm.frontend import FrontEnd, build_front_end
 from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry
 from trimtab.engines.vllm.routes import EndpointPlugin
+from trimtab.engines.vllm.worker_status import Told
 from trimtab.errors import SteeringError
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.gguf import write_gguf
@@ -349,3 +350,14 @@ def test_an_upload_without_room_for_it_is_a_503(client, monkeypatch, tmp_path: P
     monkeypatch.setattr(registration.tempfile, "TemporaryDirectory", full)
     content = (tmp_path / "joy.safetensors").read_bytes()
     assert "No space left" in error(client.post("/v1/steering/vectors?name=joy", content=content), 503)["message"]
+
+
+def test_the_page_of_the_server_says_nothing_of_answers_that_others_ask_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask(*_: Any, **__: Any) -> Told:  # a call is shared by all who ask meanwhile
+        return Told({0: [{"rank": 0, "digest": b"\1", "uses": {"an answer": [{"gate": "g", "tokens": 3}]}}]}, ())
+
+    plugin, app = EndpointPlugin(), FastAPI()
+    monkeypatch.setattr(plugin.workers, "ask", ask)
+    plugin.attach_router(app)
+    page = TestClient(app).get("/v1/steering").json()
+    assert page["workers"] == [{"engine": 0, "rank": 0, "digest": "01"}]

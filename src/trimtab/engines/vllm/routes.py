@@ -91,7 +91,7 @@ class EndpointPlugin:
                 },
                 "monitor": front_end.monitor,
                 "default": None if front_end.default is None else front_end.default.shown(),
-                "workers": [{"engine": engine, **_plain(worker)} for engine in engines for worker in engines[engine]],
+                "workers": [{"engine": engine, **_shown(worker)} for engine in engines for worker in engines[engine]],
                 "workers_agree": all(len({worker.get("digest") for worker in own}) == 1 for own in engines.values()),
                 "engines_silent": silent,
             }
@@ -105,6 +105,11 @@ def check_workers(front_end: FrontEnd, engines: Mapping[int, Sequence[Mapping[st
         served = {site for worker in workers for site in worker.get("sites") or ()}
         if workers and (missing := sorted(expected - served)):
             raise SteeringError("steering", f"no worker serves these sites: {', '.join(missing[:8])}")
+
+
+def _shown(worker: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of a worker: not what gates did for answers that were asked about in the same call."""
+    return {str(key): _plain(value) for key, value in worker.items() if key != "uses"}
 
 
 def _plain(value: Any) -> Any:
