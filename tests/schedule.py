@@ -18,6 +18,7 @@ LONGEST = (  # parts of node ids, by falling CPU time
     "test_data_parallel",
     "test_server_shared",
     "V2 eager",
+    "traced",
     "test_ranks",
     "server",
     "test_engine_start",

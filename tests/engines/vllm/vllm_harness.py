@@ -20,11 +20,8 @@ from typing import Any
 
 import pytest
 
-CASES = {  # runner, mode
-    "V1 eager": ("v1", "eager"),
-    "V1 compiled": ("v1", "compiled"),
-    "V2 eager": ("v2", "eager"),
-    "V2 compiled": ("v2", "compiled"),
+CASES = {  # runner, mode; "traced" is "compiled" up to the graphs that Inductor would be given, without its minute
+    f"{runner} {mode}": (runner.lower(), mode) for runner in ("V1", "V2") for mode in ("eager", "traced", "compiled")
 }
 
 
@@ -120,12 +117,12 @@ def _end_parents() -> None:
 
 
 def outcomes_of(script: str, requests: Mapping[str, int]) -> Any:
-    """A module's fixture: what a scenario reported in each of `CASES`, run once each with its number of `requests`.
+    """A module's fixture: what a scenario reported in those of `CASES` that are given a number of `requests`.
 
     Fewer on V2, whose interpreted kernels take 0.1 s a step and more with each request.
     """
 
-    @pytest.fixture(scope="module", params=CASES)
+    @pytest.fixture(scope="module", params=requests)
     def outcome(request: pytest.FixtureRequest) -> dict[str, Any]:
         runner, mode = CASES[request.param]
         number = requests[request.param]
