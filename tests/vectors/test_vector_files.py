@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
@@ -76,6 +78,20 @@ def test_a_safetensors_file_that_is_no_vector_is_refused(
     with pytest.raises(SteeringError, match=words) as refusal:
         SteeringVector.load(path)
     assert refusal.value.field == str(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floats_of_other_widths_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_torch({"post_block.3": torch.tensor([1.5, -2.0], dtype=dtype)}, tmp_path / "v.safetensors", META)
+    vector = SteeringVector.load(tmp_path / "v.safetensors")
+    assert vector.directions[Site(3, HookPoint.POST_BLOCK)].tolist() == [1.5, -2.0]
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.int64, "I64"), (np.uint8, "U8"), (np.bool_, "BOOL")])
+def test_tensors_that_hold_no_floats_are_refused(tmp_path: Path, dtype: Any, name: str) -> None:
+    save_file({"post_block.3": ROW.astype(dtype)}, tmp_path / "v.safetensors", META)
+    with pytest.raises(SteeringError, match=f"tensor 'post_block.3': is stored as {name}, want a float type"):
+        SteeringVector.load(tmp_path / "v.safetensors")
 
 
 def test_a_file_cut_anywhere_or_with_any_byte_changed_is_refused_or_still_a_vector(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The native file format: safetensors with one float32 tensor per site and string metadata. See docs/formats.md."""
 
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
@@ -86,7 +87,7 @@ def _read(path: Path, *kinds: str) -> tuple[SteeringVector, dict[str, str]]:
         if metadata.get("version") != VERSION:
             said = f"{metadata.get('version')!r:.80}"
             raise SteeringError("metadata.version", f"is {said}, this release reads {VERSION!r}")
-        directions = {site_of_key(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        directions = {site_of_key(key): _tensor(file, key, path) for key in file.keys()}  # noqa: SIM118 (not a dict)
     extra = {key.removeprefix(_EXTRA): value for key, value in metadata.items() if key.startswith(_EXTRA)}
     about = {key: metadata.get(key, "") for key in ("base_model", "method", "source")}
     vector = SteeringVector(directions, VectorMetadata(**about, extra=extra))
@@ -94,3 +95,16 @@ def _read(path: Path, *kinds: str) -> tuple[SteeringVector, dict[str, str]]:
         said = f"{metadata.get('hidden_size')!r:.80}"
         raise SteeringError("metadata.hidden_size", f"says {said}, but the tensors have {vector.hidden_size} numbers")
     return vector, metadata
+
+
+def _tensor(file: Any, key: str, path: Path) -> Any:
+    """The tensor `key` of an open file. Raises `SteeringError` where it holds no plain floats."""
+    dtype = file.get_slice(key).get_dtype()
+    if dtype not in ("F16", "BF16", "F32", "F64"):
+        raise SteeringError(f"tensor {key!r:.80}", f"is stored as {dtype}, want a float type")
+    if dtype != "BF16":
+        return file.get_tensor(key)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as with_torch:  # NumPy has no bfloat16
+        return with_torch.get_tensor(key)
