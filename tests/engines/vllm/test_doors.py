@@ -106,6 +106,41 @@ def test_a_server_without_steering_refuses_to_answer_a_steered_request_unsteered
     assert not request(kind, body).to_sampling_params(5, {}).extra_args
 
 
+def test_a_render_route_checks_a_spec_and_hands_it_on_as_it_was_written():
+    for path in ("/v1/completions/render", "/v1/chat/completions/render"):
+        for given, fault in ((SPEC, None), ({"interventions": [{"kind": "add", "vector": "nobody"}]}, "vector")):
+            current = doors.Exchange(path)
+            current.read(given)
+            token = doors.exchange.set(current)
+            try:
+                if fault is None:
+                    carried = doors.admit_http(SamplingParams(extra_args={"other": 1}), given).extra_args
+                    assert carried == {"other": 1, "steering": json.dumps(given)}
+                else:
+                    with pytest.raises(VLLMValidationError, match="nobody"):
+                        doors.admit_http(SamplingParams(), given)
+            finally:
+                doors.exchange.reset(token)
+
+
+def test_requests_of_one_answer_share_an_account_only_while_their_steering_is_the_same(front_end):
+    spec = {"interventions": [{"kind": "add", "vector": "mood"}]}
+    site = Site(0, HookPoint.POST_BLOCK)
+    digests, accounts = [], []
+    token = doors.exchange.set(doors.Exchange("/v1/audio/transcriptions"))
+    try:
+        for number in (1.0, 1.0, 2.0):  # the name is registered anew between two pieces
+            front_end.registry.add("mood", SteeringVector({site: np.full(8, number)}))
+            ticket = doors.admit_http(SamplingParams(), spec).extra_args[TICKET]
+            accounts.append(ticket.account)
+            digests.append(ticket.account.receipt["vectors"][0]["digest"])
+    finally:
+        doors.exchange.reset(token)
+    assert accounts[0] is accounts[1]
+    assert accounts[2] is not accounts[0]
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_each_conversation_of_a_batch_request_is_steered():
     made = BatchChatCompletionRequest(model="m", messages=[[{"role": "user", "content": "x"}]], steering=SPEC)
     single = made.to_chat_completion_request(made.messages[0])
