@@ -32,6 +32,12 @@ def test_no_test_reads_a_clock() -> None:
     assert read == []  # bound work instead: tests/work.py counts it
 
 
+def test_files_of_tests_have_different_names() -> None:
+    """Files of one name in two folders cannot be collected together, and one of them would not run."""
+    names = [path.name for path in TESTS.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_the_versions_that_tests_run_on_are_the_ends_of_what_is_admitted(engine: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())

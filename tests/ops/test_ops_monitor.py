@@ -131,5 +131,5 @@ def test_only_the_monitors_own_layer_is_traced_otherwise_than_without_a_monitor(
 
 def test_an_engine_without_a_monitor_has_the_emission_that_it_had() -> None:
     assert Emission()._asdict() | {"terms": None} == {
-        "traced": False, "terms": None, "cross_layer": False, "monitor_at": None,
+        "traced": False, "terms": None, "cross_layer": False, "monitor_at": None, "eager": False,
     }  # fmt: skip
