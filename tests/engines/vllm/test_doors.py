@@ -123,6 +123,15 @@ def test_a_render_route_checks_a_spec_and_hands_it_on_as_it_was_written():
                 doors.exchange.reset(token)
 
 
+def test_beam_search_is_refused_where_the_request_or_the_servers_default_steers(front_end):
+    doors.refuse_beam_search(None)
+    with pytest.raises(VLLMValidationError, match="cannot be steered; leave"):
+        doors.refuse_beam_search(SPEC)
+    doors.set_current_front_end(FrontEnd(front_end.model, front_end.registry, SPEC))
+    with pytest.raises(VLLMValidationError, match="steers every request"):
+        doors.refuse_beam_search(None)
+
+
 def test_requests_of_one_answer_share_an_account_only_while_their_steering_is_the_same(front_end):
     spec = {"interventions": [{"kind": "add", "vector": "mood"}]}
     site = Site(0, HookPoint.POST_BLOCK)

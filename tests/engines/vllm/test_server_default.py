@@ -109,6 +109,15 @@ def test_only_the_servers_default_says_whether_it_is_binding() -> None:
     assert front.default.shown()["binding"] is False
 
 
+def test_a_default_cannot_name_what_may_change_while_the_server_runs() -> None:
+    vectors, probes = VectorRegistry({"calm": CALM}), ProbeRegistry({})
+    vectors.add("mood", JOY)
+    probes.add("anger", ANGER)
+    for given, path in ((spec(add("mood")), "vector"), (spec(add("calm", gate=GATE)), r"gate\.probe")):
+        with pytest.raises(SteeringError, match=rf"interventions\[0\]\.{path}.*registered at run time"):
+            FrontEnd(MODEL, vectors, given, probes=probes)
+
+
 @pytest.mark.parametrize("default", [spec(add("calm", scale=0.0)), spec(add("calm"), add(CALM, scale=-1.0))])
 def test_a_default_that_adds_nothing_stops_the_start(default: Any) -> None:
     with pytest.raises(SteeringError, match="default spec: interventions: adds nothing"):

@@ -58,3 +58,14 @@ def test_without_an_answer_the_last_values_stay(metrics: Metrics, registry: Coll
     metrics.workers([[]])
     assert registry.get_sample_value("trimtab_rows_in_use") == 3
     assert registry.get_sample_value("trimtab_gate_tokens_total", {"probe": "calm"}) == 0
+
+
+def test_labels_are_bounded_and_what_has_none_of_its_own_is_still_counted(
+    metrics: Metrics, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.engines.vllm.metrics.MOST_LABELS", 2)
+    names = ["a", "b", "c", "d"]
+    for _ in range(2):
+        metrics.workers([[status(0, 0, 0, *(gate(name, 10, 1, 0.5) for name in names))]])
+    told = {n: registry.get_sample_value("trimtab_gate_tokens_total", {"probe": n}) for n in [*names, "(others)"]}
+    assert told == {"a": 10, "b": 10, "c": None, "d": None, "(others)": 20}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from trimtab.engines.vllm import worker_status
 from trimtab.engines.vllm.worker_status import Workers
 
 pytest.importorskip("prometheus_client")
@@ -92,5 +93,31 @@ def test_a_dead_engine_is_silent_and_harms_nobody() -> None:
         await workers.refresh_metrics()
         workers.client = None
         assert await workers.ask(60) == ({}, ())
+
+    asyncio.run(run())
+
+
+def test_scrapes_of_one_second_share_one_call_and_a_silent_engine_keeps_its_last_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[Any] = []
+    told = SimpleNamespace(workers=shown.append, silent=lambda number: None, vectors=lambda number: None)
+    monkeypatch.setattr(worker_status, "metrics", lambda: told)
+    monkeypatch.setattr(worker_status, "SCRAPE_WAIT", 0.01)
+    now = [100.0]
+    monkeypatch.setattr(worker_status, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def run() -> None:
+        core = Core(0, 1)
+        workers = workers_of(core)
+        for gate in core.open.values():
+            gate.set()
+        for _ in range(20):
+            await workers.refresh_metrics()
+        assert len(core.calls) == 2  # one of each engine
+        core.open[core.core_engines[1]].clear()
+        now[0] += 1.5
+        await workers.refresh_metrics()
+        assert [len(engines) for engines in shown] == [2, 2]
 
     asyncio.run(run())
