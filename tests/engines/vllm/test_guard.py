@@ -18,7 +18,7 @@ pytest.importorskip("vllm")
 from fastapi import FastAPI, Form, Request, WebSocket, WebSocketDisconnect
 from fastapi.testclient import TestClient
 
-from trimtab.engines.vllm import doors
+from trimtab.engines.vllm import doors, routes
 from trimtab.engines.vllm.guard import guard_routes
 
 pytestmark = pytest.mark.vllm
@@ -195,6 +195,20 @@ def test_without_steering_our_name_is_refused_and_others_are_left_to_other_plugi
         {"chat_template_kwargs": {"steering": 1}},
     ):
         assert client.post("/v1/completions", json=body, headers={"X-Steering": "1"}).status_code == 200
+
+
+def test_routes_of_a_shape_that_we_do_not_know_stop_a_steered_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(app: FastAPI) -> None:
+        raise AttributeError("APIRoute has no body_field")
+
+    monkeypatch.setattr(routes, "guard_routes", unknown)
+    with pytest.raises(AttributeError):
+        routes.endpoint_plugin().attach_router(FastAPI())
+    doors.set_current_front_end(None)
+    app = FastAPI()
+    before = list(app.routes)
+    routes.endpoint_plugin().attach_router(app)
+    assert app.routes == before
 
 
 def test_refusals_are_counted(front_end: FrontEnd) -> None:
