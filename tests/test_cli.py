@@ -246,3 +246,12 @@ def test_a_fault_of_the_program_keeps_its_traceback(run: Run, monkeypatch: pytes
     monkeypatch.setattr(SteeringVector, "norms", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         run("inspect", vector)
+
+
+@pytest.mark.parametrize("seed", [-1, 10**20])
+@pytest.mark.parametrize("command", ["extract", "probe", "generate", "demo"])
+def test_a_seed_that_no_generator_takes_is_refused_before_the_work(run: Run, command: str, seed: int) -> None:
+    needed = () if command == "generate" else ("--output", "nowhere")
+    code, out, err = run(command, *needed, "--seed", seed)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "'--seed'" in err

@@ -6,14 +6,16 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.failure import CommandError
-from trimtab.cli.options import Json, quiet_transformers
+from trimtab.cli.options import MAX_SEED, Json, quiet_transformers
 
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for picture, numbers and vectors.")] = Path(
         "demo-output"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of the prompts for extraction and of sampling.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the prompts for extraction and of sampling.")
+    ] = 0,
     json_: Json = False,
 ) -> None:
     """Steer the bundled model, measured: one batch under four specs, a sweep of strengths, and a gate."""

@@ -9,6 +9,7 @@ import typer
 from trimtab.cli.failure import CommandError
 from trimtab.cli.options import (
     BUNDLED,
+    MAX_SEED,
     Chat,
     Json,
     Layers,
@@ -51,7 +52,7 @@ def extract(
         ),
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Write a vector that was not seen to steer too.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the split and of the trials.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the split and of the trials.")] = 0,
     json_: Json = False,
 ) -> None:
     """Extract a vector from contrasting prompts, at the layer and the strength at which it steers: scale 1."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from trimtab.cli.failure import CommandError
-from trimtab.cli.options import BUNDLED, Chat, Json, Layers, Model, load_model, read_layers, read_vector
+from trimtab.cli.options import BUNDLED, MAX_SEED, Chat, Json, Layers, Model, load_model, read_layers, read_vector
 from trimtab.cli.texts import Text, read_prompts, rendered
 
 
@@ -27,7 +27,7 @@ def generate(
         Literal["all", "prefill", "decode"], typer.Option(help="Steer prompt tokens, generated tokens, or both.")
     ] = "all",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it, sample.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of sampling.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Show the unsteered text too.")] = False,
     json_: Json = False,
 ) -> None:

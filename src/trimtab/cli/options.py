@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "demo"
 HUB_TIMEOUT = 15.0  # seconds
+MAX_SEED = 2**63 - 1  # what every generator takes, with room for the counts that are added to it
 
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Directory or hub name of a model; `demo` is the bundled one.")

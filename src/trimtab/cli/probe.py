@@ -8,6 +8,7 @@ import typer
 from trimtab.cli.failure import CommandError
 from trimtab.cli.options import (
     BUNDLED,
+    MAX_SEED,
     Chat,
     Json,
     Layers,
@@ -48,7 +49,7 @@ def probe(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Write a probe that is not better than chance too.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Also draw AUROC by layer into this .png or .svg file.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the split into parts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the split into parts.")] = 0,
     json_: Json = False,
 ) -> None:
     """Train a probe by logistic regression; layer, thresholds and report each come from texts of their own."""

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -111,18 +113,45 @@ def run_tokens(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold `model` in evaluation mode and compiled code off; afterwards each module is in the mode that it was in.
+    """Hold `model` for this thread, in evaluation mode and compiled code off; afterwards each module is in the mode
+    that it was in.
 
-    Code that was compiled before a hook came would not call it.
+    Hooks act on every pass of the model, whichever thread runs it: other threads that want to hold it wait. Code that
+    was compiled before a hook came would not call it.
     """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
+    with _lock:
+        held = _held.setdefault(model, RLock())
+    with held, _compiled_code_off():
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
             yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+_lock = Lock()
+_held: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()  # a lock for each model
+_stance: list[ExitStack] = []  # one for each that wants compiled code off; the last to leave turns it on again
+
+
+@contextmanager
+def _compiled_code_off() -> Iterator[None]:
+    """torch has one stance for all threads, and restores on leaving what it found on entering: where two threads
+    overlapped, the last one would leave compiled code off for good."""
+    with _lock:
+        stack = ExitStack() if not _stance else _stance[0]
+        if not _stance:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        _stance.append(stack)
+    try:
+        yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            _stance.pop()
+            if not _stance:
+                stack.close()
 
 
 class LayerProbe:

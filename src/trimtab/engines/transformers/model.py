@@ -33,7 +33,8 @@ class SteeredModel:
     """Steers a causal LM per prompt and per token.
 
     The model is instrumented only while a call runs: between calls, and after `close`, its modules, hooks, buffers and
-    weights are what they were. Use as a context manager, or call `close`. Not for use from several threads at once.
+    weights are what they were. Use as a context manager, or call `close`. Calls from several threads that
+    need the same model wait for each other; nothing else may run it meanwhile.
     """
 
     def __init__(
