@@ -85,7 +85,7 @@ def test_a_default_behind_a_gate_is_met_by_the_same_gate_and_by_others() -> None
     default = resolved(PUSH | {"gate": gate()})
     for own, left in (
         (back(1.0, gate=gate()), 0.0),
-        (back(-1.0, gate=gate()), 2.0),
+        (back(-1.0, gate=gate()), 1.0),
         (back(1.0, gate=gate(1.0)), 0.0),
         (back(-1.0, gate=gate(1.0)), 1.0),
         (back(1.0), 0.0),
@@ -94,6 +94,14 @@ def test_a_default_behind_a_gate_is_met_by_the_same_gate_and_by_others() -> None
         share = least_share(default, resolved(own))
         assert share is not None
         assert share.left == pytest.approx(left, abs=1e-6)
+
+
+def test_a_push_behind_the_defaults_gate_does_not_make_up_for_what_takes_back_behind_none() -> None:
+    """At a gate nine tenths open, 0.9 (1 + 10) - 10 is a default reversed."""
+    share = least_share(resolved(PUSH | {"gate": gate()}), resolved(back(-10.0, gate=gate()), back(10.0)))
+    assert share is not None
+    assert share.left == -9.0
+    assert not share.keeps_the_promise
 
 
 def test_a_default_that_takes_itself_back_counts_while_it_lasts() -> None:
@@ -150,7 +158,8 @@ def test_the_share_is_the_worst_over_all_states_of_the_gates(default: list[Any],
         same = total(own, kept, phase, site, carried=carried)
         others = [total(own, other, phase, site, carried=carried) for other in GATES if other != kept]
         for factors in itertools.product([0.0, 1.0], repeat=len(others)):
-            taken = same + sum(factor * rows for factor, rows in zip(factors, others, strict=True))
-            least = min(least, 1 + float(taken @ pushed) / float(pushed @ pushed))
+            taken = float(same @ pushed) if kept is None else min(0.0, float(same @ pushed))
+            taken += sum(factor * float(rows @ pushed) for factor, rows in zip(factors, others, strict=True))
+            least = min(least, 1 + taken / float(pushed @ pushed))
     found = least_share(resolved(*map(written, default)), resolved(*map(written, own)))
     assert (1.0 if found is None else min(1.0, found.left)) == pytest.approx(least, abs=1e-9)

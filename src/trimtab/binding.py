@@ -2,10 +2,12 @@
 
 Let d be what the default adds at a site in a phase, behind one gate or behind none, and r what a request adds there:
 
-    share left = 1 + (r_same . d + sum over others of min(0, r_k . d)) / (d . d)
+    share left = 1 + (r_0 . d + sum over gates of min(0, r_k . d)) / (d . d)
 
-r_same stands behind the same gate as d, so both are let through alike; every other r_k counts where it takes back, as
-if its gate were wide open then. 1 is all of the default's push along its own direction, 0 none, below 0 the reverse.
+r_0 stands behind no gate, and counts both ways where d stands behind none either. Every other r_k counts where it takes
+back, as if its gate were wide open then: also one behind the default's own gate, since what pushes behind a gate that
+is half open cannot make up for what takes back behind none. 1 is all of the default's push along its own direction, 0
+none, below 0 the reverse.
 
 The stream carries on what was added to it before. So the share is taken twice: of what is added at each site of the
 default, and, at each site of either, of all that was added to the stream up to there. What a request takes back in the
@@ -82,7 +84,7 @@ def _lowest(
     taken = np.zeros(len(sites))
     for other, rows in theirs.items():
         along = np.einsum("sh,sh->s", rows, added)
-        taken += along if other == gate else np.minimum(along, 0.0)
+        taken += along if other == gate == b"" else np.minimum(along, 0.0)
     acts = strength > strength.max(initial=0.0) * _ROUNDING**2  # where a default takes itself back, little is left
     if acts.any():
         left = np.where(acts, 1.0 + taken / np.where(acts, strength, 1.0), np.inf)
