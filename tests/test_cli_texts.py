@@ -36,6 +36,7 @@ def test_lines_of_json_hold_what_lines_of_text_cannot(tmp_path: Path) -> None:
     [
         ("{", ":2: is not JSON"),
         ("[" * 5000, ":2: is not JSON"),
+        ('{"prompt": "a", "prompt": "b"}', ":2: the key 'prompt' is given twice"),
         ("{}", ":2: want one of the keys prompt, text, messages"),
         ('{"prompt": "a", "text": "b"}', ":2: want one of the keys"),
         ('{"prompt": ""}', ":2: want a text that is not empty"),

@@ -108,7 +108,9 @@ def test_an_svec_file_without_usable_directions_is_refused(tmp_path: Path, conte
         SteeringVector.load(svec(tmp_path, **content))
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"3", b"\xff", b"[" * 100_000, b'{"directions": {"1": [1.0], "1": [2.0]}}']
+)
 def test_an_svec_file_that_is_no_json_object_is_refused(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "v.svec").write_bytes(text)
     with pytest.raises(SteeringError) as refusal:

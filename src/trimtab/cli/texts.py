@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.cli.failure import CommandError
+from trimtab.errors import SteeringError
+from trimtab.json_text import read_json
 
 KEYS = ("prompt", "text", "messages")
 
@@ -79,9 +81,9 @@ def _objects(path: Path) -> list[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            found.append((f"{path}:{number}", json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            raise CommandError(f"{path}:{number}: is not JSON ({error})") from None
+            found.append((f"{path}:{number}", read_json(line)))
+        except SteeringError as error:
+            raise CommandError(f"{path}:{number}: {error.message}") from None
     return found
 
 

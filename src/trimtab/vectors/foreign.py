@@ -5,13 +5,13 @@ where its layer N acts, and its writers differ: IBM's library adds to what *ente
 AISteer360's CAST and ActAdd, while AISteer360's CAA adds to what leaves it.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import SteeringError
+from trimtab.json_text import read_json
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.vector import SteeringVector, VectorMetadata
 
@@ -26,7 +26,7 @@ def read_svec(path: Path, hook: HookPoint | None = None) -> SteeringVector:
     applied. Raises `SteeringError` where it cannot be told, for directions of several tokens ([T, D]) and for those of
     attention heads: neither is a direction of the residual stream.
     """
-    content = json.loads(path.read_bytes())
+    content = read_json(path.read_bytes())
     if not isinstance(content, Mapping) or not isinstance(content.get("directions"), Mapping):
         raise SteeringError("directions", "is missing: a .svec file is a JSON object with directions by layer")
     if content.get("num_heads") is not None:
