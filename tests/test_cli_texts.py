@@ -165,6 +165,12 @@ def test_a_model_that_is_nowhere_is_said_to_be_nowhere(run: Run, monkeypatch: py
     assert "no model has such a name" in err
 
 
+def test_a_folder_without_a_model_is_said_to_hold_none(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("generate", "-p", "a", "--model", tmp_path)
+    assert code == 1
+    assert err == f"trimtab: --model {tmp_path}: holds no model, there is no config.json in it\n"
+
+
 def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "trimtab", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("trimtab ")

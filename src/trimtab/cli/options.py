@@ -104,6 +104,8 @@ def load_model(name: str) -> Any:
         name = str(model_path())
     elif Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())
+        if not (Path(name) / "config.json").is_file():
+            raise CommandError(f"--model {name}: holds no model, there is no config.json in it")
     elif name.startswith(("/", ".", "~")):
         raise CommandError(f"--model {name}: there is no such directory")
     else:
