@@ -65,8 +65,8 @@ def test_the_stamp_tells_engines_with_different_monitors_apart(probe) -> None:
     ("change", "field", "words"),
     [
         ({"threshold": None}, "steering.monitor.threshold", "want a number"),
-        ({"sharpness": 0.0}, "steering.monitor.sharpness", "above 0"),
-        ({"hard": True}, "steering.monitor.hard", "not permitted"),
+        ({"sharpness": 0.0}, "steering.monitor.sharpness", "want a number from 1.2e-38 on"),
+        ({"hard": True}, "steering.monitor.hard", "the settings are invert, probe, sharpness, threshold"),
         ({"probe": "/nowhere/x.safetensors"}, "steering.monitor.probe", "cannot be loaded"),
     ],
 )

@@ -68,7 +68,8 @@ class SteeringSettings(BaseModel):
             first = error.errors()[0]
             path = ".".join([SETTINGS_KEY, *map(str, first["loc"])])
             if first["type"] == "extra_forbidden":  # what it says is not repeated: it may be a key
-                known = sorted(SteeringSettings.model_fields.keys() - {"stamp"})
+                where = MonitorSettings if first["loc"][0] == "monitor" else SteeringSettings
+                known = sorted(where.model_fields.keys() - {"stamp"})
                 hint = with_suggestions(first["loc"][-1], known)
                 raise SteeringError(path, f"unknown setting{hint}; the settings are {', '.join(known)}") from None
             raise SteeringError(path, f"{first['msg']} (got {first.get('input')!r:.80})") from None
