@@ -128,7 +128,7 @@ class Bench:
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-        from trimtab.engines.vllm.membership import Membership
+        from trimtab.engines.vllm.worker.membership import Membership
         from trimtab.runtime.upload import RowUploader
 
         self._engine, self._clock, self._ids = engine, Clock(), itertools.count()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.binding import least_share
 from trimtab.program import ResolvedSteering
+from trimtab.serving.binding import least_share
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site, site_order
 from trimtab.spec import Steering
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from trimtab import Steering, SteeringError, SteeringVector
-from trimtab.engines.vllm.flags import add_flags
+from trimtab.engines.vllm.settings.flags import add_flags
 from trimtab.sites import HookPoint, ModelSites, Site
 
 ROOT = Path(__file__).parent.parent

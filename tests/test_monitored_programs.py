@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate, check_monitor
+from trimtab.program.gates import ResolvedGate, check_monitor
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site
 from trimtab.spec import Steering
 from trimtab.vectors import SteeringVector

@@ -3,8 +3,8 @@
 import pytest
 
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate, check_served
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program.gates import ResolvedGate, check_served
 from trimtab.sites import GateLimits, HookPoint, Site
 from trimtab.vectors import SteeringVector
 

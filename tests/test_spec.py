@@ -19,7 +19,7 @@ from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering, Term
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 from trimtab.spec import Add, Gate, Intervention, Steering
-from trimtab.spec_fields import Number
+from trimtab.spec.fields import Number
 from trimtab.vectors import Probe, SteeringVector
 
 H = 8
@@ -157,7 +157,7 @@ def test_a_spec_can_be_copied_and_its_vectors_are_shared() -> None:
 
 
 def test_the_request_format_does_not_load_torch() -> None:
-    code = "import sys, trimtab.spec, trimtab.wire, trimtab.vectors.files; assert 'torch' not in sys.modules"
+    code = "import sys, trimtab.spec, trimtab.program.codec, trimtab.vectors.files; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

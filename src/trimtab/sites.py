@@ -56,7 +56,7 @@ class GateLimits:
 @dataclass(frozen=True)
 class ModelSites:
     """What an engine can steer: the model's width and depth, the sites that its graph really reads, its gates, and the
-    hex digest of its monitor, if all of it stands behind one (see `trimtab.gates.check_monitor`)."""
+    hex digest of its monitor, if all of it stands behind one (see `trimtab.program.gates.check_monitor`)."""
 
     hidden_size: int
     num_layers: int

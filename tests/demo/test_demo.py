@@ -13,8 +13,8 @@ from trimtab.demo.contrast import Feature, contrasting_prompts
 from trimtab.demo.experiment import COLUMNS, SWEEP, Column, SweepPoint, complete_sentences, intervals
 from trimtab.demo.grammar import Shares
 from trimtab.demo.targets import OTHER, check_all, worst_drift
+from trimtab.training.statistics import Interval
 from trimtab.vectors import SteeringVector
-from trimtab.vectors.statistics import Interval
 
 
 def good_columns() -> dict[str, Column]:

@@ -11,9 +11,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from kernel_recorders import Recorders
 
-from trimtab.engines.vllm import worker as worker_module
-from trimtab.engines.vllm.attach import Attachment
-from trimtab.engines.vllm.warmup import require_warm, warm_up_kernels
+from trimtab.engines.vllm.worker import worker as worker_module
+from trimtab.engines.vllm.worker.attach import Attachment
+from trimtab.engines.vllm.worker.warmup import require_warm, warm_up_kernels
 from trimtab.errors import SteeringError
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, emit, set_emission
 from trimtab.ops.warmup import late_variants, warmed_launches

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_model import HIDDEN, SITES, vector
 
-from trimtab.gates import ResolvedGate, probes_needed, rows_needed
 from trimtab.ops import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program.gates import ResolvedGate, probes_needed, rows_needed
 from trimtab.runtime import SteeringRuntime
 
 REQUESTS, GATES = 3, 2

@@ -9,9 +9,9 @@ from runtime_model import HIDDEN, SITES, make_buffers, resolved, vector
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.gates import ResolvedGate
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, emit, set_emission
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program.gates import ResolvedGate
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import HookPoint, Site
 

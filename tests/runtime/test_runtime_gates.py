@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from runtime_model import HIDDEN, SITES, received, vector
 
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate
 from trimtab.ops import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program.gates import ResolvedGate
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import HookPoint, Site
 

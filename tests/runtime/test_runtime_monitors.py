@@ -7,8 +7,8 @@ from runtime_model import HIDDEN, SITES, resolved, vector
 from torch import nn
 
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate
 from trimtab.ops import Emission, SteeringBuffers, emit, set_emission
+from trimtab.program.gates import ResolvedGate
 from trimtab.runtime import SteeringRuntime
 from trimtab.sites import HookPoint, Site
 

@@ -8,8 +8,8 @@ import pytest
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.training.probes import train_probe
 from trimtab.vectors import Probe
-from trimtab.vectors.probe_training import train_probe
 
 H, LAYERS, PLANTED = 12, 4, 2
 POSITIVE = [f"good {n}" for n in range(80)]

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from trimtab.vectors.statistics import (
+from trimtab.training.statistics import (
     Interval,
     auroc,
     auroc_interval,

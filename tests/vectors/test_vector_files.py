@@ -14,7 +14,7 @@ from safetensors.torch import save_file as save_torch
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors import SteeringVector, VectorMetadata
-from trimtab.vectors.native import site_of_key
+from trimtab.vectors.formats.native import site_of_key
 
 VECTOR = SteeringVector(
     {Site(14, HookPoint.POST_BLOCK): [0.1, -2.0, 3.5], Site(2, HookPoint.MLP_IN): [1.0, 0.0, 1e-30]},

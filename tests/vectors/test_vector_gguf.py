@@ -10,7 +10,7 @@ import pytest
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors import SteeringVector, VectorMetadata
-from trimtab.vectors.gguf import write_gguf
+from trimtab.vectors.formats.gguf import write_gguf
 from work import calls
 
 gguf = pytest.importorskip("gguf")

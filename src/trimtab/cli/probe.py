@@ -24,7 +24,7 @@ from trimtab.cli.options import (
 from trimtab.cli.texts import rendered
 
 if TYPE_CHECKING:
-    from trimtab.vectors.probe_report import ProbeReport
+    from trimtab.training.probe_report import ProbeReport
 
 
 def probe(
@@ -62,7 +62,7 @@ def probe(
         raise CommandError(f"--paired: {positive} has {len(given[0])} texts, {negative} has {len(given[1])}")
     steered = load_model(model)
     wanted, opposite = (rendered(texts, steered.tokenizer, chat=chat) for texts in given)
-    from trimtab.vectors.probe_training import FALSE_POSITIVE_RATES, train_probe
+    from trimtab.training.probes import FALSE_POSITIVE_RATES, train_probe
 
     with steered:
         report = train_probe(

@@ -26,8 +26,8 @@ from trimtab.demo.grammar import FORMALITIES, Shares, headers, measure, sample_r
 from trimtab.demo.reviews import TOPICS
 from trimtab.demo.targets import Check
 from trimtab.engines.transformers import SteeredModel
-from trimtab.vectors.extraction import extract_vector
-from trimtab.vectors.probe_training import Operating, ProbeReport, train_probe
+from trimtab.training.directions import extract_vector
+from trimtab.training.probes import Operating, ProbeReport, train_probe
 
 TRAINED_ON = 400  # texts of either sentiment
 RATE = 0.2  # of the positive texts may have a token steered by mistake: promised with 95 % confidence

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from trimtab.demo.contrast import Feature
 from trimtab.demo.experiment import USEFUL, Column, SweepPoint
-from trimtab.vectors.statistics import Interval, difference_interval
+from trimtab.training.statistics import Interval, difference_interval
 
 MOST_DRIFT: Mapping[Feature, float] = {"formality": 0.25, "sentiment": 0.35}
 OTHER: Mapping[Feature, str] = {"sentiment": "formal", "formality": "positive"}  # the share that should stay

@@ -1,6 +1,6 @@
 """The host side of steering, free of any engine: rows by content, step plans by position, uploads of what changed."""
 
-from trimtab.gates import probes_needed, rows_needed
+from trimtab.program.gates import probes_needed, rows_needed
 from trimtab.runtime.meters import GateUse
 from trimtab.runtime.runtime import SteeringRuntime
 

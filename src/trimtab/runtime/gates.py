@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.gates import ResolvedGate
 from trimtab.ops.gates import GateBuffers, gate_record
 from trimtab.program import PhaseProgram
+from trimtab.program.gates import ResolvedGate
 from trimtab.runtime.meters import GateMeters
 from trimtab.runtime.plan import DECODE, PREFILL, RowUse
 from trimtab.runtime.rows import RowAllocator

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trimtab.gates import ResolvedGate
+from trimtab.program.gates import ResolvedGate
 from trimtab.runtime.upload import Staging
 
 KEPT_REPORTS = 4096  # owners of requests that are gone; the oldest are forgotten first

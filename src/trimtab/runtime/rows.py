@@ -10,8 +10,8 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from trimtab.errors import SteeringError
-from trimtab.gates import probes_needed, rows_needed
 from trimtab.ops.buffers import SteeringBuffers
+from trimtab.program.gates import probes_needed, rows_needed
 
 
 def require_room(buffers: SteeringBuffers, max_requests: int) -> None:

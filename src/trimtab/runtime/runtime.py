@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate
 from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering
+from trimtab.program.gates import ResolvedGate
 from trimtab.runtime.gates import GateLanes
 from trimtab.runtime.meters import GateUse
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, row_probes

@@ -16,11 +16,11 @@ import numpy as np
 from trimtab.engines.transformers import SteeredModel
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
+from trimtab.training.directions import Readings, TokenChoice, check_prompts, difference, read, wanted_sites
+from trimtab.training.parts import LabelledTexts
+from trimtab.training.statistics import auroc, permutation_p, win_rates
 from trimtab.training.trials import LEAST_EFFECT, Trial, Trials
 from trimtab.vectors.dose import DOSE_LIMIT, dose_of
-from trimtab.vectors.extraction import Readings, TokenChoice, check_prompts, difference, read, wanted_sites
-from trimtab.vectors.parts import LabelledTexts
-from trimtab.vectors.statistics import auroc, permutation_p, win_rates
 from trimtab.vectors.vector import SteeringVector
 
 DOSES = (0.1, 0.15, 0.25, 0.4, 0.6, 0.9, 1.3)

@@ -35,18 +35,18 @@ def save_vector(vector: SteeringVector, path: Path) -> None:
             raise SteeringError("", "vectors are written as .safetensors (the native format) or .gguf")
         with _replaced(path) as file:
             if path.suffix == ".gguf":
-                from trimtab.vectors.gguf import write_gguf
+                from trimtab.vectors.formats.gguf import write_gguf
 
                 write_gguf(vector, file)
             else:
-                from trimtab.vectors.native import write_vector
+                from trimtab.vectors.formats.native import write_vector
 
                 write_vector(vector, file)
 
 
 def load_probe(path: Path) -> Probe:
     """The probe in a native file. Raises `SteeringError` naming the path for everything else."""
-    from trimtab.vectors.native import read_probe
+    from trimtab.vectors.formats.native import read_probe
 
     with _one_error(path, "cannot be read as a probe"):
         _check_exists(path)
@@ -60,7 +60,7 @@ def load_vector_or_probe(path: Path, hook: HookPoint | str | None = None) -> Ste
     with _one_error(path, "cannot be read as a steering vector or a probe"):
         _check_exists(path)
         if hook is None and path.suffix == ".safetensors" and not path.is_dir():  # the one format that both have
-            from trimtab.vectors.native import read_either
+            from trimtab.vectors.formats.native import read_either
 
             return read_either(path)
         return _reader(path, hook)(path)
@@ -68,7 +68,7 @@ def load_vector_or_probe(path: Path, hook: HookPoint | str | None = None) -> Ste
 
 def save_probe(probe: Probe, path: Path) -> None:
     """Write the native format. Raises `SteeringError` for another suffix, and where the file cannot be written."""
-    from trimtab.vectors.native import write_probe
+    from trimtab.vectors.formats.native import write_probe
 
     with _one_error(path, "cannot be written"):
         if path.suffix != ".safetensors":
@@ -102,7 +102,7 @@ def _check_exists(path: Path) -> None:
 
 def _reader(path: Path, hook: HookPoint | str | None = None) -> Callable[[Path], SteeringVector]:
     if path.suffix == ".svec" and not path.is_dir():
-        from trimtab.vectors.foreign import read_svec
+        from trimtab.vectors.formats.foreign import read_svec
 
         if hook is not None and hook not in set(HookPoint):
             raise SteeringError("hook", f"got {hook!r:.80}; want one of {', '.join(HookPoint)}")
@@ -110,15 +110,15 @@ def _reader(path: Path, hook: HookPoint | str | None = None) -> Callable[[Path],
     if hook is not None:
         raise SteeringError("hook", "can be given for .svec files alone: this format says where its layers act")
     if path.is_dir():
-        from trimtab.vectors.foreign import read_easyedit_folder
+        from trimtab.vectors.formats.foreign import read_easyedit_folder
 
         return read_easyedit_folder
     if path.suffix == ".safetensors":
-        from trimtab.vectors.native import read_vector
+        from trimtab.vectors.formats.native import read_vector
 
         return read_vector
     if path.suffix == ".gguf":
-        from trimtab.vectors.gguf import read_gguf
+        from trimtab.vectors.formats.gguf import read_gguf
 
         return read_gguf
     raise SteeringError("", "the suffix is unknown: want .safetensors, .gguf, .svec, or a folder of layer_N.pt files")

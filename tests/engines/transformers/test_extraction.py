@@ -7,8 +7,8 @@ import torch
 from trimtab.engines.transformers import SteeredModel
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
+from trimtab.training.directions import extract_vector
 from trimtab.vectors.dose import dose_of
-from trimtab.vectors.extraction import extract_vector
 from trimtab.vectors.vector import SteeringVector
 
 POSITIVE = ["the sea is calm", "a boat sleeps", "calm"]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from trimtab import Steering
-from trimtab.engines.vllm.cache_keys import keep_keys, steering_keys
-from trimtab.engines.vllm.wire import DecodedWire
+from trimtab.engines.vllm.carried import DecodedWire
+from trimtab.engines.vllm.core.cache_keys import keep_keys, steering_keys
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 
@@ -122,9 +122,9 @@ class TestOnThisVllm:
         from vllm.utils.hashing import sha256_cbor
         from vllm.v1.core import block_pool, kv_cache_utils
 
-        from trimtab.engines.vllm import compat
+        from trimtab.engines.vllm.patches import engine as engine_patches
 
-        compat.install()
+        engine_patches.install()
         kv_cache_utils.init_none_hash(sha256_cbor)
         before = kv_cache_utils.generate_block_hash_extra_keys, block_pool.generate_block_hash_extra_keys
         yield kv_cache_utils

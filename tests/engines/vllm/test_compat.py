@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
-from trimtab.engines.vllm import compat, compat_frontend, compat_http, compat_patching, plugin
-from trimtab.engines.vllm.compat_patching import Need, Patch, require, when_imported
+from trimtab.engines.vllm import plugin
+from trimtab.engines.vllm.patches import engine as engine_patches
+from trimtab.engines.vllm.patches import frontend as frontend_patches
+from trimtab.engines.vllm.patches import patching
+from trimtab.engines.vllm.patches import servers as server_patches
+from trimtab.engines.vllm.patches.patching import Need, Patch, require, when_imported
 from trimtab.errors import SteeringError
 
 MODULE = "trimtab_test_target"
@@ -22,8 +26,8 @@ MODULE = "trimtab_test_target"
 
 @pytest.fixture(autouse=True)
 def a_list_of_problems_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat_patching, "problems", [])
-    monkeypatch.setattr(compat_patching, "_waiting", {})
+    monkeypatch.setattr(patching, "problems", [])
+    monkeypatch.setattr(patching, "_waiting", {})
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def greeting(*first: str, method: str = "Owner.greet", exact: bool = False) -> P
 
 
 def install(patch: Patch) -> None:
-    compat_patching.install_table([patch])
+    patching.install_table([patch])
 
 
 def test_a_module_is_patched_when_it_is_imported(target: str) -> None:
@@ -94,7 +98,7 @@ def test_what_is_not_as_expected_is_left_alone_and_stops_a_steered_engine_only(
 ) -> None:
     install(patch)
     assert importlib.import_module(target).Owner().greet("you") == "you"
-    (problem,) = compat_patching.problems
+    (problem,) = patching.problems
     assert said in problem
     with pytest.raises(SteeringError, match="trimtab does not know this vLLM") as caught:
         require({target: Need.ALWAYS})
@@ -134,7 +138,7 @@ NO_LIBRARY = ModuleNotFoundError("No module named 'soundfile'", name="soundfile"
 def test_a_part_whose_libraries_are_missing_is_no_problem_and_one_that_has_moved_is(
     monkeypatch: pytest.MonkeyPatch, error: Exception, need: Need, stops: bool
 ) -> None:
-    monkeypatch.setattr(compat_patching.importlib, "import_module", raising(error))
+    monkeypatch.setattr(patching.importlib, "import_module", raising(error))
     if stops:
         with pytest.raises(SteeringError, match=r"vllm\.a\.b cannot be imported"):
             require({"vllm.a.b": need})
@@ -148,14 +152,14 @@ def test_a_loader_that_cannot_be_watched_imports_as_ever() -> None:
 
         def exec_module(self, module: ModuleType) -> None: ...
 
-    compat_patching._apply_after_execution(Loader(), "vllm.somewhere")
-    assert "cannot be watched" in compat_patching.problems[0]
+    patching._apply_after_execution(Loader(), "vllm.somewhere")
+    assert "cannot be watched" in patching.problems[0]
 
 
 def test_an_instance_whose_method_looks_different_is_an_error(target: str) -> None:
     owner = importlib.import_module(target).Owner()
     with pytest.raises(SteeringError, match=r"trimtab does not know this vLLM: .*greet"):
-        compat_patching.wrap_method(owner, "greet", ("scheduler_output",), lambda original: original)
+        patching.wrap_method(owner, "greet", ("scheduler_output",), lambda original: original)
 
 
 def installed() -> dict[str, dict[str, Callable[[ModuleType], None]]]:
@@ -166,10 +170,10 @@ def installed() -> dict[str, dict[str, Callable[[ModuleType], None]]]:
         waiting.setdefault(module, {})[what] = apply
 
     with pytest.MonkeyPatch.context() as context:
-        for place in (compat_patching, compat):
+        for place in (patching, engine_patches):
             context.setattr(place, "when_imported", remember)
-        compat.install()
-        compat_frontend.install(lambda config: None)
+        engine_patches.install()
+        frontend_patches.install(lambda config: None)
     return waiting
 
 
@@ -178,7 +182,7 @@ CHANGES = [(module, what) for module, changes in installed().items() for what in
 OPTIONAL = {  # where a missing target is none of ours in some versions
     ("vllm.v1.core.block_pool", "generate_block_hash_extra_keys"),
     ("vllm.v1.simple_kv_offload.manager", "generate_block_hash_extra_keys"),
-    *((patch.module, patch.target) for patch in compat_http.TABLE if patch.optional),
+    *((patch.module, patch.target) for patch in server_patches.TABLE if patch.optional),
 }
 
 
@@ -192,19 +196,19 @@ def test_a_vllm_module_without_what_is_patched_is_imported_unharmed_and_noted(
     when_imported(module, what, installed()[module][what])
     if (module, what) in OPTIONAL:
         return
-    assert compat_patching.problems
+    assert patching.problems
     with pytest.raises(SteeringError, match="does not know this vLLM"):
-        compat_patching.require_known()
+        patching.require_known()
 
 
 def test_a_vllm_that_has_changed_makes_configurations_and_front_ends_as_ever_unless_they_are_steered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    compat_patching.note("vllm.v1.engine.input_processor.InputProcessor is gone")
-    monkeypatch.setattr("trimtab.engines.vllm.start.require_supported", compat_patching.require_known)
+    patching.note("vllm.v1.engine.input_processor.InputProcessor is gone")
+    monkeypatch.setattr("trimtab.engines.vllm.core.checks.require_supported", patching.require_known)
     plain, steered = (SimpleNamespace(additional_config=config) for config in ({}, {"steering": {}}))
-    create = compat._check_the_configuration(lambda self, config: config)
-    make = compat_frontend._make_the_front_end(lambda self, config: setattr(self, "made", config))
+    create = engine_patches._check_the_configuration(lambda self, config: config)
+    make = frontend_patches._make_the_front_end(lambda self, config: setattr(self, "made", config))
     assert create(None, plain) is plain
     processor = SimpleNamespace()
     make(processor, plain)
@@ -218,14 +222,14 @@ def test_the_entry_point_raises_nothing_whatever_fails(monkeypatch: pytest.Monke
     def fail(*args: Any) -> None:
         raise RuntimeError("changed")
 
-    monkeypatch.setattr(compat, "install", fail)
-    monkeypatch.setattr(compat_frontend, "install", fail)
+    monkeypatch.setattr(engine_patches, "install", fail)
+    monkeypatch.setattr(frontend_patches, "install", fail)
     plugin.register()
-    assert len(compat_patching.problems) == 2
+    assert len(patching.problems) == 2
 
 
 def test_each_patch_says_why_it_exists_and_until_when() -> None:
-    for patch in [*compat.TABLE, *compat_frontend.TABLE, *compat_http.TABLE]:
+    for patch in [*engine_patches.TABLE, *frontend_patches.TABLE, *server_patches.TABLE]:
         assert patch.why.startswith("Why: "), patch.target
         assert "Until:" in patch.why, patch.target
 
@@ -233,9 +237,9 @@ def test_each_patch_says_why_it_exists_and_until_when() -> None:
 @pytest.mark.vllm
 class TestOnThisVllm:
     def test_a_supported_version_with_known_signatures_passes(self) -> None:
-        compat.install()
-        compat_frontend.install(lambda config: None)
-        compat.require_supported()
+        engine_patches.install()
+        frontend_patches.install(lambda config: None)
+        engine_patches.require_supported()
 
     @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0"])
     def test_another_version_is_refused(self, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
@@ -243,7 +247,7 @@ class TestOnThisVllm:
 
         monkeypatch.setattr(vllm, "__version__", version)
         with pytest.raises(SteeringError, match=r"is not supported: versions 0\.26 to 0\.33 are"):
-            compat.require_supported()
+            engine_patches.require_supported()
 
     def test_the_start_log_does_not_say_that_our_routes_are_left_out_and_says_so_of_others(
         self, monkeypatch: pytest.MonkeyPatch
@@ -255,7 +259,7 @@ class TestOnThisVllm:
         handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
         log = logging.getLogger("vllm.plugins")
         log.addHandler(handler)
-        compat_frontend.install(lambda config: None)
+        frontend_patches.install(lambda config: None)
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
         found = [SimpleNamespace(name="trimtab")]
         monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found)

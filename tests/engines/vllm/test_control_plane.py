@@ -15,16 +15,18 @@ pytest.importorskip("fastapi")
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from trimtab.engines.vllm import admin, doors, registration
-from trimtab.engines.vllm.config import SteeringSettings, stamped
-from trimtab.engines.vllm.flags import apply_flags
-from trimtab.engines.vllm.frontend import FrontEnd, build_front_end
-from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry
-from trimtab.engines.vllm.routes import EndpointPlugin
-from trimtab.engines.vllm.worker_status import Told
+from trimtab.engines.vllm.frontend import requests
+from trimtab.engines.vllm.frontend.admission import FrontEnd, build_front_end
+from trimtab.engines.vllm.frontend.workers import Told
+from trimtab.engines.vllm.http import registration
+from trimtab.engines.vllm.http.routes import EndpointPlugin
+from trimtab.engines.vllm.settings.config import SteeringSettings, stamped
+from trimtab.engines.vllm.settings.flags import apply_flags
 from trimtab.errors import SteeringError
+from trimtab.serving import admin
+from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
-from trimtab.vectors.gguf import write_gguf
+from trimtab.vectors.formats.gguf import write_gguf
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
@@ -57,9 +59,9 @@ def front_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     vectors = VectorRegistry({"calm": CALM}, tmp_path / "shared")
     probes = ProbeRegistry({"anger": ANGER}, tmp_path / "shared" / "probes")
     front_end = FrontEnd(MODEL, vectors, DEFAULT, probes=probes)
-    doors.set_current_front_end(front_end)
+    requests.set_current_front_end(front_end)
     yield front_end
-    doors.set_current_front_end(None)
+    requests.set_current_front_end(None)
 
 
 @pytest.fixture

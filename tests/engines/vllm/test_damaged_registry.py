@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm import registry as registry_module
-from trimtab.engines.vllm import registry_store
-from trimtab.engines.vllm.frontend import FrontEnd
-from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry
-from trimtab.engines.vllm.registry_store import RegistryUnavailableError
+from trimtab.engines.vllm.frontend.admission import FrontEnd
 from trimtab.errors import SteeringError
+from trimtab.serving import registry as registry_module
+from trimtab.serving import registry_store
+from trimtab.serving.registry import ProbeRegistry, VectorRegistry
+from trimtab.serving.registry_store import RegistryUnavailableError
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm import compat_frontend, compat_patching, doors
-from trimtab.engines.vllm.accounts import Ticket
-from trimtab.engines.vllm.frontend import FrontEnd
-from trimtab.engines.vllm.registry import VectorRegistry
-from trimtab.engines.vllm.wire import MARK, TICKET, AdmittedWire
+from trimtab.engines.vllm.carried import MARK, TICKET, AdmittedWire
+from trimtab.engines.vllm.frontend import requests
+from trimtab.engines.vllm.frontend.accounts import Ticket
+from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.engines.vllm.patches import frontend as frontend_patches
+from trimtab.engines.vllm.patches import patching
 from trimtab.errors import SteeringError
+from trimtab.serving.registry import VectorRegistry
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
@@ -45,13 +47,13 @@ REQUESTS = [
 
 @pytest.fixture(autouse=True)
 def front_end():
-    compat_frontend.install(lambda config: None)
+    frontend_patches.install(lambda config: None)
     calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): np.arange(1.0, 9.0)})
     model = ModelSites(8, 2, frozenset({Site(0, HookPoint.POST_BLOCK)}))
     front_end = FrontEnd(model, VectorRegistry({"calm": calm}))
-    doors.set_current_front_end(front_end)
+    requests.set_current_front_end(front_end)
     yield front_end
-    doors.set_current_front_end(None)
+    requests.set_current_front_end(None)
 
 
 def request(kind: Any, body: dict[str, Any], **more: Any) -> Any:
@@ -60,9 +62,9 @@ def request(kind: Any, body: dict[str, Any], **more: Any) -> Any:
 
 def test_every_patch_fits_this_vllm_and_is_applied_once():
     patched = [EngineArgs.add_cli_args, EngineArgs.create_engine_config, CompletionRequest.to_sampling_params]
-    compat_frontend.install(lambda config: None)
+    frontend_patches.install(lambda config: None)
     assert patched == [EngineArgs.add_cli_args, EngineArgs.create_engine_config, CompletionRequest.to_sampling_params]
-    assert compat_patching.problems == []
+    assert patching.problems == []
 
 
 def test_a_vllm_that_has_changed_is_noted_and_left_alone(monkeypatch):
@@ -70,11 +72,11 @@ def test_a_vllm_that_has_changed_is_noted_and_left_alone(monkeypatch):
         def to_sampling_params(self, renamed: int) -> None: ...
 
     before = Changed.to_sampling_params
-    monkeypatch.setattr(compat_patching, "problems", [])
-    assert compat_patching.take(Changed, "to_sampling_params", ["self", "max_tokens"]) is None
-    assert compat_patching.take(Changed, "gone", ["self"]) is None
+    monkeypatch.setattr(patching, "problems", [])
+    assert patching.take(Changed, "to_sampling_params", ["self", "max_tokens"]) is None
+    assert patching.take(Changed, "gone", ["self"]) is None
     assert Changed.to_sampling_params is before
-    assert ["renamed" in compat_patching.problems[0], "gone" in compat_patching.problems[1]] == [True, True]
+    assert ["renamed" in patching.problems[0], "gone" in patching.problems[1]] == [True, True]
 
 
 @pytest.mark.parametrize(("kind", "body"), REQUESTS)
@@ -100,7 +102,7 @@ def test_a_refusal_is_vllms_validation_error_and_a_value_error_and_names_the_fie
 
 @pytest.mark.parametrize(("kind", "body"), REQUESTS)
 def test_a_server_without_steering_refuses_to_answer_a_steered_request_unsteered(kind, body):
-    doors.set_current_front_end(None)
+    requests.set_current_front_end(None)
     with pytest.raises(VLLMValidationError, match="--enable-steering"):
         request(kind, body, steering=SPEC).to_sampling_params(5, {})
     assert not request(kind, body).to_sampling_params(5, {}).extra_args
@@ -109,42 +111,42 @@ def test_a_server_without_steering_refuses_to_answer_a_steered_request_unsteered
 def test_a_render_route_checks_a_spec_and_hands_it_on_as_it_was_written():
     for path in ("/v1/completions/render", "/v1/chat/completions/render"):
         for given, fault in ((SPEC, None), ({"interventions": [{"kind": "add", "vector": "nobody"}]}, "vector")):
-            current = doors.Exchange(path)
+            current = requests.Exchange(path)
             current.read(given)
-            token = doors.exchange.set(current)
+            token = requests.exchange.set(current)
             try:
                 if fault is None:
-                    carried = doors.admit_http(SamplingParams(extra_args={"other": 1}), given).extra_args
+                    carried = requests.admit_http(SamplingParams(extra_args={"other": 1}), given).extra_args
                     assert carried == {"other": 1, "steering": json.dumps(given)}
                 else:
                     with pytest.raises(VLLMValidationError, match="nobody"):
-                        doors.admit_http(SamplingParams(), given)
+                        requests.admit_http(SamplingParams(), given)
             finally:
-                doors.exchange.reset(token)
+                requests.exchange.reset(token)
 
 
 def test_beam_search_is_refused_where_the_request_or_the_servers_default_steers(front_end):
-    doors.refuse_beam_search(None)
+    requests.refuse_beam_search(None)
     with pytest.raises(VLLMValidationError, match="cannot be steered; leave"):
-        doors.refuse_beam_search(SPEC)
-    doors.set_current_front_end(FrontEnd(front_end.model, front_end.registry, SPEC))
+        requests.refuse_beam_search(SPEC)
+    requests.set_current_front_end(FrontEnd(front_end.model, front_end.registry, SPEC))
     with pytest.raises(VLLMValidationError, match="steers every request"):
-        doors.refuse_beam_search(None)
+        requests.refuse_beam_search(None)
 
 
 def test_requests_of_one_answer_share_an_account_only_while_their_steering_is_the_same(front_end):
     spec = {"interventions": [{"kind": "add", "vector": "mood"}]}
     site = Site(0, HookPoint.POST_BLOCK)
     digests, accounts = [], []
-    token = doors.exchange.set(doors.Exchange("/v1/audio/transcriptions"))
+    token = requests.exchange.set(requests.Exchange("/v1/audio/transcriptions"))
     try:
         for number in (1.0, 1.0, 2.0):  # the name is registered anew between two pieces
             front_end.registry.add("mood", SteeringVector({site: np.full(8, number)}))
-            ticket = doors.admit_http(SamplingParams(), spec).extra_args[TICKET]
+            ticket = requests.admit_http(SamplingParams(), spec).extra_args[TICKET]
             accounts.append(ticket.account)
             digests.append(ticket.account.receipt["vectors"][0]["digest"])
     finally:
-        doors.exchange.reset(token)
+        requests.exchange.reset(token)
     assert accounts[0] is accounts[1]
     assert accounts[2] is not accounts[0]
     assert digests[0] == digests[1] != digests[2]
@@ -159,7 +161,7 @@ def test_each_conversation_of_a_batch_request_is_steered():
 @pytest.mark.parametrize("form", [SPEC, json.dumps(SPEC), Steering.parse(SPEC)], ids=["mapping", "json", "Steering"])
 def test_steering_is_admitted_apart_from_a_copy_of_the_sampling_parameters_and_put_back(front_end, form):
     params = SamplingParams(extra_args={"steering": form, "other": 1})
-    bare, carried = doors.admit_params(front_end, params)
+    bare, carried = requests.admit_params(front_end, params)
     assert params.extra_args == {"steering": form, "other": 1}
     assert bare.extra_args == {"other": 1}
     assert carried is not None
@@ -167,23 +169,23 @@ def test_steering_is_admitted_apart_from_a_copy_of_the_sampling_parameters_and_p
     assert isinstance(wire, AdmittedWire)
     assert isinstance(ticket, Ticket)
     own = bare.clone()
-    doors.carry(own, carried)
+    requests.carry(own, carried)
     assert own.extra_args == {"other": 1, "steering": wire, TICKET: ticket}
     assert bare.extra_args == {"other": 1}
-    again = doors.admit_params(front_end, own)[1]
+    again = requests.admit_params(front_end, own)[1]
     assert again is not None
     assert again["steering"] is wire
     assert again[TICKET] is ticket
     assert own.clone().extra_args["steering"] is wire
     assert own.clone().extra_args[TICKET] is ticket
     plain = SamplingParams()
-    assert doors.admit_params(front_end, plain) == (plain, None)
-    doors.carry(plain, None)
-    doors.mark(None, plain)
+    assert requests.admit_params(front_end, plain) == (plain, None)
+    requests.carry(plain, None)
+    requests.mark(None, plain)
     assert plain.extra_args is None
-    doors.mark(front_end, plain)
+    requests.mark(front_end, plain)
     assert plain.extra_args == {MARK: True}
-    doors.mark(front_end, None)  # a pooling request
+    requests.mark(front_end, None)  # a pooling request
 
 
 @pytest.mark.parametrize(
@@ -199,12 +201,12 @@ def test_steering_is_admitted_apart_from_a_copy_of_the_sampling_parameters_and_p
 )
 def test_in_python_another_name_for_steering_is_refused_where_the_engine_steers(front_end, extra, place):
     with pytest.raises(ValueError, match="would be ignored") as caught:
-        doors.admit_params(front_end, SamplingParams(extra_args=extra))
+        requests.admit_params(front_end, SamplingParams(extra_args=extra))
     assert caught.value.field == place
     more = {"ngram_size": 3, "steer": None, "kv_transfer_params": {"steering": 1}}
-    assert doors.admit_params(front_end, SamplingParams(extra_args=more))[0].extra_args == more
+    assert requests.admit_params(front_end, SamplingParams(extra_args=more))[0].extra_args == more
     if "steering" not in extra:
-        assert doors.admit_params(None, SamplingParams(extra_args=extra))[1] is None
+        assert requests.admit_params(None, SamplingParams(extra_args=extra))[1] is None
 
 
 def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carries_it(front_end, monkeypatch):
@@ -219,7 +221,7 @@ def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carrie
         return SimpleNamespace(sampling_params=params.clone())
 
     monkeypatch.setattr(InputProcessor, "process_inputs", process_inputs)
-    compat_frontend.install(lambda config: None)
+    frontend_patches.install(lambda config: None)
     processor = InputProcessor.__new__(InputProcessor)
     processor._trimtab_front_end = front_end
     params = SamplingParams(extra_args={"steering": SPEC})
@@ -234,13 +236,13 @@ def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carrie
 def test_a_wire_form_from_a_caller_is_not_taken_for_an_admitted_one(front_end):
     forged = dict(front_end.admit(SPEC).wire)
     with pytest.raises(ValueError, match="unknown key"):
-        doors.admit_params(front_end, SamplingParams(extra_args={"steering": forged}))
+        requests.admit_params(front_end, SamplingParams(extra_args={"steering": forged}))
 
 
 def test_a_request_whose_prompt_grows_is_refused_if_it_is_steered(front_end):
     with pytest.raises(ValueError, match="grows"):
-        doors.admit_params(front_end, SamplingParams(extra_args={"steering": SPEC}), resumable=True)
-    doors.admit_params(front_end, SamplingParams(), resumable=True)
+        requests.admit_params(front_end, SamplingParams(extra_args={"steering": SPEC}), resumable=True)
+    requests.admit_params(front_end, SamplingParams(), resumable=True)
 
 
 def test_vllms_own_parser_knows_the_flags_and_ends_with_a_message_for_bad_ones(capsys, tmp_path):
@@ -257,8 +259,8 @@ def test_vllms_own_parser_knows_the_flags_and_ends_with_a_message_for_bad_ones(c
 
 def test_a_process_that_makes_no_engine_configuration_imports_nothing_of_the_server():
     code = (
-        "import sys; from trimtab.engines.vllm import compat_frontend\n"
-        "compat_frontend.install(lambda config: None)\n"
+        "import sys; from trimtab.engines.vllm.patches import frontend\n"
+        "frontend_patches.install(lambda config: None)\n"
         "print([name for name in sys.modules if name == 'vllm' or name.startswith(('vllm.', 'torch', 'fastapi'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.engines.vllm.flags import add_flags, apply_flags
+from trimtab.engines.vllm.settings.flags import add_flags, apply_flags
 from trimtab.errors import SteeringError
 
 

@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.frontend import FrontEnd, refusal_reason
-from trimtab.engines.vllm.registry import VectorRegistry
-from trimtab.engines.vllm.server_default import merge
-from trimtab.engines.vllm.wire import AdmittedWire
+from trimtab.engines.vllm.carried import AdmittedWire
+from trimtab.engines.vllm.frontend.admission import FrontEnd, refusal_reason
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
+from trimtab.serving.registry import VectorRegistry
+from trimtab.serving.server_default import merge
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.frontend import FrontEnd
-from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.serving.registry import VectorRegistry
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.vector import SteeringVector
 
@@ -18,8 +18,9 @@ pytest.importorskip("vllm")
 from fastapi import FastAPI, Form, Request, WebSocket, WebSocketDisconnect
 from fastapi.testclient import TestClient
 
-from trimtab.engines.vllm import doors, routes
-from trimtab.engines.vllm.guard import guard_routes
+from trimtab.engines.vllm.frontend import requests
+from trimtab.engines.vllm.http import routes
+from trimtab.engines.vllm.http.before_routes import guard_routes
 
 pytestmark = pytest.mark.vllm
 
@@ -31,9 +32,9 @@ JSON = {"Content-Type": "application/json"}
 def front_end() -> Iterator[FrontEnd]:
     calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): np.arange(1.0, 9.0)})
     front_end = FrontEnd(ModelSites(8, 2, frozenset({Site(0, HookPoint.POST_BLOCK)})), VectorRegistry({"calm": calm}))
-    doors.set_current_front_end(front_end)
+    requests.set_current_front_end(front_end)
     yield front_end
-    doors.set_current_front_end(None)
+    requests.set_current_front_end(None)
 
 
 def application() -> TestClient:
@@ -43,7 +44,7 @@ def application() -> TestClient:
     @app.post("/v1/completions")
     @app.post("/inference/v1/generate")
     async def door(body: dict[str, Any], raw: Request) -> dict[str, Any]:
-        current = doors.exchange.get()
+        current = requests.exchange.get()
         assert current is not None
         assert body == await raw.json()
         return {"given": current.given, "body": body}
@@ -54,7 +55,7 @@ def application() -> TestClient:
 
     @app.post("/v1/audio/transcriptions")
     async def heard(model: Annotated[str, Form()], raw: Request) -> dict[str, Any]:
-        current = doors.exchange.get()
+        current = requests.exchange.get()
         assert current is not None
         return {"given": current.given, "model": model}
 
@@ -184,7 +185,7 @@ def test_a_session_is_told_that_it_cannot_be_steered_and_goes_on() -> None:
 
 
 def test_without_steering_our_name_is_refused_and_others_are_left_to_other_plugins() -> None:
-    doors.set_current_front_end(None)
+    requests.set_current_front_end(None)
     client = application()
     for body, place in (({"steering": SPEC}, "steering"), ({"extra_body": {"steering": SPEC}}, "extra_body.steering")):
         refused(client.post("/v1/completions", json=body), place, "--enable-steering")
@@ -204,7 +205,7 @@ def test_routes_of_a_shape_that_we_do_not_know_stop_a_steered_server_alone(monke
     monkeypatch.setattr(routes, "guard_routes", unknown)
     with pytest.raises(AttributeError):
         routes.endpoint_plugin().attach_router(FastAPI())
-    doors.set_current_front_end(None)
+    requests.set_current_front_end(None)
     app = FastAPI()
     before = list(app.routes)
     routes.endpoint_plugin().attach_router(app)

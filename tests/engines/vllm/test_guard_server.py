@@ -9,7 +9,7 @@ import httpx
 import pytest
 from vllm_server import LAYERS, SCALE_OUT, WIDTH, Oracle, make_model, serving
 
-from trimtab.engines.vllm.guard import DOORS
+from trimtab.engines.vllm.http.before_routes import DOORS
 
 pytestmark = pytest.mark.vllm
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from trimtab import Steering
-from trimtab.engines.vllm.membership import Membership
-from trimtab.engines.vllm.runner_v1 import drive_v1
-from trimtab.engines.vllm.wire import DecodedWire
+from trimtab.engines.vllm.carried import DecodedWire
+from trimtab.engines.vllm.worker.membership import Membership
+from trimtab.engines.vllm.worker.runner_v1 import drive_v1
 from trimtab.ops import SteeringBuffers
 from trimtab.program import ResolvedSteering
 from trimtab.runtime import SteeringRuntime

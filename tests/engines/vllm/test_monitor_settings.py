@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from trimtab import Probe
-from trimtab.engines.vllm.config import SteeringSettings, model_sites, stamped
-from trimtab.engines.vllm.monitor import check_reach
+from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, stamped
+from trimtab.engines.vllm.settings.monitor import check_reach
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate
+from trimtab.program.gates import ResolvedGate
 from trimtab.sites import HookPoint, Site
 
 WIDTH, LAYERS = 4, 6

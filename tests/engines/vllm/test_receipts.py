@@ -10,13 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm import accounts, doors
-from trimtab.engines.vllm.accounts import Account, Answers, Ticket, ticket_in
-from trimtab.engines.vllm.frontend import FrontEnd
-from trimtab.engines.vllm.receipts import ExchangeMiddleware
-from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry
-from trimtab.engines.vllm.wire import TICKET, owner_of
-from trimtab.engines.vllm.worker_status import Workers
+from trimtab.engines.vllm.carried import TICKET, owner_of
+from trimtab.engines.vllm.frontend import accounts, requests
+from trimtab.engines.vllm.frontend.accounts import Account, Answers, Ticket, ticket_in
+from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.engines.vllm.frontend.workers import Workers
+from trimtab.engines.vllm.http.receipts import ExchangeMiddleware
+from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
@@ -72,7 +72,7 @@ async def answered(
 
 def app_that(respond: Any, gated: bool = False) -> Any:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        current = doors.exchange.get()
+        current = requests.exchange.get()
         assert current is not None
         current.account = Account(admission(gated))
         await respond(current.account)(scope, receive, send)

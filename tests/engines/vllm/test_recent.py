@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.engines.vllm import recent
-from trimtab.engines.vllm.recent import Recent, key_of
+from trimtab.serving import memo
+from trimtab.serving.memo import Recent, key_of
 
 ATOMS = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.0, 1.0, 2.0]) | st.sampled_from("ab1")
 VALUES = st.recursive(
@@ -64,7 +64,7 @@ def test_a_key_holds_a_copy() -> None:
 
 
 def test_what_values_hold_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recent, "KEPT_BYTES", 10)
+    monkeypatch.setattr(memo, "KEPT_BYTES", 10)
     memory: Recent[int] = Recent()
     for number, nbytes in enumerate([4, 5, 1, 7, 11]):
         memory.put(number, number, nbytes)
@@ -74,7 +74,7 @@ def test_what_values_hold_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_threads_may_share_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recent, "KEPT", 8)
+    monkeypatch.setattr(memo, "KEPT", 8)
     memory: Recent[int] = Recent()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -88,7 +88,7 @@ def test_threads_may_share_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_oldest_is_forgotten_and_a_value_without_a_key_is_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recent, "KEPT", 2)
+    monkeypatch.setattr(memo, "KEPT", 2)
     memory: Recent[int] = Recent()
     memory.put(None, 0)
     assert memory.get(None) is None

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.engines.vllm.refusals import refusals, require_steerable
+from trimtab.engines.vllm.settings.refusals import refusals, require_steerable
 from trimtab.errors import SteeringError
 
 

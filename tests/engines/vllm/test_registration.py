@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from trimtab.engines.vllm.frontend import FrontEnd
-from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.serving.registry import VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 
 pytest.importorskip("vllm")
@@ -13,8 +13,8 @@ pytest.importorskip("vllm")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from trimtab.engines.vllm import doors
-from trimtab.engines.vllm.routes import EndpointPlugin
+from trimtab.engines.vllm.frontend import requests
+from trimtab.engines.vllm.http.routes import EndpointPlugin
 
 pytestmark = pytest.mark.vllm
 
@@ -24,13 +24,13 @@ ROW = '{"post_block": {"0": [1.0, 2.0]}}'
 
 @pytest.fixture
 def client() -> Iterator[TestClient]:
-    doors.set_current_front_end(
+    requests.set_current_front_end(
         FrontEnd(ModelSites(2, 1, frozenset({SITE}), GateLimits(4, frozenset({SITE}))), VectorRegistry({}))
     )
     app = FastAPI()
     EndpointPlugin().attach_router(app)
     yield TestClient(app, raise_server_exceptions=False)
-    doors.set_current_front_end(None)
+    requests.set_current_front_end(None)
 
 
 @pytest.mark.parametrize("field", ["vector", "probe"])

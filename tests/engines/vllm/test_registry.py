@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm import registry as module
-from trimtab.engines.vllm.registry import ReadOnlyNameError, VectorRegistry
 from trimtab.errors import SteeringError
+from trimtab.serving import registry as module
+from trimtab.serving.registry import ReadOnlyNameError, VectorRegistry
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.vector import SteeringVector
 
@@ -129,7 +129,7 @@ WRITER = """
 import sys
 import numpy as np
 from pathlib import Path
-from trimtab.engines.vllm.registry import VectorRegistry
+from trimtab.serving.registry import VectorRegistry
 from trimtab.vectors.vector import SteeringVector
 registry = VectorRegistry({}, Path(sys.argv[1]))
 for number in range(20):

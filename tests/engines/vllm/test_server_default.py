@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.frontend import Admission, FrontEnd
-from trimtab.engines.vllm.registry import ProbeRegistry, VectorRegistry
+from trimtab.engines.vllm.frontend.admission import Admission, FrontEnd
 from trimtab.errors import SteeringError
+from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from trimtab.engines.vllm import start
-from trimtab.engines.vllm.wire import MARK, Decoded, DecodedWire
+from trimtab.engines.vllm.carried import MARK, Decoded, DecodedWire
+from trimtab.engines.vllm.core import checks
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
@@ -32,7 +32,7 @@ def request(given: Any, **attributes: Any) -> Any:
 def test_a_request_gets_its_steering_in_the_form_that_was_read_and_keeps_the_rest() -> None:
     asked = request(SENT)
     params = asked.sampling_params
-    start.check_request(core(), asked)
+    checks.check_request(core(), asked)
     assert isinstance(asked.sampling_params.extra_args["steering"], DecodedWire)
     assert asked.sampling_params.extra_args["other"] == 1
     assert params.extra_args["steering"] is SENT  # the caller's own parameters are not touched
@@ -40,14 +40,14 @@ def test_a_request_gets_its_steering_in_the_form_that_was_read_and_keeps_the_res
 
 @pytest.mark.parametrize("resumable", [True, False])
 def test_a_resumable_request_is_refused_only_if_it_is_steered(resumable: bool) -> None:
-    start.check_request(core(), request(None, resumable=resumable))
-    start.check_request(core(steered=False), request(SENT, resumable=resumable))
+    checks.check_request(core(), request(None, resumable=resumable))
+    checks.check_request(core(steered=False), request(SENT, resumable=resumable))
     asked = request(SENT, resumable=resumable)
     if not resumable:
-        start.check_request(core(), asked)
+        checks.check_request(core(), asked)
         return
     with pytest.raises(SteeringError, match="cannot be combined with resumable requests"):
-        start.check_request(core(), asked)
+        checks.check_request(core(), asked)
     assert asked.sampling_params.extra_args["steering"] is SENT
 
 
@@ -56,8 +56,8 @@ def test_what_another_engine_of_this_process_has_read_is_checked_again() -> None
     spec = {"interventions": [{"kind": "add", "vector": {"post_block": {"7": [1.0, 2.0, 3.0, 4.0]}}}]}
     read = Steering.parse(spec).resolve({}, ModelSites(4, 8, frozenset({elsewhere})))
     with pytest.raises(SteeringError, match="post_block:7 is not served by this engine"):
-        start.check_request(core(), request(DecodedWire(read.to_wire(), read)))
+        checks.check_request(core(), request(DecodedWire(read.to_wire(), read)))
     monitored = Steering.parse(SPEC).resolve({}, ModelSites(4, 1, frozenset({SITE}), monitor="ab" * 32))
     asked = request(DecodedWire(monitored.to_wire(), monitored))
-    start.check_request(core(), asked)
+    checks.check_request(core(), asked)
     assert asked.sampling_params.extra_args["steering"].steering.monitor == ""

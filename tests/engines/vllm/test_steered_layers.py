@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.vllm.conventions import Convention
-from trimtab.engines.vllm.layers import steered_branch_class, steered_layer_class
+from trimtab.engines.vllm.worker.conventions import Convention
+from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_layer_class
 from trimtab.ops import SteeringBuffers
 from trimtab.sites import HookPoint, Site
 
@@ -145,7 +145,7 @@ def test_other_instances_of_the_class_are_untouched(x: Tensor) -> None:
 
 
 def test_a_steered_class_is_made_once_and_can_be_found_by_name() -> None:
-    import trimtab.engines.vllm.layers as module
+    import trimtab.engines.vllm.worker.layers as module
 
     made = steered_layer_class(Whole, Convention.WHOLE)
     assert steered_layer_class(Whole, Convention.WHOLE) is made

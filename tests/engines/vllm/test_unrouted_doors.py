@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm import compat_frontend, doors
-from trimtab.engines.vllm.frontend import FrontEnd
-from trimtab.engines.vllm.registry import VectorRegistry
-from trimtab.engines.vllm.wire import AdmittedWire
+from trimtab.engines.vllm.carried import AdmittedWire
+from trimtab.engines.vllm.frontend import requests
+from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.engines.vllm.patches import frontend as frontend_patches
+from trimtab.serving.registry import VectorRegistry
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.vector import SteeringVector
 
@@ -39,7 +40,7 @@ from vllm.entrypoints.speech_to_text.realtime import api_router as realtime
 from vllm.entrypoints.speech_to_text.transcription import api_router as transcription
 from vllm.entrypoints.speech_to_text.translation import api_router as translation
 
-from trimtab.engines.vllm.guard import guard_routes
+from trimtab.engines.vllm.http.before_routes import guard_routes
 
 pytestmark = pytest.mark.vllm
 
@@ -50,12 +51,12 @@ PLACES = ["steering", "vllm_xargs"]
 
 @pytest.fixture(autouse=True)
 def front_end() -> Iterator[FrontEnd]:
-    compat_frontend.install(lambda config: None)
+    frontend_patches.install(lambda config: None)
     calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): np.arange(1.0, 9.0)})
     front_end = FrontEnd(ModelSites(8, 2, frozenset({Site(0, HookPoint.POST_BLOCK)})), VectorRegistry({"calm": calm}))
-    doors.set_current_front_end(front_end)
+    requests.set_current_front_end(front_end)
     yield front_end
-    doors.set_current_front_end(None)
+    requests.set_current_front_end(None)
 
 
 class Audio:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from trimtab.engines.vllm.conventions import (
+from trimtab.engines.vllm.worker.conventions import (
     BranchTap,
     Convention,
     branch_taps,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from trimtab.engines.vllm.metrics import Metrics
+from trimtab.serving.metrics import Metrics
 
 
 def status(rows: int, uploads: int, late: int, *gates: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_without_an_answer_the_last_values_stay(metrics: Metrics, registry: Coll
 def test_labels_are_bounded_and_what_has_none_of_its_own_is_still_counted(
     metrics: Metrics, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.engines.vllm.metrics.MOST_LABELS", 2)
+    monkeypatch.setattr("trimtab.serving.metrics.MOST_LABELS", 2)
     names = ["a", "b", "c", "d"]
     for _ in range(2):
         metrics.workers([[status(0, 0, 0, *(gate(name, 10, 1, 0.5) for name in names))]])

@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm import recent as recent_module
-from trimtab.engines.vllm.wire import AdmittedWire, Decoded, DecodedWire, checked, held_bytes
+from trimtab.engines.vllm.carried import AdmittedWire, Decoded, DecodedWire, checked, held_bytes
 from trimtab.errors import SteeringError
+from trimtab.serving import memo
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
@@ -85,7 +85,7 @@ def test_layers_of_a_registered_vector_count_as_content(monkeypatch: pytest.Monk
     narrowed, whole = admitted("calm", layers=[1]).steering, admitted("calm").steering
     assert (held_bytes(narrowed), held_bytes(whole)) == (WIDTH * 4, 0)
     assert held_bytes(admitted(JOY).steering) == 2 * WIDTH * 4
-    monkeypatch.setattr(recent_module, "KEPT_BYTES", WIDTH * 4)
+    monkeypatch.setattr(memo, "KEPT_BYTES", WIDTH * 4)
     recent = Decoded()
     first = checked(sent(admitted("calm", layers=[1])), SETTINGS, MODEL, recent)
     assert checked(sent(admitted("calm", layers=[1])), SETTINGS, MODEL, recent).steering is first.steering

@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("vllm")
 
 from trimtab import Probe, Steering, SteeringVector
-from trimtab.engines.vllm import runner_v2
-from trimtab.engines.vllm.wire import TICKET, DecodedWire
-from trimtab.engines.vllm.worker import WorkerSteering, _count_before_dummy_runs, trimtab_status
+from trimtab.engines.vllm.carried import TICKET, DecodedWire
+from trimtab.engines.vllm.worker import runner_v2
+from trimtab.engines.vllm.worker.worker import WorkerSteering, _count_before_dummy_runs, trimtab_status
 from trimtab.ops import SteeringBuffers
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site

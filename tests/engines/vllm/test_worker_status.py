@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from trimtab.engines.vllm import worker_status
-from trimtab.engines.vllm.worker_status import Workers
+from trimtab.engines.vllm.frontend import workers
+from trimtab.engines.vllm.frontend.workers import Workers
 
 pytest.importorskip("prometheus_client")
 
@@ -102,10 +102,10 @@ def test_scrapes_of_one_second_share_one_call_and_a_silent_engine_keeps_its_last
 ) -> None:
     shown: list[Any] = []
     told = SimpleNamespace(workers=shown.append, silent=lambda number: None, vectors=lambda number: None)
-    monkeypatch.setattr(worker_status, "metrics", lambda: told)
-    monkeypatch.setattr(worker_status, "SCRAPE_WAIT", 0.01)
+    monkeypatch.setattr(workers, "metrics", lambda: told)
+    monkeypatch.setattr(workers, "SCRAPE_WAIT", 0.01)
     now = [100.0]
-    monkeypatch.setattr(worker_status, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     async def run() -> None:
         core = Core(0, 1)

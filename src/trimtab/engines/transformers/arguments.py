@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate, check_monitor
 from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
+from trimtab.program.gates import ResolvedGate, check_monitor
 from trimtab.sites import GateLimits, ModelSites
 from trimtab.spec import Gate, Steering
-from trimtab.spec_errors import join
+from trimtab.spec.faults import join
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 

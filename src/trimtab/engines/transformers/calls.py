@@ -14,10 +14,10 @@ from trimtab.engines.transformers.prompts import PromptBatch
 from trimtab.engines.transformers.results import Outputs
 from trimtab.engines.transformers.session import SteeringSession
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.probe import evaluating
 from trimtab.program import ResolvedSteering
+from trimtab.program.gates import ResolvedGate
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate
 from trimtab.instrument.layers import DecoderLayers
 from trimtab.ops import Emission, SteeringBuffers, emit, set_emission
 from trimtab.program import ResolvedSteering
+from trimtab.program.gates import ResolvedGate
 from trimtab.runtime import GateUse, SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import Site
 

@@ -18,10 +18,10 @@ from trimtab.engines.transformers.groups import layer_devices
 from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
 from trimtab.engines.transformers.results import Generation, receipt
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate
 from trimtab.instrument.hookmap import map_hook_points
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.instrument.probe import evaluating
+from trimtab.program.gates import ResolvedGate
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector, as_site

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
-from trimtab.counting import steered_tokens
 from trimtab.engines.transformers.progress import Progress
 from trimtab.program import ResolvedSteering
+from trimtab.program.counting import steered_tokens
 from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
 

@@ -11,10 +11,10 @@ from trimtab.engines.transformers.groups import SiteGroup
 from trimtab.engines.transformers.progress import Progress
 from trimtab.engines.transformers.prompts import PromptBatch
 from trimtab.errors import SteeringError
-from trimtab.gates import ResolvedGate
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.taps import Transform
 from trimtab.program import ResolvedSteering
+from trimtab.program.gates import ResolvedGate
 from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
 

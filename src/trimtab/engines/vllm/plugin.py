@@ -13,12 +13,13 @@ def register() -> None:
     vLLM ends where a plugin raises, so nothing is raised here: what cannot be installed is noted, and an engine that is
     to be steered says so at its start.
     """
-    from trimtab.engines.vllm import compat, compat_frontend
-    from trimtab.engines.vllm.compat_patching import guarded
-    from trimtab.engines.vllm.frontend import build_front_end
+    from trimtab.engines.vllm.frontend.admission import build_front_end
+    from trimtab.engines.vllm.patches import engine as engine_patches
+    from trimtab.engines.vllm.patches import frontend as frontend_patches
+    from trimtab.engines.vllm.patches.patching import guarded
 
-    guarded("the engine", compat.install)
-    guarded("the front end", compat_frontend.install, build_front_end)
+    guarded("the engine", engine_patches.install)
+    guarded("the front end", frontend_patches.install, build_front_end)
 
 
 class Travelling(dict[str, Any]):

@@ -6,7 +6,7 @@ import traceback
 import torch
 
 from support import HIDDEN, SCRATCH, engine, generate, random_prompts, random_spec, report, tiny_model
-from trimtab.engines.vllm.wire import MARK
+from trimtab.engines.vllm.carried import MARK
 from trimtab.ops.gates import decides, gate_count
 
 
@@ -61,9 +61,9 @@ def _without_keys(folder):
     """An engine core whose block hasher is vLLM's own."""
     from vllm.v1.core import kv_cache_utils
 
-    from trimtab.engines.vllm import compat
+    from trimtab.engines.vllm.patches import engine as engine_patches
 
-    compat.install()
+    engine_patches.install()
     patched = kv_cache_utils.generate_block_hash_extra_keys
     kv_cache_utils.generate_block_hash_extra_keys = patched.__wrapped__
     try:
@@ -74,7 +74,7 @@ def _without_keys(folder):
 
 def _without_adding(folder):
     """A model that runs, but past the addition in layer 2, as one does that was compiled before it was steered."""
-    from trimtab.engines.vllm import layers
+    from trimtab.engines.vllm.worker import layers
 
     original = layers.SteeredLayer.forward
     seen = []
@@ -95,7 +95,7 @@ def _without_adding(folder):
 def _without_monitoring(folder):
     """A model that adds, but past its monitor, as one does that was compiled before there was one."""
     from trimtab import Probe
-    from trimtab.engines.vllm import attach
+    from trimtab.engines.vllm.worker import attach
     from trimtab.sites import HookPoint, Site
 
     path = SCRATCH / "monitor.safetensors"

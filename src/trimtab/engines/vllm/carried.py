@@ -1,0 +1,152 @@
+"""Steering as it travels inside a request: from the front end to the engine core, and on to every worker.
+
+The front end puts the wire form of a resolved spec into `SamplingParams.extra_args["steering"]`, as an `AdmittedWire`.
+The engine core reads it once, when the request arrives, and puts a `DecodedWire` in its place. Both are the same dict
+for everyone who serialises it, with the resolved steering at hand: for an engine core in the front end's process, for
+block keys, and for a worker in the core's process. What comes from another process is a plain dict and is not trusted.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self
+
+from trimtab.engines.vllm.settings.config import SteeringSettings
+from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
+from trimtab.errors import SteeringError
+from trimtab.program import ResolvedSteering, Term
+from trimtab.program.gates import check_served
+from trimtab.serving.memo import Recent, key_of
+from trimtab.sites import ModelSites
+
+# In `extra_args` of each request of a steered engine whose front end looked for steering in it, found or not. A front
+# end that never loaded trimtab drops a request's `steering` without a word: the core refuses what lacks the mark.
+MARK = "trimtab_admitted"
+
+TICKET = "trimtab_ticket"  # beside the steering in `extra_args`: {"answer": the name of an `accounts.Account`}
+_LONGEST_NAME = 64  # characters
+
+
+class Wire(dict[str, Any]):
+    """A wire form with what it stands for; not to be changed. Pickles as the plain dict."""
+
+    steering: ResolvedSteering
+
+    def __init__(self, wire: Mapping[str, Any], steering: ResolvedSteering) -> None:
+        super().__init__(wire)
+        self.steering = steering
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ({**self, "vectors": [_copied(vector) for vector in self["vectors"]]},)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # clones of sampling parameters may share it
+
+    def __repr__(self) -> str:
+        return f"<steering with {len(self['vectors'])} vectors>"  # logs of requests print sampling parameters
+
+
+class AdmittedWire(Wire):
+    """A wire form made by the front end of this process; what a caller or another process hands in never has this
+    type. An engine core still checks that it serves what is in it, once: a spec of names comes again and again."""
+
+    taken: "tuple[SteeringSettings, ModelSites, DecodedWire] | None" = None  # by which engine core, and as what
+
+
+class DecodedWire(Wire):
+    """A wire form that an engine core has read and checked."""
+
+
+Decoded = Recent[ResolvedSteering]  # what one engine read in wire forms that hold little but names
+
+
+def carried(sampling_params: Any) -> Any:
+    """What a request carries as steering, in whatever form; None if nothing."""
+    extra = getattr(sampling_params, "extra_args", None)
+    return extra.get(SETTINGS_KEY) if extra else None
+
+
+def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: Decoded | None = None) -> DecodedWire:
+    """The wire form that a request carries, read and checked against what the engine serves.
+
+    `recent` is what this engine read before. Raises `SteeringError`.
+    """
+    if isinstance(given, DecodedWire) and _is_at_home(given.steering, settings, model):
+        _check_served(given.steering, model)  # which engine core of this process read it is not known
+        return given
+    if isinstance(given, AdmittedWire):
+        if (taken := given.taken) is not None and taken[0] is settings and taken[1] is model:
+            return taken[2]
+        if _is_at_home(given.steering, settings, model):
+            _check_served(given.steering, model)  # its content was read and named in this process: not again
+            wire = DecodedWire(given, given.steering)
+            given.taken = settings, model, wire
+            return wire
+    key = None if recent is None else key_of(given)
+    if recent is not None and (known := recent.get(key)) is not None:
+        return DecodedWire(given, known)
+    steering = replace(ResolvedSteering.from_wire(given, settings.start_vectors_by_digest), monitor=model.monitor)
+    _check_served(steering, model)
+    if recent is not None:
+        recent.put(key, steering, held_bytes(steering))
+    return DecodedWire(given, steering)
+
+
+def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSteering | None:
+    """The steering of a request that the engine core has checked; None if it carries none."""
+    given = carried(sampling_params)
+    if given is None:
+        return None
+    if isinstance(given, DecodedWire):
+        return given.steering
+    return ResolvedSteering.from_wire(given, settings.start_vectors_by_digest)
+
+
+def owner_of(sampling_params: Any, request_id: str) -> str:
+    """The name under which a worker reports a request: that on its ticket, or for one that passed no door of ours its
+    own id, as a digest: ids may be of any length."""
+    extra = getattr(sampling_params, "extra_args", None)
+    ticket = extra.get(TICKET) if extra else None
+    name = ticket.get("answer") if isinstance(ticket, dict) else None
+    if isinstance(name, str) and len(name) <= _LONGEST_NAME:
+        return name
+    return hashlib.sha256(request_id.encode(errors="replace")).hexdigest()
+
+
+def held_bytes(steering: ResolvedSteering) -> int:
+    """Bytes of the vectors in `steering` that are not registered ones, but content or some layers of them."""
+    references = {term.vector: term.reference for term in _terms(steering)}
+    return sum(
+        vector.block.nbytes
+        for vector, reference in references.items()
+        if reference is None or reference.layers is not None
+    )
+
+
+def _copied(vector: dict[str, Any]) -> dict[str, Any]:
+    return vector | {"data": bytes(vector["data"])} if "data" in vector else vector
+
+
+def _terms(steering: ResolvedSteering) -> tuple[Term, ...]:
+    return (*steering.prefill.all_terms, *steering.decode.all_terms)
+
+
+def _is_at_home(steering: ResolvedSteering, settings: SteeringSettings, model: ModelSites) -> bool:
+    """Whether an engine of this process may take over `steering` as it is: another's has its own monitor and names."""
+    references = [*(term.reference for term in _terms(steering)), *(gate.reference for gate in steering.gates)]
+    known = settings.start_vectors_by_digest
+    return steering.monitor == model.monitor and all(r is None or r.digest in known for r in references)
+
+
+def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
+    if not model.sites.issuperset(steering.sites):
+        missing = next(site for site in steering.sites if site not in model.sites)
+        raise SteeringError(SETTINGS_KEY, f"{missing} is not served by this engine")
+    steering.check_gate_count(model.gates, SETTINGS_KEY)
+    for term in _terms(steering):
+        if term.vector.hidden_size != model.hidden_size:
+            raise SteeringError(
+                SETTINGS_KEY, f"a vector of width {term.vector.hidden_size}; the model's is {model.hidden_size}"
+            )
+        if term.gate is not None:
+            check_served(term.gate, term.vector.sites, model.gates)

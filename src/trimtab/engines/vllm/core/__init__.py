@@ -1,0 +1,1 @@
+"""The engine core: what a request carries is checked, and steered KV is kept apart."""

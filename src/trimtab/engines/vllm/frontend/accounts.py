@@ -1,0 +1,116 @@
+"""The account of one answer: what its receipt says, and how many tokens of its requests were steered.
+
+An answer over HTTP may be made by several requests of the engine (prompts, choices, pieces of audio); they share one
+account. An offline prompt has one of its own. A request carries a `Ticket`, which is the account itself in the process
+that opened it, and a random name everywhere else: workers report what gates did by that name. Ids of requests are no
+such names, since callers may choose them, alike even.
+"""
+
+import hashlib
+import re
+import secrets
+from collections import OrderedDict
+from typing import Any
+
+from trimtab.engines.vllm.carried import TICKET
+from trimtab.engines.vllm.frontend.admission import Admission
+from trimtab.program.counting import steered_tokens
+from trimtab.sites import Phase
+
+ACCOUNT_NAME = re.compile("[0-9a-f]{32}")
+
+KEPT_ANSWERS = 4096  # whose gates can be asked for by the id of the answer
+
+
+class Account:
+    """What is known of one answer. Not for several threads."""
+
+    __slots__ = ("_admission", "_finished", "_receipt", "_running", "name")
+
+    def __init__(self, admission: Admission) -> None:
+        self.name = secrets.token_hex(16)
+        self._admission = admission
+        self._receipt: dict[str, Any] | None = None
+        self._running = self._finished = 0
+
+    @property
+    def identity(self) -> list[str]:
+        """That of each phase."""
+        return [self._admission.resolved.identity(phase) for phase in Phase]
+
+    @property
+    def gated(self) -> bool:
+        """Whether the steering has gates."""
+        return bool(self._admission.resolved.gates)
+
+    @property
+    def complete(self) -> bool:
+        """Whether requests of the answer have begun, and all that have are finished."""
+        return self._finished > 0 and not self._running
+
+    @property
+    def receipt(self) -> dict[str, Any]:
+        """The receipt of the admission, and `steered_tokens` of all requests that are finished: the same object always,
+        brought up to date as they finish."""
+        if self._receipt is None:
+            counts = steered_tokens(None, 0, 0)
+            self._receipt = {**self._admission.receipt, "steered_tokens": {p.value: n for p, n in counts.items()}}
+        return self._receipt
+
+    def begun(self) -> None:
+        """A request of the answer is on its way to the engine."""
+        self._running += 1
+
+    def finished(self, prompt_length: int, new_tokens: int) -> None:
+        """A request of the answer has ended with this many tokens."""
+        self._running -= 1
+        self._finished += 1
+        counts = self.receipt["steered_tokens"]
+        for phase, number in steered_tokens(self._admission.resolved, prompt_length, new_tokens).items():
+            counts[phase.value] += number
+
+
+class Ticket(dict[str, str]):
+    """Names an account to the workers, and holds it here. Serialised, it is a plain dict; a caller's is never taken."""
+
+    account: Account
+
+    def __init__(self, account: Account) -> None:
+        super().__init__({"answer": account.name})
+        self.account = account
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Ticket":
+        return self  # clones of sampling parameters belong to the same answer
+
+
+def ticket_in(extra_args: Any) -> Ticket | None:
+    """The ticket among the `extra_args` of sampling parameters, None if this process gave none."""
+    ticket = extra_args.get(TICKET) if extra_args else None
+    return ticket if isinstance(ticket, Ticket) else None
+
+
+class Answers:
+    """Which account an answer's id belongs to, for the last `KEPT_ANSWERS`. Ids are the callers': only their digests
+    are kept, and one that two answers bear names neither."""
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[bytes, str | None] = OrderedDict()
+
+    def add(self, answer_id: str, name: str) -> None:
+        """Remember an answer."""
+        key = _key(answer_id)
+        self._names[key] = name if self._names.get(key, name) == name else None
+        self._names.move_to_end(key)
+        if len(self._names) > KEPT_ANSWERS:
+            self._names.popitem(last=False)
+
+    def find(self, answer_id: str) -> str | None:
+        """The account of an answer; None where several bear this id. Raises `KeyError` where none is known."""
+        return self._names[_key(answer_id)]
+
+
+def _key(answer_id: str) -> bytes:
+    return hashlib.sha256(answer_id.encode(errors="replace")).digest()

@@ -1,0 +1,283 @@
+"""Admission: the one validator behind every door through which a request can reach the engine.
+
+`FrontEnd.admit` takes what a caller gave as `steering`, merges the server's default, resolves names, checks it against
+what the engine serves, and returns the wire form that travels with the request. Nothing here imports vLLM.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+from trimtab.engines.vllm.carried import AdmittedWire, held_bytes
+from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
+from trimtab.errors import SteeringError
+from trimtab.program import ResolvedSteering
+from trimtab.serving.admin import admin_key
+from trimtab.serving.memo import Recent, key_of
+from trimtab.serving.names import check_fixed, check_known
+from trimtab.serving.registry import ProbeRegistry, VectorRegistry, shared_directory
+from trimtab.serving.server_default import ServerDefault, merge
+from trimtab.sites import HookPoint, ModelSites, Phase
+from trimtab.spec import Steering
+from trimtab.spec.faults import join
+from trimtab.vectors.probe import Probe
+from trimtab.vectors.vector import SteeringVector
+
+FIELD = "steering"  # the request's field, at every door
+
+# Labels of the refusal counter: a fixed set, since field paths hold what callers wrote.
+REASONS = frozenset({"interventions", "kind", "vector", "scale", "phase", "layers", "gate", "probe", "threshold"})
+REASONS |= {"sharpness", "dtype", "shape", "layer_indices", "data", *HookPoint}
+REASONS |= {"disabled", "beam_search", "resumable", "twice", "route", "place"}
+
+
+class Catalogue(NamedTuple):
+    """What names stand for at one moment."""
+
+    vectors: Mapping[str, SteeringVector]
+    probes: Mapping[str, Probe]
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What admission made of a request: the form that travels on, and from what it was made."""
+
+    wire: AdmittedWire
+    spec: Steering
+    names: Catalogue
+    default_left: float | None = None  # the least share of the server's default that is left; None without a default
+
+    @property
+    def resolved(self) -> ResolvedSteering:
+        """The programs that the request runs."""
+        return self.wire.steering
+
+    @cached_property
+    def receipt(self) -> dict[str, Any]:
+        """What the caller is told, in JSON's types: the identity of each phase ("" = unsteered), the sites, the content
+        behind each vector and probe that adds or decides something, and whether the server's default is in it, with the
+        least share of it that the request left in force; the digest of the server's monitor where it stands before what
+        decode tokens receive. Made when asked for.
+        """
+        monitor = {"monitor": self.resolved.monitor} if self.resolved.monitored else {}
+        left = {} if self.default_left is None else {"default_left": round(self.default_left, 4) + 0.0}
+        return {
+            "identity": {phase.value: self.resolved.identity(phase) for phase in Phase},
+            "sites": [str(site) for site in self.resolved.sites],
+            "vectors": self._vectors(),
+            "probes": self._probes(),
+            "server_default": self.default_left is not None,
+            **left,
+            **monitor,
+        }
+
+    def _vectors(self) -> list[dict[str, Any]]:
+        """The vectors of the spec that are in a sum: not those that others of it, or a scale of 0, cancel."""
+        kept = {term.vector.digest for phase in Phase for term in self.resolved.program(phase).all_terms}
+        used: dict[tuple[str | None, str], None] = {}
+        for step in self.spec.interventions:
+            name, vector = (
+                (step.vector, self.names.vectors[step.vector]) if isinstance(step.vector, str) else (None, step.vector)
+            )
+            if (vector if step.layers is None else vector.at(step.layers)).digest in kept:
+                used[name, vector.digest.hex()] = None
+        return [{"name": name, "digest": digest} for name, digest in used]
+
+    def _probes(self) -> list[dict[str, Any]]:
+        """The probes of its gates; `direction` is the digest that reports of gates name an inline one by."""
+        kept = {gate.probe.digest for gate in self.resolved.gates}
+        used: dict[tuple[str | None, str, str], None] = {}
+        for gate in (step.gate for step in self.spec.interventions):
+            if gate is not None:
+                name, probe = (
+                    (gate.probe, self.names.probes[gate.probe]) if isinstance(gate.probe, str) else (None, gate.probe)
+                )
+                if probe.vector.digest in kept:
+                    used[name, probe.digest.hex(), probe.vector.digest.hex()] = None
+        return [{"name": name, "digest": digest, "direction": direction} for name, digest, direction in used]
+
+
+class Observer(Protocol):
+    """Counts what happens at the doors."""
+
+    def steered(self) -> None: ...
+    def refused(self, reason: str) -> None: ...
+
+
+class FrontEnd:
+    """The front end of one engine: its registry, its default spec, and the sites that it serves.
+
+    Raises `SteeringError` if the default spec cannot be honoured, so that a server with such a default does not start.
+    """
+
+    def __init__(
+        self,
+        model: ModelSites,
+        registry: VectorRegistry,
+        default: Any = None,
+        observer: Observer | None = None,
+        probes: ProbeRegistry | None = None,
+        monitor: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.monitor = monitor  # as the status route shows it
+        self.registry = registry
+        self.probes = ProbeRegistry({}) if probes is None else probes
+        self.default = None if default is None else _parse_default(default)
+        self._observer = observer
+        self._default_admission: tuple[Catalogue, Admission] | None = None
+        # Admissions of specs that consist of names, and what the names stood for.
+        self._recent: tuple[Catalogue | None, Recent[Admission]] = (None, Recent())
+        self._last_names = Catalogue({}, {})
+        if self.default is not None:
+            check_fixed(self.default.spec, self.registry, self.probes)
+            self.admit(None, count=False)
+
+    def admit(self, given: Any, *, count: bool = True) -> Admission | None:
+        """Admit `given`: a `Steering`, a mapping or a JSON string, or None where the request says nothing.
+
+        None if there is nothing to add, not even a default. Raises `SteeringError` whose field starts at the request's
+        own `steering`.
+        """
+        if given is None and self.default is None:
+            return None
+        try:
+            admission = self._admit_default() if given is None else self._admit(given)
+        except SteeringError as error:
+            where = f"{FIELD}.{error.field}" if error.field else FIELD
+            self.refuse(error.field, count=count)
+            raise SteeringError(where, error.message) from error
+        if count and self._observer is not None:
+            self._observer.steered()
+        return admission
+
+    def refuse(self, field: str, *, count: bool = True) -> None:
+        """Count a refusal under the innermost known part of `field`."""
+        if count and self._observer is not None:
+            self._observer.refused(refusal_reason(field))
+
+    def _admit_default(self) -> Admission:
+        names = self._names()
+        if self._default_admission is None or self._default_admission[0] is not names:
+            assert self.default is not None
+            try:
+                admission = self._finish(self.default.spec, names, 1.0)
+                if not admission.resolved.sites:
+                    raise SteeringError("interventions", "adds nothing: leave the default out, or correct it")
+            except SteeringError as error:
+                # The operator's spec, not the caller's: say so, with the path in the operator's own file.
+                raise SteeringError("", f"the server's default spec: {error}") from error
+            self._default_admission = (names, admission)
+            return admission
+        return self._default_admission[1]
+
+    def _admit(self, given: Any) -> Admission:
+        names = self._names()
+        under, recent = self._recent  # read once: admissions run in several threads
+        if under is not names:
+            recent = Recent()
+            self._recent = (names, recent)
+        key = given if type(given) is Steering and _names_alone(given) else key_of(given)
+        if (known := recent.get(key)) is not None:
+            return known
+        admission = self._admit_anew(Steering.parse(given), names)
+        if not any("data" in vector for vector in admission.wire["vectors"]):  # content is too much to keep
+            recent.put(key, admission, held_bytes(admission.resolved))
+        return admission
+
+    def _admit_anew(self, steering: Steering, names: Catalogue) -> Admission:
+        if self.default is None:
+            return self._finish(steering, names)
+        default = self._admit_default().resolved
+        left = self.default.left_by(steering, lambda part: self._resolve(part, names), default)
+        try:
+            return self._finish(merge(self.default.spec, steering), names, left)
+        except SteeringError as error:
+            raise SteeringError("", f"together with the server's default spec: {error}") from error
+
+    def _names(self) -> Catalogue:
+        """What names stand for now: the same object as long as nothing changes."""
+        names, last = Catalogue(self.registry.vectors(), self.probes.vectors()), self._last_names
+        if names.vectors is last.vectors and names.probes is last.probes:
+            return last
+        self._last_names = names
+        return names
+
+    def _resolve(self, steering: Steering, names: Catalogue) -> ResolvedSteering:
+        check_known(steering, self.registry, self.probes)
+        return steering.resolve(names.vectors, self.model, names.probes)
+
+    def _finish(self, steering: Steering, names: Catalogue, default_left: float | None = None) -> Admission:
+        resolved = self._resolve(self._carrying_what_workers_lack(steering, names), names)
+        wire = AdmittedWire(resolved.to_wire(views=True), resolved)
+        return Admission(wire, steering, names, default_left)
+
+    def _carrying_what_workers_lack(self, steering: Steering, names: Catalogue) -> Steering:
+        """The same spec with each name replaced by its content where workers do not hold it from start."""
+
+        def vector(name: Any) -> Any:
+            found = names.vectors.get(name) if isinstance(name, str) else None
+            return name if found is None or self.registry.held_by_workers(found.digest) else found
+
+        def probe(name: Any) -> Any:
+            found = names.probes.get(name) if isinstance(name, str) else None
+            return name if found is None or self.probes.held_by_workers(found.digest) else found
+
+        steps = list(steering.interventions)
+        for index, step in enumerate(steps):
+            changes: dict[str, Any] = {}
+            if (content := vector(step.vector)) is not step.vector:
+                changes["vector"] = content
+            if step.gate is not None and (content := probe(step.gate.probe)) is not step.gate.probe:
+                changes["gate"] = step.gate.with_content(content)
+            if changes:
+                steps[index] = step.model_copy(update=changes)
+        if all(new is old for new, old in zip(steps, steering.interventions, strict=True)):
+            return steering
+        return steering.model_copy(update={"interventions": tuple(steps)})
+
+
+def build_front_end(vllm_config: Any) -> FrontEnd | None:
+    """The front end of an engine with this configuration; None where steering is not configured.
+
+    Raises `SteeringError` for bad settings, vector files, default spec or administrator's key.
+    """
+    settings = SteeringSettings.of(vllm_config)
+    if settings is None:
+        return None
+    from trimtab.engines.vllm.frontend.start_log import log_start
+    from trimtab.serving.metrics import metrics
+
+    admin_key()  # one that cannot be sent stops the start
+    directory = shared_directory()
+    registry = VectorRegistry(settings.start_vectors, directory)
+    probes = ProbeRegistry(settings.start_probes, None if directory is None else directory / "probes")
+    counters = metrics()
+    counters.vectors(len(registry.vectors()))
+    monitor = settings.start_monitor
+    shown = settings.monitor.describe(monitor) if settings.monitor is not None and monitor is not None else None
+    front_end = FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes, shown)
+    log_start(front_end, settings)
+    return front_end
+
+
+def _parse_default(given: Any) -> ServerDefault:
+    try:
+        return ServerDefault.parse(given)
+    except SteeringError as error:
+        raise SteeringError(join(f"{FIELD}.default", error.field), error.message) from error
+
+
+def _names_alone(steering: Steering) -> bool:
+    return all(
+        isinstance(step.vector, str) and (step.gate is None or isinstance(step.gate.probe, str))
+        for step in steering.interventions
+    )
+
+
+def refusal_reason(field: str) -> str:
+    """The innermost part of a field path that is one of `REASONS`, "other" if none is."""
+    parts = re.split(r"[.\[\]]+", field)
+    return next((part for part in reversed(parts) if part in REASONS), "other")

@@ -1,0 +1,261 @@
+"""What happens at the doors of vLLM's front end: a request's spec is found, admitted, and replaced by its wire form.
+
+`patches.frontend` and `patches.servers` put these functions into vLLM; this module says what they do.
+"""
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+from trimtab.engines.vllm.carried import MARK, TICKET, AdmittedWire
+from trimtab.engines.vllm.frontend.accounts import Account, Ticket, ticket_in
+from trimtab.engines.vllm.frontend.admission import FIELD, Admission, FrontEnd
+from trimtab.engines.vllm.http.body import DATA, Body, names_steering
+from trimtab.errors import SteeringError
+from trimtab.sites import Phase
+from trimtab.spec.faults import join
+
+
+class Exchange:
+    """One HTTP request, or one line of a batch, while it is being answered: where it came in, what its body says as
+    `steering` once that `was_read`, and once it is admitted, the account of its answer."""
+
+    __slots__ = ("account", "given", "path", "was_read")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.was_read = False
+        self.given: Any = None
+        self.account: Account | None = None
+
+    def read(self, given: Any) -> None:
+        """Note what the body says as `steering`."""
+        self.was_read, self.given = True, given
+
+
+exchange: ContextVar[Exchange | None] = ContextVar("trimtab_exchange", default=None)
+
+OFF = "steering is off in this engine; start it with --enable-steering"
+
+PLACES = frozenset({FIELD, f"vllm_xargs.{FIELD}"})  # in a body, where a spec may stand
+
+_OURS = (FIELD, TICKET, MARK)  # what `extra_args` hold for our own use
+
+IN_PYTHON = frozenset({f"extra_args.{FIELD}"})
+
+# The routes that steer what they answer, for messages; `guard` has all that take a spec.
+ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/inference/v1/generate")
+
+_current: FrontEnd | None = None
+
+
+def current_front_end() -> FrontEnd | None:
+    """The front end of this process's engine, the latest one made; None where steering is off."""
+    return _current
+
+
+def set_current_front_end(front_end: FrontEnd | None) -> None:
+    """Make `front_end` the one that HTTP requests of this process meet."""
+    global _current
+    _current = front_end
+
+
+def given_by(request: Any) -> Any:
+    """What a request model says as `steering`. Raises what vLLM answers with HTTP 400 where it stands elsewhere."""
+    current = exchange.get()
+    if current is not None and current.was_read:
+        return current.given
+    try:  # no route of ours read the body: a batch line, or the server of another framework around vLLM's handlers
+        return spec_in(Body(dict(request)))
+    except SteeringError as error:
+        refuse(error)
+
+
+def spec_in(body: Body, places: frozenset[str] = PLACES) -> Any:
+    """What a body says as `steering` in one of `places`; None if it asks for none.
+
+    Raises `SteeringError` where it asks elsewhere, by another name or twice, and for an object in the spec that repeats
+    a key.
+    """
+    off = current_front_end() is None
+    given: dict[str, Any] = {}
+    for place, value, twice in body.asks(ours_alone=off):
+        if off:
+            raise SteeringError(place, OFF)
+        if twice or given:
+            raise _refused("twice", place, "given twice in one request: leave all but one out")
+        if place not in places:
+            raise _refused("place", place, _where_it_belongs(place, places))
+        if (key := body.key_given_twice(value)) is not None:
+            raise _refused("twice", place, f"the key {key!r:.80} is given twice in one object")
+        given[place] = value
+    return next(iter(given.values()), None)
+
+
+def refuse_beside(fields: Iterable[tuple[str, Any]], within: str) -> None:
+    """Raise `SteeringError` where `fields` beside a body, of its query or its headers, ask for steering."""
+    off = current_front_end() is None
+    for ask in Body.of_form(fields).asks(ours_alone=off):
+        place = join(within, ask.place)
+        raise SteeringError(place, OFF) if off else _refused("place", place, _where_it_belongs(ask.place, PLACES))
+
+
+def refuse_all(body: Body, where: str) -> None:
+    """Raise `SteeringError` if a body asks for steering, `where` nothing is steered."""
+    for ask in body.asks(ours_alone=current_front_end() is None):
+        raise refusal_elsewhere(where, ask.place)
+
+
+def _where_it_belongs(place: str, places: frozenset[str]) -> str:
+    known = " or ".join(sorted(places, key=len))
+    if place.rpartition(".")[2] == FIELD:
+        return f"would be ignored here: a spec stands in {known}. (A client's `extra_body` is unpacked by the client.)"
+    return f"would be ignored: what is to be steered is said in {known}; say it there, or leave this out"
+
+
+def _refused(reason: str, field: str, message: str) -> SteeringError:
+    if (front_end := current_front_end()) is not None:
+        front_end.refuse(reason)
+    return SteeringError(field, message)
+
+
+def refusal_elsewhere(where: str, place: str) -> SteeringError:
+    """What a request is told that asks, at `place` in its body, for steering `where` nothing is steered."""
+    remedy = f"leave the field out, or ask one of {', '.join(ANSWERING)}"
+    here = "" if current_front_end() is not None else " of a server with --enable-steering"
+    return _refused("route", place, f"{where} cannot be steered: {remedy}{here}")
+
+
+def admit_http(params: Any, given: Any) -> Any:
+    """Sampling parameters with admitted steering in `extra_args`. Raises what vLLM answers with HTTP 400."""
+    current = exchange.get()
+    if isinstance(given, AdmittedWire):
+        return params
+    if current is not None and current.path.endswith("/render"):
+        # The answer is another server's input, as JSON: check it, and pass on what the caller wrote.
+        if given is not None:
+            _admit(current_front_end(), given, count=False)
+            carry(params, {FIELD: json.dumps(given) if isinstance(given, dict) else given})
+        return params
+    admission = _admit(current_front_end(), given)
+    if admission is not None:
+        carry(params, _carried(admission))
+    return params
+
+
+def admit_params(
+    front_end: FrontEnd | None, params: Any, *, resumable: bool = False
+) -> tuple[Any, dict[str, Any] | None]:
+    """Sampling parameters without their steering, and what they are to carry of it; None where there is none.
+
+    The caller's own object is left as it is. vLLM walks through and copies all that it is handed, so the two meet again
+    behind that, in `carry`. Raises `SteeringError` (a `ValueError`), in the form that vLLM's servers answer with HTTP
+    400.
+    """
+    if not hasattr(params, "extra_args"):  # a pooling request
+        return params, None
+    given = (params.extra_args or {}).get(FIELD)
+    if front_end is not None and params.extra_args:
+        _refuse_misplaced(front_end, params.extra_args)
+    if isinstance(given, AdmittedWire):  # admitted before, by a door of the HTTP server
+        return _without_steering(params), {FIELD: given, TICKET: ticket_in(params.extra_args)}
+    if resumable and (given is not None or (front_end is not None and front_end.default is not None)):
+        if front_end is not None:
+            front_end.refuse("resumable")
+        refuse(SteeringError(FIELD, "a request whose prompt grows while it runs cannot be steered"))
+    admission = _admit(front_end, given)
+    if admission is None:
+        return params, None
+    return _without_steering(params), _carried(admission)
+
+
+def carry(params: Any, steering: dict[str, Any] | None) -> None:
+    """Let sampling parameters that belong to one request alone carry its steering."""
+    if steering is not None:
+        params.extra_args = {**(params.extra_args or {}), **steering}  # vLLM shares this dict with the request
+
+
+def mark(front_end: FrontEnd | None, params: Any) -> None:
+    """Let a request of a steered engine show that its front end looked for steering. `params` are None for pooling."""
+    if front_end is not None and params is not None:
+        params.extra_args = {**(params.extra_args or {}), MARK: True}
+
+
+def _carried(admission: Admission) -> dict[str, Any]:
+    """The admitted steering of a request, and the ticket to its account: the exchange's, or one of its own."""
+    current = exchange.get()
+    account = None if current is None else current.account
+    if account is None or account.identity != [admission.resolved.identity(phase) for phase in Phase]:
+        account = Account(admission)
+        if current is not None:
+            current.account = account
+    return {FIELD: admission.wire, TICKET: Ticket(account)}
+
+
+def refuse_beam_search(given: Any) -> None:
+    """Raise if a request for beam search is steered, by itself or by the server's default."""
+    front_end = current_front_end()
+    if given is None and (front_end is None or front_end.default is None):
+        return
+    if front_end is not None:
+        front_end.refuse("beam_search")
+    reason = "cannot be steered" if given is not None else "cannot be steered, and this server steers every request"
+    refuse(SteeringError("use_beam_search", f"beam search {reason}; leave one of the two out"))
+
+
+def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Admission | None:
+    if front_end is None:
+        if given is None:
+            return None
+        refuse(SteeringError(FIELD, OFF))
+    try:
+        return front_end.admit(given, count=count)
+    except SteeringError as error:
+        refuse(error)
+
+
+def _refuse_misplaced(front_end: FrontEnd, extra: Mapping[str, Any]) -> None:
+    """Raise if `extra_args` ask for steering by another name than ours, or deeper within."""
+    for name, value in extra.items():
+        if name in _OURS or name in DATA:
+            continue
+        inner = f".{FIELD}" if isinstance(value, Mapping) and value.get(FIELD) is not None else ""
+        if inner or (value is not None and isinstance(name, str) and names_steering(name)):
+            front_end.refuse("place")
+            refuse(SteeringError(f"extra_args.{name}{inner}", _where_it_belongs(f"{name}{inner}", IN_PYTHON)))
+
+
+def _without_steering(params: Any) -> Any:
+    if params.extra_args and FIELD in params.extra_args:
+        params = copy.copy(params)
+        ours = (FIELD, TICKET)
+        params.extra_args = {key: value for key, value in params.extra_args.items() if key not in ours} or None
+    return params
+
+
+def refuse(error: SteeringError) -> NoReturn:
+    """Raise `error` in the form that vLLM's servers answer with HTTP 400 and that is a `ValueError` in Python."""
+    raise _refusal_class()(error) from error
+
+
+@functools.cache
+def _refusal_class() -> Callable[[SteeringError], Exception]:
+    """vLLM's validation error and ours in one: its servers answer 400 with the field, Python callers see `ValueError`.
+
+    In newer versions vLLM's is no `ValueError`, in older ones its text repeats the field.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    class RefusedError(VLLMValidationError, SteeringError):  # type: ignore[misc]
+        def __init__(self, error: SteeringError) -> None:
+            Exception.__init__(self, str(error))
+            self.field, self.message = error.field, error.message
+            self.parameter, self.value = error.field, None
+
+        def __str__(self) -> str:
+            return str(self.args[0])
+
+    return RefusedError

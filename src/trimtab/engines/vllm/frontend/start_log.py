@@ -1,0 +1,67 @@
+"""What a steered server says of itself in the log when it starts: one block that an operator can check."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.engines.vllm.settings.config import SteeringSettings
+from trimtab.serving.admin import HEADER, VARIABLE, admin_key
+from trimtab.serving.registry import Registry
+from trimtab.serving.server_default import ServerDefault
+from trimtab.sites import site_order
+from trimtab.vectors.probe import Probe
+from trimtab.vectors.vector import SteeringVector
+from trimtab.wording import summary
+
+MOST_NAMES = 64  # of a kind, each on a line of its own
+
+logger = logging.getLogger("vllm.trimtab")
+
+
+def log_start(front_end: FrontEnd, settings: SteeringSettings) -> None:
+    """Log what requests are steered with, and who may change it."""
+    logger.info("%s", "\n".join(start_block(front_end, settings)))
+
+
+def start_block(front_end: FrontEnd, settings: SteeringSettings) -> Iterator[str]:
+    """The lines of the block."""
+    sites = [str(site) for site in sorted(front_end.model.sites, key=site_order)]
+    yield f"Steering is on at {len(sites)} sites: {summary(sites)}"
+    yield from _names(front_end.registry, settings.vectors)
+    yield from _names(front_end.probes, settings.probes)
+    yield f"  default: {'none' if front_end.default is None else json.dumps(_short(front_end.default))}"
+    yield f"  monitor: {'none' if front_end.monitor is None else json.dumps(front_end.monitor)}"
+    if admin_key() is None:
+        yield f"  names can be registered and deleted by whoever may send requests; {VARIABLE} sets a key for that"
+    else:
+        yield f"  names can be registered and deleted with the administrator's key, in the header {HEADER}"
+
+
+def _names(registry: Registry[Any], files: Any) -> Iterator[str]:
+    entries = registry.entries()
+    yield f"  {registry.what}s: {len(entries) or 'none'}"
+    for entry in entries[:MOST_NAMES]:
+        origin = Path(files[entry.name]).name if entry.name in files else "registered at run time"
+        yield f"    {entry.name} {entry.content.digest.hex()} ({origin})"
+    if len(entries) > MOST_NAMES:
+        yield f"    and {len(entries) - MOST_NAMES} more"
+
+
+def _short(default: ServerDefault) -> dict[str, Any]:
+    """The default as JSON, with the digest of each inline content in its place."""
+
+    def named(source: str | SteeringVector | Probe) -> str:
+        return source if isinstance(source, str) else f"inline {source.digest.hex()}"
+
+    steps = []
+    for step in default.spec.interventions:
+        plain = step.model_dump(mode="json", exclude={"vector", "gate"}, exclude_none=True)
+        plain["vector"] = named(step.vector)
+        if step.gate is not None:
+            gate = step.gate.model_dump(mode="json", exclude={"probe"}, exclude_defaults=True)
+            plain["gate"] = {"probe": named(step.gate.probe), **gate}
+        steps.append(plain)
+    return {"interventions": steps, "binding": default.binding}

@@ -1,0 +1,160 @@
+"""What only the workers know, asked of them through the engine's client: their state, and what gates did.
+
+An executor matches replies to calls by their order alone. A call that gave up waiting would leave its reply in the
+queue, and every later call, the engine's own steps included, would read the one before its own. So no call carries a
+timeout: who asks stops waiting, and the call goes on. There is at most one under way per engine; what is asked
+meanwhile goes with the next, so a worker that stands still is not buried under calls.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from trimtab.engines.vllm.frontend.requests import current_front_end
+from trimtab.serving.metrics import metrics
+
+WORKER_METHOD = "trimtab_status"
+
+State = dict[str, Any]  # of one worker
+
+RECEIPT_WAIT = 1.0  # seconds that an answer waits for what its gates did
+SCRAPE_WAIT = 1.0  # seconds that a scrape of /metrics waits
+PAGE_WAIT = 5.0  # seconds that a page which shows nothing else waits
+_STATUS_AGE = 1.0  # seconds for which a scrape of /metrics reuses the last answers
+
+logger = logging.getLogger("vllm.trimtab")
+
+
+class Told(NamedTuple):
+    """What workers answered: their states by the data-parallel rank of their engine, and the engines that did not."""
+
+    engines: dict[int, list[State]]
+    silent: tuple[int, ...]
+
+
+class Workers:
+    """Asks the workers of every engine, in the event loop of the server."""
+
+    def __init__(self) -> None:
+        self.client: Any = None
+        self._lines: dict[bytes, _Line] = {}
+        self._asked = -_STATUS_AGE
+        self._last: dict[int, list[State]] = {}  # what metrics show of engines that are silent now
+
+    async def ask(self, seconds: float | None, *, digest: bool = False, answers: Iterable[str] = ()) -> Told:
+        """The state of each worker, with its `digest`, and with what gates did for the accounts `answers`.
+
+        Engines that do not answer within `seconds`, or are dead, are `silent`. Never raises for them.
+        """
+        if self.client is None:
+            return Told({}, ())
+        core = self.client.engine_core
+        ranks = [int.from_bytes(engine, "little") for engine in core.core_engines]  # vLLM names an engine by its rank
+        self._lines = {engine: self._lines.get(engine) or self._line(core, engine) for engine in core.core_engines}
+        asked = tuple(answers)
+        replies = [line.ask(digest, asked) for line in self._lines.values()]
+        if replies:
+            await asyncio.wait(replies, timeout=seconds)
+        told = {rank: reply.result() for rank, reply in zip(ranks, replies, strict=True) if _answered(reply)}
+        return Told(told, tuple(rank for rank in ranks if rank not in told))
+
+    async def gates(self, answer: str, seconds: float = RECEIPT_WAIT) -> list[dict[str, Any]] | None:
+        """What each gate did for the account `answer`; None if workers did not say so in time."""
+        told = await self.ask(seconds, answers=[answer])
+        if told.silent or not all("uses" in state for states in told.engines.values() for state in states):
+            return None
+        return _added([_of_one_engine(states, answer) for states in told.engines.values()])
+
+    async def refresh_metrics(self) -> None:
+        """Bring the gauges up to date; the page is served with the old values where workers do not answer."""
+        if time.monotonic() - self._asked < _STATUS_AGE:
+            return
+        self._asked = time.monotonic()
+        told = await self.ask(SCRAPE_WAIT)
+        self._last = {rank: states for rank, states in self._last.items() if rank in told.silent} | told.engines
+        metrics().workers(list(self._last.values()))
+        metrics().silent(len(told.silent))
+        if (front_end := current_front_end()) is not None:
+            metrics().vectors(len(front_end.registry.vectors()))
+
+    def _line(self, core: Any, engine: bytes) -> "_Line":
+        async def call(digest: bool, answers: list[str]) -> list[State]:
+            # Why not `collective_rpc`: it asks every engine, and returns what the first one answers. Until: it returns
+            # all. The None is the timeout, see above.
+            states = await core._call_utility_async(
+                "collective_rpc", WORKER_METHOD, None, (digest, answers), None, engine=engine
+            )
+            return [state for state in states if isinstance(state, dict)]
+
+        return _Line(call)
+
+
+@dataclass
+class _Round:
+    """All that is asked of an engine's workers in one call."""
+
+    reply: asyncio.Future[list[State]]
+    digest: bool = False
+    answers: set[str] = field(default_factory=set)
+
+
+class _Line:
+    """The way to the workers of one engine: one call at a time, waiting ones joined."""
+
+    def __init__(self, call: Callable[[bool, list[str]], Awaitable[list[State]]]) -> None:
+        self._call = call
+        self._next: _Round | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def ask(self, digest: bool, answers: Iterable[str]) -> asyncio.Future[list[State]]:
+        """The reply to the next call, which asks for this too. Wait for it; do not cancel it, others share it."""
+        if self._next is None:
+            self._next = _Round(asyncio.get_running_loop().create_future())
+        self._next.digest |= digest
+        self._next.answers.update(answers)
+        if self._task is None:
+            self._task = asyncio.create_task(self._work())
+        return self._next.reply
+
+    async def _work(self) -> None:
+        try:
+            while (now := self._next) is not None:
+                self._next = None
+                try:
+                    now.reply.set_result(await self._call(now.digest, sorted(now.answers)))
+                except Exception as error:  # an engine that is stopping or dead: observing it must not fail
+                    logger.warning("the workers did not say what steering does: %s", error)
+                    now.reply.set_exception(error)
+                    now.reply.exception()  # seen, even if nobody waits any more
+        finally:
+            self._task = None
+
+
+def _answered(reply: "asyncio.Future[list[State]]") -> bool:
+    return reply.done() and not reply.cancelled() and reply.exception() is None
+
+
+def _of_one_engine(states: Iterable[State], answer: str) -> dict[str, dict[str, Any]]:
+    """By gate, from the worker that evaluated it; ranks that share one count the same, if none is a step behind."""
+    uses: dict[str, dict[str, Any]] = {}
+    for use in (use for state in states for use in state["uses"].get(answer, ())):
+        if use["tokens"] >= uses.get(use["gate"], {"tokens": 0})["tokens"]:
+            uses[use["gate"]] = use
+    return uses
+
+
+def _added(engines: Iterable[Mapping[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The requests of one answer may have run in several engines."""
+    total: dict[str, dict[str, Any]] = {}
+    for gate, use in (item for uses in engines for item in uses.items()):
+        known = total.get(gate)
+        if known is None:
+            total[gate] = dict(use)
+            continue
+        tokens = known["tokens"] + use["tokens"]
+        mean = (known["mean"] * known["tokens"] + use["mean"] * use["tokens"]) / tokens if tokens else 0.0
+        known |= {"tokens": tokens, "mean": mean, "above_half": known["above_half"] + use["above_half"]}
+    return [total[gate] for gate in sorted(total)]

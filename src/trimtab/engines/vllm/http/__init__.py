@@ -1,0 +1,1 @@
+"""The HTTP server: what stands before vLLM's routes, our own routes, and receipts in answers."""

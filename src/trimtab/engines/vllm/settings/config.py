@@ -1,0 +1,238 @@
+"""Settings of the vLLM engine: what `additional_config["steering"]` may say, and what it comes to for one model.
+
+vLLM hashes `additional_config` into the keys of its compile caches, so the settings are stamped with everything that
+shapes the compiled graph: an artifact of an unsteered or differently steered run is then never loaded.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+import trimtab
+from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
+from trimtab.engines.vllm.settings.monitor import MonitorSettings, check_reach
+from trimtab.errors import SteeringError
+from trimtab.program.gates import ResolvedGate, rows_needed
+from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
+from trimtab.vectors.probe import Probe
+from trimtab.vectors.vector import SteeringVector
+from trimtab.version import code_version
+from trimtab.wording import with_suggestions
+
+UNREADABLE = {
+    HookPoint.POST_ATTN: "vLLM adds what is steered there to the stream only later, so there is no whole stream to read"
+}
+
+Content = TypeVar("Content")
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+class SteeringSettings(BaseModel):
+    """Validated settings. All have defaults: `{}` means every layer, at `post_block`, for any spec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vectors: dict[str, str] = Field(default_factory=dict)  # name -> file, loaded at start
+    layers: str | list[int] | None = None  # "8-24", "0,4,8-11" or numbers; None is all
+    hook_points: tuple[HookPoint, ...] = (HookPoint.POST_BLOCK,)
+    max_rows: int | None = Field(default=None, ge=3)  # rows of each table; None is enough for the largest batch
+    probes: dict[str, str] = Field(default_factory=dict)  # name -> file, loaded at start; each site is a probe site
+    probe_layers: str | list[int] | None = None  # further probe sites: these layers at the hook points
+    gates: int = Field(default=4, ge=0, le=16)  # different gates per phase of a request, where there is a probe site
+    monitor: MonitorSettings | None = None  # before all steering of decode tokens that stands behind no gate
+    default: dict[str, Any] | None = None  # a spec that the front end adds to every request
+    backend: Literal["auto", "traced", "triton"] = "auto"
+    stamp: dict[str, Any] | None = None  # written by trimtab
+
+    @field_validator("hook_points", mode="after")
+    @classmethod
+    def _some_hook_point(cls, hooks: tuple[HookPoint, ...]) -> tuple[HookPoint, ...]:
+        if not hooks:
+            raise ValueError("name at least one hook point")
+        return tuple(hook for hook in HookPoint if hook in hooks)
+
+    @staticmethod
+    def parse(value: Any) -> "SteeringSettings":
+        """The settings that `value` (a mapping, or True for the defaults) describes. Raises `SteeringError`."""
+        if value is True:
+            return SteeringSettings()
+        if not isinstance(value, Mapping):
+            raise SteeringError(SETTINGS_KEY, f"got {type(value).__name__}, want an object with settings")
+        try:
+            return SteeringSettings.model_validate(dict(value))
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = ".".join([SETTINGS_KEY, *map(str, first["loc"])])
+            if first["type"] == "extra_forbidden":  # what it says is not repeated: it may be a key
+                where = MonitorSettings if first["loc"][0] == "monitor" else SteeringSettings
+                known = sorted(where.model_fields.keys() - {"stamp"})
+                hint = with_suggestions(first["loc"][-1], known)
+                raise SteeringError(path, f"unknown setting{hint}; the settings are {', '.join(known)}") from None
+            raise SteeringError(path, f"{first['msg']} (got {first.get('input')!r:.80})") from None
+
+    @staticmethod
+    def of(vllm_config: Any) -> "SteeringSettings | None":
+        """The settings of an engine; None where steering is not configured. Raises `SteeringError`."""
+        if not is_configured(vllm_config):
+            return None
+        return SteeringSettings.parse(vllm_config.additional_config[SETTINGS_KEY])
+
+    def chosen_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers to steer in a model of `num_layers`. Raises `SteeringError` for layers that it does not have."""
+        if self.layers is None:
+            return tuple(range(num_layers))
+        return _chosen(self.layers, num_layers, "layers")
+
+    def chosen_probe_sites(self, num_layers: int, sites: frozenset[Site]) -> frozenset[Site]:
+        """Where probes can be read: the sites of `probes`, and those of `probe_layers`; none where `gates` is 0.
+
+        Raises `SteeringError` for a site that is not among the steered `sites`, or at which vLLM has no whole stream.
+        """
+        if not self.gates:
+            if self.probes or self.probe_layers is not None:
+                raise SteeringError(f"{SETTINGS_KEY}.gates", "is 0, so no probe would be read: leave the probes out")
+            return frozenset()
+        named = {f"{SETTINGS_KEY}.probes.{name}": probe.site for name, probe in self.start_probes.items()}
+        layers = () if self.probe_layers is None else _chosen(self.probe_layers, num_layers, "probe_layers")
+        hooks = [hook for hook in self.hook_points if hook not in UNREADABLE]
+        wanted = [(f"{SETTINGS_KEY}.probe_layers", Site(layer, hook)) for layer in layers for hook in hooks]
+        for field, site in [*named.items(), *wanted]:
+            _check_readable(field, site, sites)
+        return frozenset(site for _, site in [*named.items(), *wanted])
+
+    @cached_property
+    def start_vectors(self) -> dict[str, SteeringVector]:
+        """The vectors of `vectors`, loaded once. Raises `SteeringError` naming the one whose file is bad."""
+        return _loaded(self.vectors, SteeringVector.load, "vectors")
+
+    @cached_property
+    def start_probes(self) -> dict[str, Probe]:
+        """The probes of `probes`, loaded once. Raises `SteeringError` naming the one whose file is bad."""
+        return _loaded(self.probes, Probe.load, "probes")
+
+    @cached_property
+    def start_monitor(self) -> ResolvedGate | None:
+        """The monitor of `monitor`, loaded once. Raises `SteeringError`."""
+        return None if self.monitor is None else self.monitor.load()
+
+    @cached_property
+    def start_vectors_by_digest(self) -> dict[bytes, SteeringVector]:
+        """`start_vectors` and the directions of `start_probes`, as requests refer to them between processes."""
+        vectors = [*self.start_vectors.values(), *(probe.vector for probe in self.start_probes.values())]
+        return {vector.digest: vector for vector in vectors}
+
+
+def model_sites(vllm_config: Any, settings: SteeringSettings) -> ModelSites:
+    """What the engine serves: the model's width and depth, and the chosen layers at the chosen hook points.
+
+    An engine whose model lacks one of these sites does not start, so whoever serves requests may rely on all of them.
+    """
+    text = vllm_config.model_config.hf_text_config
+    num_layers, hidden_size = int(text.num_hidden_layers), int(vllm_config.model_config.get_hidden_size())
+    chosen = settings.chosen_layers(num_layers)
+    sites = frozenset(Site(layer, hook) for layer in chosen for hook in settings.hook_points)
+    readable = settings.chosen_probe_sites(num_layers, sites)
+    stages = _later_stages(vllm_config, num_layers)
+    gates = GateLimits(settings.gates, readable, stages) if readable else GateLimits()
+    if (monitor := settings.start_monitor) is None:
+        return ModelSites(hidden_size, num_layers, sites, gates)
+    field, width = f"{SETTINGS_KEY}.monitor.probe", monitor.probe.hidden_size
+    if width != hidden_size:
+        raise SteeringError(field, f"has width {width}, this model has hidden size {hidden_size}")
+    _check_readable(field, monitor.site, sites)
+    check_reach(monitor, sites, stages)
+    return ModelSites(hidden_size, num_layers, sites, gates, monitor.digest.hex())
+
+
+def table_rows(vllm_config: Any, settings: SteeringSettings) -> int:
+    """Rows of each steering table for every request of the largest batch: one per phase and for each gate of it.
+
+    Raises `SteeringError` where `max_rows` asks for fewer: admission of a request must never fail.
+    """
+    requests = int(vllm_config.scheduler_config.max_num_seqs)
+    gates = model_sites(vllm_config, settings).gates.count
+    needed = rows_needed(requests, gates)
+    if settings.max_rows is None:
+        return needed
+    if settings.max_rows < needed:
+        each = "a prefill and a decode row each" if not gates else f"2 rows and up to {2 * gates} gated ones each"
+        raise SteeringError(
+            f"{SETTINGS_KEY}.max_rows",
+            f"{settings.max_rows} rows cannot hold the largest batch: {requests} requests (max_num_seqs) with {each}, "
+            f"and row 0, need {needed}; leave max_rows out or lower max_num_seqs to "
+            f"{(settings.max_rows - 1) // (2 * (1 + gates))}",
+        )
+    return settings.max_rows
+
+
+def stamped(vllm_config: Any, settings: SteeringSettings) -> dict[str, Any]:
+    """The settings as plain JSON values, with the stamp that separates compile caches and lets workers compare.
+
+    Raises `SteeringError` for layers, rows or vector files that cannot be used.
+    """
+    model = model_sites(vllm_config, settings)
+    plain = settings.model_dump(mode="json", exclude={"stamp"}, exclude_none=True)
+    plain["stamp"] = {
+        "trimtab": trimtab.__version__,
+        "code": code_version(),
+        "layers": sorted({site.layer for site in model.sites}),
+        "gates": model.gates.count,
+        "probe_sites": sorted(map(str, model.gates.probe_sites)),
+        "monitor": model.monitor,
+        "rows": table_rows(vllm_config, settings),
+        "vectors": {name: vector.digest.hex() for name, vector in settings.start_vectors.items()},
+        "probes": {name: probe.digest.hex() for name, probe in settings.start_probes.items()},
+    }
+    return plain
+
+
+def _check_readable(field: str, site: Site, sites: frozenset[Site]) -> None:
+    """Raise `SteeringError` at `field` where no probe can be read at `site` of an engine that steers `sites`."""
+    if site.hook in UNREADABLE:
+        raise SteeringError(field, f"is read at {site}: {UNREADABLE[site.hook]}")
+    if site not in sites:
+        raise SteeringError(field, f"is read at {site}, which is not among the steered layers and hook points")
+
+
+def _later_stages(vllm_config: Any, num_layers: int) -> tuple[int, ...]:
+    """The first layer of each pipeline stage but the first."""
+    stages = int(vllm_config.parallel_config.pipeline_parallel_size)
+    if stages == 1:
+        return ()
+    from vllm.distributed.utils import get_pp_indices
+
+    return tuple(get_pp_indices(num_layers, stage, stages)[0] for stage in range(1, stages))
+
+
+def _loaded(files: Mapping[str, str], load: Callable[[str], Content], what: str) -> dict[str, Content]:
+    loaded = {}
+    for name, path in files.items():
+        try:
+            loaded[name] = load(path)
+        except (OSError, ValueError) as error:
+            raise SteeringError(f"{SETTINGS_KEY}.{what}.{name}", f"{path} cannot be loaded: {error}") from error
+    return loaded
+
+
+def _chosen(layers: str | list[int], num_layers: int, field: str) -> tuple[int, ...]:
+    chosen = _parse_layers(layers, field) if isinstance(layers, str) else set(layers)
+    outside = sorted(layer for layer in chosen if not 0 <= layer < num_layers)
+    if outside or not chosen:
+        what = f"layers {outside} do not exist" if outside else "no layer given"
+        raise SteeringError(f"{SETTINGS_KEY}.{field}", f"{what}; the model has layers 0 to {num_layers - 1}")
+    return tuple(sorted(chosen))
+
+
+def _parse_layers(text: str, field: str) -> set[int]:
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise SteeringError(f"{SETTINGS_KEY}.{field}", f"{part.strip()!r} is not a layer or a range such as 8-24")
+        chosen.update(range(first, last + 1))
+    return chosen

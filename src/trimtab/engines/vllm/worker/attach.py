@@ -1,0 +1,128 @@
+"""Attach steering to a loaded model: allocate the tables, register them, and exchange the layers' classes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, table_rows
+from trimtab.engines.vllm.worker.conventions import branch_taps, convention_of
+from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_layer_class
+from trimtab.engines.vllm.worker.streams import unsupported_reason
+from trimtab.errors import SteeringError
+from trimtab.instrument.layers import find_decoder_layers
+from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, set_emission
+from trimtab.ops.emission import emission
+from trimtab.runtime import probes_needed
+from trimtab.sites import HookPoint, Site
+
+_LAYER_HOOKS = frozenset({HookPoint.PRE_ATTN, HookPoint.POST_BLOCK})
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What was attached on this rank: the buffers of its own layers' sites."""
+
+    buffers: SteeringBuffers
+    modules: dict[Site, nn.Module]  # which module holds which site's buffers
+    probe_sites: tuple[Site, ...]  # where gates' probes are read, in forward order
+
+
+def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, device: torch.device) -> Attachment:
+    """Steer `model` in place, at the sites of `settings` whose layers this rank holds.
+
+    To be called after the weights are loaded and before the first forward pass, which is when vLLM traces the model.
+    Raises `SteeringError` where the layers cannot be found, cannot be steered, or lack a chosen hook point.
+    """
+    layers = _decoder_layers(model, vllm_config)
+    wanted = model_sites(vllm_config, settings)
+    held = {site: layers[site.layer] for site in wanted.sites if site.layer in layers}
+    for layer in {site.layer for site in held}:
+        _check(layers[layer], layer, settings, vllm_config.model_config.dtype)
+    buffers = SteeringBuffers(
+        list(held),
+        hidden_size=wanted.hidden_size,
+        max_rows=table_rows(vllm_config, settings),
+        max_tokens=_max_tokens(vllm_config),
+        dtype=vllm_config.model_config.dtype,
+        device=device,
+        gates=wanted.gates.count,
+        max_probes=probes_needed(int(vllm_config.scheduler_config.max_num_seqs), wanted.gates.count),
+        probe_sites=wanted.gates.probe_sites,
+    )
+    mode = Emission(traced=settings.backend != "triton", terms=ROWS_ONLY, eager=_runs_eagerly(vllm_config))
+    modules: dict[Site, nn.Module] = {}
+    for index in sorted({site.layer for site in held}):
+        hooks = {site.hook for site in held if site.layer == index}
+        for hook, module in _place(layers[index], hooks).items():
+            site = Site(index, hook)
+            buffers.attach(module, site)
+            modules[site] = module
+    probe_sites = tuple(site for site in buffers.sites if site in wanted.gates.probe_sites)
+    for module in modules.values():
+        set_emission(module, mode)
+    monitor = settings.start_monitor
+    if monitor is not None and (watched := modules.get(monitor.site)) is not None:
+        set_emission(watched, emission(watched)._replace(cross_layer=True, monitor_at=monitor.site.hook))
+    return Attachment(buffers, modules, probe_sites)
+
+
+def _runs_eagerly(vllm_config: Any) -> bool:
+    """Whether this engine neither compiles nor captures its model, so that Python runs in every forward pass."""
+    compilation = vllm_config.compilation_config
+    return all(getattr(choice, "name", choice) == "NONE" for choice in (compilation.mode, compilation.cudagraph_mode))
+
+
+def _place(layer: nn.Module, hooks: set[HookPoint]) -> dict[HookPoint, nn.Module]:
+    """Exchange the classes of `layer` and of those of its children that `hooks` need; which module serves which."""
+    taps = branch_taps(type(layer))
+    children: dict[str, dict[bool, HookPoint]] = {}
+    for hook in hooks - _LAYER_HOOKS:
+        tap = taps[hook]
+        children.setdefault(tap.path, {})[tap.is_input] = hook
+    placed: dict[HookPoint, nn.Module] = {}
+    for path, ends in children.items():
+        child = layer.get_submodule(path)
+        child.__class__ = steered_branch_class(type(child), ends.get(True), ends.get(False))
+        placed.update(dict.fromkeys(ends.values(), child))
+    if hooks & _LAYER_HOOKS:
+        layer.__class__ = steered_layer_class(type(layer), convention_of(type(layer)))
+        placed.update(dict.fromkeys(hooks & _LAYER_HOOKS, layer))
+    return placed
+
+
+def _decoder_layers(model: nn.Module, vllm_config: Any) -> dict[int, nn.Module]:
+    """The decoder layers that this pipeline stage holds, by their number in the whole model."""
+    language: Any = getattr(model, "get_language_model", None)
+    root = language() if callable(language) else model
+    found = find_decoder_layers(root, vllm_config.model_config.hf_text_config)
+    return {i: layer for i, layer in enumerate(found) if type(layer).__name__ != "PPMissingLayer"}
+
+
+def _check(layer: nn.Module, index: int, settings: SteeringSettings, dtype: torch.dtype) -> None:
+    name = type(layer).__name__
+    if (reason := unsupported_reason(layer, dtype)) is not None:
+        raise SteeringError("model", f"layers of class {name} cannot be steered: {reason}")
+    taps = branch_taps(type(layer))
+    for hook in settings.hook_points:
+        if hook not in _LAYER_HOOKS and hook not in taps:
+            can = [h.value for h in HookPoint if h in _LAYER_HOOKS or h in taps]
+            raise SteeringError(
+                "steering.hook_points", f"layers of class {name} have no {hook.value}; they have {', '.join(can)}"
+            )
+    modules = {"": layer}
+    modules |= {taps[hook].path: layer.get_submodule(taps[hook].path) for hook in settings.hook_points if hook in taps}
+    for path, module in modules.items():
+        if "forward" in module.__dict__:
+            raise SteeringError(
+                "model", f"{f'{path} of ' if path else ''}layer {index} ({name}) has a forward of its own, as weight "
+                "offloading installs it; turn that off"
+            )  # fmt: skip
+
+
+def _max_tokens(vllm_config: Any) -> int:
+    """Tokens of the longest forward pass: a full batch, or a padded graph, whichever is longer."""
+    graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    longest = max(int(vllm_config.scheduler_config.max_num_batched_tokens), int(graph))
+    return -(-longest // 64) * 64 + 64

@@ -1,0 +1,211 @@
+"""The form in which resolved steering travels between processes: plain dicts, lists, bytes and numbers, for msgpack.
+
+    {"version": 1, "vectors": [VECTOR, ...], "gates": [GATE, ...], "prefill": [TERM, ...], "decode": [TERM, ...]}
+    TERM = [vector index, scale], or [vector index, scale, gate index]
+    GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)]
+    VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector
+           | {"sites": [[layer, hook], ...], "width": int, "data": bytes}                  little-endian float32 [n, H]
+
+The reader trusts nothing: digests of inline content are computed anew, registered ones are looked up by digest.
+"""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+import numpy as np
+
+from trimtab.errors import SteeringError
+from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program.gates import ResolvedGate, VectorReference, check_gate
+from trimtab.sites import HookPoint, Site
+from trimtab.vectors.values import FloatArray
+from trimtab.vectors.vector import SteeringVector
+from trimtab.wording import shown
+
+VERSION = 1
+LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
+LONGEST_LABEL = 128  # characters, as of the names that can be registered
+KEYS = frozenset({"version", "vectors", "gates", "prefill", "decode"})
+
+
+def encode(steering: ResolvedSteering, views: bool = False) -> dict[str, Any]:
+    """The wire form; each vector is in it once, whichever phases use it. With `views`, content as memoryviews."""
+    vectors: list[dict[str, Any]] = []
+    places: dict[bytes, int] = {}
+
+    def place(vector: SteeringVector, reference: VectorReference | None) -> int:
+        if vector.digest not in places:
+            places[vector.digest] = len(vectors)
+            vectors.append(_encode_vector(vector, reference, views))
+        return places[vector.digest]
+
+    gates = {gate.digest: index for index, gate in enumerate(steering.gates)}
+    encoded = [[place(g.probe, g.reference), g.threshold, g.sharpness, g.invert, g.label] for g in steering.gates]
+
+    def phase(program: PhaseProgram) -> list[list[Any]]:
+        entries: list[list[Any]] = []
+        for term in program.all_terms:
+            gate = [] if term.gate is None else [gates[term.gate.digest]]
+            entries.append([place(term.vector, term.reference), term.scale, *gate])
+        return entries
+
+    prefill, decode = phase(steering.prefill), phase(steering.decode)
+    return {"version": VERSION, "vectors": vectors, "gates": encoded, "prefill": prefill, "decode": decode}
+
+
+def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> ResolvedSteering:
+    """The steering of a wire form. Raises `SteeringError` where it is malformed or names an unknown vector.
+
+    `vectors_by_digest` holds the directions of registered probes too.
+    """
+    _keys(wire, "wire", KEYS)
+    if type(wire["version"]) is not int or wire["version"] != VERSION:
+        raise SteeringError("wire.version", f"got {shown(wire['version'])}, this release reads version {VERSION}")
+    entries = _list(wire["vectors"], "wire.vectors")
+    vectors = [_decode_vector(entry, f"wire.vectors[{i}]", vectors_by_digest) for i, entry in enumerate(entries)]
+    if len({vector.hidden_size for vector, _ in vectors}) > 1:
+        raise SteeringError("wire.vectors", "the vectors have different widths")
+    gates = [
+        _decode_gate(entry, f"wire.gates[{i}]", vectors) for i, entry in enumerate(_list(wire["gates"], "wire.gates"))
+    ]
+    prefill = _decode_phase(wire["prefill"], "wire.prefill", vectors, gates)
+    if wire["decode"] == wire["prefill"]:
+        return ResolvedSteering(prefill, prefill)
+    return ResolvedSteering(prefill, _decode_phase(wire["decode"], "wire.decode", vectors, gates))
+
+
+def _encode_vector(vector: SteeringVector, reference: VectorReference | None, views: bool) -> dict[str, Any]:
+    if reference is not None:
+        layers = None if reference.layers is None else list(reference.layers)
+        return {"name": reference.name, "digest": reference.digest, "layers": layers}
+    sites = [[site.layer, site.hook.value] for site in vector.sites]
+    data = vector.block.astype("<f4", copy=False).data.cast("B")
+    views = views and _sealed(vector.block)  # what is sent must be what was named by its digest
+    return {"sites": sites, "width": vector.hidden_size, "data": data if views else bytes(data)}
+
+
+def _sealed(block: FloatArray) -> bool:
+    """Whether the array that `block` is a view of is read-only too, so that no one can write to its numbers."""
+    return isinstance(block.base, np.ndarray) and not block.base.flags.writeable
+
+
+def _decode_vector(
+    entry: Any, path: str, vectors_by_digest: Mapping[bytes, SteeringVector]
+) -> tuple[SteeringVector, VectorReference | None]:
+    if isinstance(entry, Mapping) and "name" in entry:
+        return _decode_reference(entry, path, vectors_by_digest)
+    _keys(entry, path, {"sites", "width", "data"})
+    sites = [_site(site, f"{path}.sites[{i}]") for i, site in enumerate(_list(entry["sites"], f"{path}.sites"))]
+    width, data = entry["width"], entry["data"]
+    if type(width) is not int or width < 1:
+        raise SteeringError(f"{path}.width", f"got {shown(width)}, want a whole number above 0")
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise SteeringError(f"{path}.data", f"got {type(data).__name__}, want bytes")
+    size = memoryview(data).nbytes
+    if not sites or size != 4 * width * len(sites):
+        raise SteeringError(f"{path}.data", f"has {size} bytes, want {4 * width * len(sites)} for its sites and width")
+    block = np.frombuffer(bytes(data), dtype="<f4").reshape(len(sites), width)
+    return SteeringVector.from_block(sites, block, field=path), None
+
+
+def _decode_reference(
+    entry: Mapping[str, Any], path: str, vectors_by_digest: Mapping[bytes, SteeringVector]
+) -> tuple[SteeringVector, VectorReference]:
+    _keys(entry, path, {"name", "digest", "layers"})
+    name, digest, layers = entry["name"], entry["digest"], entry["layers"]
+    if not isinstance(name, str):
+        raise SteeringError(f"{path}.name", f"got {type(name).__name__}, want a string")
+    if not isinstance(digest, bytes) or (vector := vectors_by_digest.get(digest)) is None:
+        shown = digest.hex()[:16] if isinstance(digest, bytes) else type(digest).__name__
+        raise SteeringError(f"{path}.digest", f"vector {name!r:.80} ({shown}) is not registered in this process")
+    if layers is None:
+        return vector, VectorReference(name, digest)
+    chosen = tuple(_layer(layer, f"{path}.layers[{i}]") for i, layer in enumerate(_list(layers, f"{path}.layers")))
+    try:
+        return vector.at(chosen), VectorReference(name, digest, chosen)
+    except SteeringError as error:
+        raise SteeringError(f"{path}.layers", error.message) from None
+
+
+def _decode_gate(entry: Any, path: str, vectors: list[tuple[SteeringVector, VectorReference | None]]) -> ResolvedGate:
+    parts = _list(entry, path)
+    if len(parts) != 5:
+        raise SteeringError(path, f"has {len(parts)} items, want [vector index, threshold, sharpness, invert, label]")
+    index, threshold, sharpness, invert, label = parts
+    probe, reference = vectors[_index(index, len(vectors), "vectors", f"{path}[0]")]
+    threshold, sharpness = _number(threshold, f"{path}[1]"), _number(sharpness, f"{path}[2]")
+    if type(invert) is not bool:
+        raise SteeringError(f"{path}[3]", f"got {shown(invert)}, want true or false")
+    if not isinstance(label, str) or len(label) > LONGEST_LABEL:
+        raise SteeringError(f"{path}[4]", f"got {shown(label)}, want a string of at most {LONGEST_LABEL} characters")
+    try:
+        return ResolvedGate.of(probe, threshold, sharpness or None, invert, reference, label)
+    except SteeringError as error:
+        raise SteeringError(path, f"{error.field}: {error.message}") from None
+
+
+def _decode_phase(
+    entries: Any,
+    path: str,
+    vectors: list[tuple[SteeringVector, VectorReference | None]],
+    gates: list[ResolvedGate],
+) -> PhaseProgram:
+    terms = []
+    for i, entry in enumerate(_list(entries, path)):
+        parts = _list(entry, f"{path}[{i}]")
+        if len(parts) not in (2, 3):
+            raise SteeringError(
+                f"{path}[{i}]", f"has {len(parts)} items, want [vector index, scale] and perhaps a gate"
+            )
+        vector, reference = vectors[_index(parts[0], len(vectors), "vectors", f"{path}[{i}][0]")]
+        scale = _number(parts[1], f"{path}[{i}][1]")
+        gate = None
+        if len(parts) == 3:
+            gate = gates[_index(parts[2], len(gates), "gates", f"{path}[{i}][2]")]
+            try:
+                check_gate(gate, vector)
+            except SteeringError as error:
+                raise SteeringError(f"{path}[{i}][2]", error.message) from None
+        terms.append(Term(vector, scale, reference, gate))
+    try:
+        return PhaseProgram.of(terms)
+    except SteeringError as error:
+        raise SteeringError(path, error.message) from None
+
+
+def _index(value: Any, count: int, what: str, path: str) -> int:
+    if type(value) is not int or not 0 <= value < count:
+        raise SteeringError(path, f"got {shown(value)}, want the index of one of {count} {what}")
+    return value
+
+
+def _number(value: Any, path: str) -> float:
+    if type(value) not in (float, int) or not abs(value) <= LARGEST_FLOAT64:  # float32 cannot hold every merged scale
+        raise SteeringError(path, f"got {shown(value)}, want a finite number")
+    return float(value)
+
+
+def _keys(entry: Any, path: str, wanted: Set[str]) -> None:
+    if not isinstance(entry, Mapping):
+        raise SteeringError(path, f"got {type(entry).__name__}, want an object with {', '.join(sorted(wanted))}")
+    if set(entry) != wanted:
+        raise SteeringError(path, f"has the keys {sorted(map(str, entry))}, want {sorted(wanted)}")
+
+
+def _list(value: Any, path: str) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise SteeringError(path, f"got {type(value).__name__}, want a list")
+    return list(value)
+
+
+def _layer(value: Any, path: str) -> int:
+    if type(value) is not int or value < 0:
+        raise SteeringError(path, f"got {shown(value)}, want a layer, a whole number from 0")
+    return value
+
+
+def _site(value: Any, path: str) -> Site:
+    pair = _list(value, path)
+    if len(pair) != 2 or pair[1] not in HookPoint.__members__.values():
+        raise SteeringError(path, f"got {shown(value)}, want [layer, hook]")
+    return Site(_layer(pair[0], f"{path}[0]"), HookPoint(pair[1]))

@@ -1,0 +1,80 @@
+"""The server's default: a spec that is added to every request, and what a request may do against it.
+
+A default is binding unless its file says `"binding": false`: then no request may take back more than half of what it
+adds, along its own direction (`serving.binding`). One that is not binding may be taken back in part or whole, and the
+receipt says how much is left.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import SteeringError
+from trimtab.program import ResolvedSteering
+from trimtab.serving.binding import LEAST_SHARE, Share, least_share
+from trimtab.spec import Steering
+from trimtab.wording import shown, summary
+
+
+@dataclass(frozen=True)
+class ServerDefault:
+    """A default spec, and whether it is binding."""
+
+    spec: Steering
+    binding: bool = True
+
+    @classmethod
+    def parse(cls, given: Any) -> "ServerDefault":
+        """The default in a server's settings: a spec, beside which `binding` may stand. Raises `SteeringError`."""
+        if not isinstance(given, Mapping) or "binding" not in given:
+            return cls(Steering.parse(given))
+        if not isinstance(binding := given["binding"], bool):
+            raise SteeringError("binding", f"got {shown(binding)}, want true or false")
+        return cls(Steering.parse({key: value for key, value in given.items() if key != "binding"}), binding)
+
+    def shown(self) -> dict[str, Any]:
+        """The default as the status route shows it."""
+        return {**self.spec.model_dump(mode="json"), "binding": self.binding}
+
+    def left_by(
+        self, request: Steering, resolve: Callable[[Steering], ResolvedSteering], default: ResolvedSteering
+    ) -> float:
+        """The least share of this default, `default` once resolved, that a request leaves in force, at most 1.
+
+        Raises `SteeringError` in the request's own terms where it is at fault, or leaves too little of a binding one.
+        """
+        share = least_share(default, resolve(request))
+        if share is None:
+            return 1.0
+        if self.binding and not share.keeps_the_promise:
+            raise self._refusal(request, resolve, default, share)
+        return min(1.0, share.left)
+
+    def _refusal(
+        self,
+        request: Steering,
+        resolve: Callable[[Steering], ResolvedSteering],
+        default: ResolvedSteering,
+        share: Share,
+    ) -> SteeringError:
+        """Names the intervention that takes back most."""
+
+        def left(index: int) -> float:
+            alone = request.model_copy(update={"interventions": request.interventions[index : index + 1]})
+            found = least_share(default, resolve(alone))
+            return 1.0 if found is None else found.left
+
+        worst = min(range(len(request.interventions)), key=left)
+        names = [step.vector for step in self.spec.interventions if isinstance(step.vector, str)]
+        named = f" ({summary(names)})" if names else ""
+        return SteeringError(
+            f"interventions[{worst}]",
+            f"takes back too much of the server's default spec{named}, which is binding: {share.left:.2f} of what it "
+            f"adds along its own direction would be left at {share.site} on {share.phase.value} tokens, and "
+            f"{LEAST_SHARE} must be, gates counted where they take most; lower the scale or leave the intervention out",
+        )
+
+
+def merge(default: Steering, steering: Steering) -> Steering:
+    """A request's spec on top of the server's: the default's interventions first, then the request's own."""
+    return steering.model_copy(update={"interventions": (*default.interventions, *steering.interventions)})

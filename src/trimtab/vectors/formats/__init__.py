@@ -1,0 +1,1 @@
+"""One file per format: how a vector or a probe is written and read."""
