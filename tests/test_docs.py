@@ -12,7 +12,7 @@ from trimtab.sites import HookPoint, ModelSites, Site
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SERVER = ROOT / "src" / "trimtab" / "engines" / "vllm"
+PACKAGE = ROOT / "src" / "trimtab"
 
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
@@ -70,7 +70,7 @@ def test_the_page_on_serving_tells_of_every_flag() -> None:
 
 
 def test_the_pages_on_serving_and_gates_tell_of_every_metric() -> None:
-    code = (SERVER / "metrics.py").read_text()
+    code = (PACKAGE / "serving" / "metrics.py").read_text()
     counters = {f"{name}_total" for name in re.findall(r'Counter\(\s*"(trimtab_\w+)"', code)}
     metrics = set(re.findall(r'"(trimtab_\w+)"', code)) - {name.removesuffix("_total") for name in counters} | counters
     assert len(metrics) > 10
@@ -79,7 +79,7 @@ def test_the_pages_on_serving_and_gates_tell_of_every_metric() -> None:
 
 
 def test_the_page_on_serving_tells_of_every_route() -> None:
-    code = "".join(file.read_text() for file in SERVER.glob("*routes.py"))
+    code = "".join(file.read_text() for file in (PACKAGE / "engines" / "vllm" / "http").glob("*routes.py"))
     routes = set(re.findall(r'"(/v1/steering[\w/]*)', code)) - {"/v1/steering/"}
     assert routes == {"/v1/steering", "/v1/steering/gates/"}  # and those of names, whose paths are composed
     page = (ROOT / "docs" / "serving.md").read_text()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-import trimtab.spec
+import trimtab.spec.request
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering, Term
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
@@ -187,7 +187,7 @@ def test_a_new_kind_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) 
             vector, _ = self.narrowed_vector(vectors, path)
             return Term(vector.normalized() * self.length, 1.0)
 
-    monkeypatch.setattr(trimtab.spec, "KINDS", (Add, Length))
+    monkeypatch.setattr(trimtab.spec.request, "KINDS", (Add, Length))
 
     class Wider(Steering):  # reads the kinds anew, as the module does when it is imported
         pass

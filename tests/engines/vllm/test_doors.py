@@ -259,7 +259,7 @@ def test_vllms_own_parser_knows_the_flags_and_ends_with_a_message_for_bad_ones(c
 
 def test_a_process_that_makes_no_engine_configuration_imports_nothing_of_the_server():
     code = (
-        "import sys; from trimtab.engines.vllm.patches import frontend\n"
+        "import sys; from trimtab.engines.vllm.patches import frontend as frontend_patches\n"
         "frontend_patches.install(lambda config: None)\n"
         "print([name for name in sys.modules if name == 'vllm' or name.startswith(('vllm.', 'torch', 'fastapi'))])"
     )
