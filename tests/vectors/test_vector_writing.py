@@ -11,7 +11,7 @@ import pytest
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors import Probe, SteeringVector
-from trimtab.vectors.vector import model_name
+from trimtab.vectors.content import model_name
 
 VECTOR = SteeringVector({Site(1, HookPoint.POST_BLOCK): [1.0, 2.0]})
 PROBE = Probe.at(Site(1, HookPoint.POST_BLOCK), [1.0, 2.0])

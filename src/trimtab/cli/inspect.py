@@ -19,7 +19,7 @@ def inspect(
 ) -> None:
     """Show a vector or a probe: its sites, the length of each direction, its metadata; of a probe its bias too."""
     from trimtab.vectors import Probe
-    from trimtab.vectors.files import load_vector_or_probe
+    from trimtab.vectors.probe import load_vector_or_probe
 
     found = load_vector_or_probe(file, hook)
     vector, bias = (found.vector, found.bias) if isinstance(found, Probe) else (found, None)

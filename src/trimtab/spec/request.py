@@ -3,158 +3,29 @@
 `Steering.parse` takes the object of a request in any of its forms and refuses what is wrong in form;
 `Steering.resolve` looks names up, checks the rest against the model, and returns what the engines run. Both raise
 `SteeringError`, whose path leads to the fault (`interventions[1].scale`) and whose message says what would be right.
-
-A new kind of intervention is a subclass of `Intervention` here, listed in `KINDS`.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
-from trimtab.program import PhaseProgram, ResolvedSteering, Term, fault_of_range
-from trimtab.program.gates import ResolvedGate, VectorReference, check_gate, check_served
+from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program.gates import check_gate, check_served
 from trimtab.sites import ModelSites, Phase
-from trimtab.spec.faults import join, translate
-from trimtab.spec.fields import Layers, Number, ProbeSource, Source
+from trimtab.spec.base import Model, below, keys_are_text
+from trimtab.spec.kinds import KINDS, Intervention
 from trimtab.vectors.inline import MAX_INLINE_BYTES
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
-from trimtab.wording import shown, summary, with_suggestions
+from trimtab.wording import shown, summary
 
 MAX_INTERVENTIONS = 16
 MAX_JSON_CHARACTERS = 96 << 20  # the numbers of MAX_INLINE_BYTES in decimal digits
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
-
-    def __init__(self, /, **data: Any) -> None:  # by position alone: a caller's object may have any key, "self" too
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise translate(error, type(self)) from None
-
-
-def _keys_are_text(value: Any) -> Any:
-    """An object within a spec is handed to its model key by key, which works for text alone."""
-    if isinstance(value, Mapping) and (other := [key for key in value if not isinstance(key, str)]):
-        raise SteeringError("", f"has the key {shown(other[0])}, a {type(other[0]).__name__}; keys are text")
-    return value
-
-
-class Gate(_Model):
-    """The factor of one intervention per token: `sigmoid(sharpness * (score - threshold))`.
-
-    The score is `x . direction + bias` of `probe`, x being the residual stream before any steering at the probe's site;
-    `probe` is a registered name, a `Probe`, or an inline direction at one site, beside which a `"bias"` may stand.
-    `hard` makes the factor 1 where the score is above the threshold and 0 elsewhere, `invert` turns it into one minus
-    itself.
-    """
-
-    probe: ProbeSource
-    threshold: Number
-    sharpness: Number = 1.0
-    invert: Annotated[bool, Field(strict=True)] = False
-    hard: Annotated[bool, Field(strict=True)] = False
-    _label: str = PrivateAttr("")  # the name that stood where the probe stands, if one did
-
-    @model_validator(mode="after")
-    def _sharpness_means_something(self) -> Self:
-        if self.sharpness <= 0:
-            raise SteeringError("sharpness", f"got {self.sharpness}, want a number above 0; `invert` reverses a gate")
-        if self.hard and "sharpness" in self.model_fields_set:
-            raise SteeringError("sharpness", "has no effect on a hard gate: leave it out")
-        return self
-
-    def with_content(self, probe: Probe) -> Self:
-        """The same gate with `probe` in the place of its name, under which reports go on telling of it."""
-        gate = self.model_copy(update={"probe": probe})
-        gate._label = self.probe if isinstance(self.probe, str) else self._label
-        return gate
-
-    def resolve(self, probes: Mapping[str, Probe]) -> ResolvedGate:
-        """The gate with its probe looked up in `probes`. Raises `SteeringError` below the gate."""
-        reference: VectorReference | None = None
-        label = self._label
-        if isinstance(self.probe, Probe):
-            probe = self.probe
-        elif (found := probes.get(self.probe)) is None:
-            known = f"registered are {summary(sorted(probes))}" if probes else "no probe is registered"
-            hint = with_suggestions(self.probe, probes)
-            raise SteeringError("probe", f"there is no probe {self.probe!r}{hint}; {known}")
-        else:
-            probe, reference, label = found, VectorReference(self.probe, found.vector.digest), self.probe
-        sharpness = None if self.hard else self.sharpness
-        return ResolvedGate.of(probe.vector, self.threshold - probe.bias, sharpness, self.invert, reference, label)
-
-
-class Intervention(_Model):
-    """What every kind of intervention says. `kind` tells them apart; each subclass fixes it."""
-
-    kind: str
-    vector: Source
-    phase: Literal["all", "prefill", "decode"] = "all"
-    layers: Layers | None = None
-    gate: Annotated[Gate | None, BeforeValidator(_keys_are_text)] = None
-
-    def term(self, vectors: Mapping[str, SteeringVector], path: str) -> Term:
-        """What this intervention adds; each kind has its own. Raises `SteeringError` below `path`."""
-        raise NotImplementedError
-
-    def narrowed_vector(
-        self, vectors: Mapping[str, SteeringVector], path: str
-    ) -> tuple[SteeringVector, VectorReference | None]:
-        """The vector at `layers` alone, and the reference by which another process can be told of it."""
-        reference: VectorReference | None = None
-        if isinstance(self.vector, SteeringVector):
-            vector = self.vector
-        elif (found := vectors.get(self.vector)) is None:
-            known = f"registered are {summary(sorted(vectors))}" if vectors else "no vector is registered"
-            hint = with_suggestions(self.vector, vectors)
-            raise SteeringError(f"{path}.vector", f"there is no vector {self.vector!r}{hint}; {known}")
-        else:
-            vector = found
-            reference = VectorReference(self.vector, vector.digest, self.layers)
-        if self.layers is None:
-            return vector, reference
-        try:
-            return vector.at(self.layers), reference
-        except SteeringError as error:
-            raise SteeringError(f"{path}.layers", error.message) from None
-
-
-class Add(Intervention):
-    """Adds `scale` times the vector to the stream, at each of the vector's sites."""
-
-    kind: Literal["add"] = "add"
-    scale: Number = 1.0
-
-    def term(self, vectors: Mapping[str, SteeringVector], path: str) -> Term:
-        """The vector and its scale. Raises `SteeringError` for an unknown name or layer, values out of range."""
-        vector, reference = self.narrowed_vector(vectors, path)
-        value = vector.max_abs * abs(self.scale)
-        if vector.max_abs and self.scale and (fault := fault_of_range(value)) is not None:
-            by_scale = abs(self.scale) > 1.0 if value > 1.0 else abs(self.scale) < 1.0
-            raise SteeringError(f"{path}.{'scale' if by_scale else 'vector'}", fault)
-        return Term(vector, self.scale, reference)
-
-
-KINDS: tuple[type[Intervention], ...] = (Add,)
 
 
 class _ByKind:
@@ -165,7 +36,7 @@ class _ByKind:
         by_kind = core_schema.tagged_union_schema(choices, discriminator="kind")
 
         def with_a_kind_in_words(value: Any) -> Any:
-            _keys_are_text(value)
+            keys_are_text(value)
             if isinstance(value, Mapping) and "kind" in value and not isinstance(value["kind"], str):
                 said = f"got {shown(value['kind'])}, want a name; the kinds are {', '.join(choices)}"
                 raise SteeringError("kind", said)
@@ -174,7 +45,7 @@ class _ByKind:
         return core_schema.no_info_before_validator_function(with_a_kind_in_words, by_kind)
 
 
-class Steering(_Model):
+class Steering(Model):
     """A request's steering: all of its interventions act on each token of their phase."""
 
     interventions: Annotated[
@@ -224,7 +95,7 @@ class Steering(_Model):
             if term.vector.hidden_size != model.hidden_size or not model.sites.issuperset(term.vector.sites):
                 raise _misfit(term, model, f"interventions[{index}].vector", inline=term.reference is None)
             if term.gate is not None:
-                with _below(f"interventions[{index}].gate"):
+                with below(f"interventions[{index}].gate"):
                     check_served(term.gate, term.vector.sites, model.gates)
         resolved = self._programs(terms, model.monitor)
         resolved.check_gate_count(model.gates, "interventions")
@@ -248,7 +119,7 @@ class Steering(_Model):
             path = f"interventions[{index}]"
             term = step.term(vectors, path)
             if step.gate is not None:
-                with _below(f"{path}.gate"):
+                with below(f"{path}.gate"):
                     gate = step.gate.resolve(probes or {})
                     check_gate(gate, term.vector)
                 term = replace(term, gate=gate)
@@ -261,20 +132,12 @@ class Steering(_Model):
     def _programs(self, terms: list[Term], monitor: str = "") -> ResolvedSteering:
         def program(left_out: str) -> PhaseProgram:
             kept = [term for term, step in zip(terms, self.interventions, strict=True) if step.phase != left_out]
-            with _below("interventions"):
+            with below("interventions"):
                 return PhaseProgram.of(kept)
 
         prefill = program("decode")
         same = all(step.phase == "all" for step in self.interventions)
         return ResolvedSteering(prefill, prefill if same else program("prefill"), monitor)
-
-
-@contextmanager
-def _below(path: str) -> Iterator[None]:
-    try:
-        yield
-    except SteeringError as error:
-        raise SteeringError(join(path, error.field), error.message) from None
 
 
 def _misfit(term: Term, model: ModelSites, path: str, *, inline: bool) -> SteeringError:

@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
 from trimtab.training.parts import check_disjoint
+from trimtab.vectors.content import VectorMetadata, model_name
 from trimtab.vectors.dose import stream_norm_key, stream_site
-from trimtab.vectors.vector import SteeringVector, VectorMetadata, model_name
+from trimtab.vectors.vector import SteeringVector
 
 if TYPE_CHECKING:  # torch is loaded by whoever has a model, not by this module
     from trimtab.engines.transformers import SteeredModel

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from trimtab.sites import Site
 from trimtab.training.statistics import Interval
+from trimtab.vectors.content import VectorMetadata
 from trimtab.vectors.probe import Probe
-from trimtab.vectors.vector import VectorMetadata
 
 Unit = Literal["token", "text"]
 

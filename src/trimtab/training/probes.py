@@ -35,8 +35,8 @@ from trimtab.training.statistics import (
     texts_for,
     win_rates,
 )
+from trimtab.vectors.content import VectorMetadata, model_name
 from trimtab.vectors.probe import Probe
-from trimtab.vectors.vector import VectorMetadata, model_name
 
 if TYPE_CHECKING:  # torch is loaded by whoever has a model, not by this module
     from trimtab.engines.transformers import SteeredModel

@@ -1,80 +1,75 @@
 """Reading and writing vector files: which format a path is, and one kind of error for all that can be wrong with it.
 
 Nothing here executes what it reads: no pickle, and tensors of other people's `.pt` files through `weights_only` alone.
+Libraries of formats are imported where a file needs them.
 """
 
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint
-from trimtab.vectors.probe import Probe
-from trimtab.vectors.vector import SteeringVector
+from trimtab.vectors.content import Content, Writable
+from trimtab.vectors.formats import easyedit, gguf, native, svec
 
 MAX_FILE_BYTES = 256 << 20  # a vector with five hooks in 128 layers of width 16384 in float32 takes 42 MB
 
 
-def load_vector(path: Path, hook: HookPoint | str | None = None) -> SteeringVector:
-    """The vector in `path`, in any known format; `hook` says where layers of a `.svec` file act.
+def read_file(path: Path, *, hook: HookPoint | str | None = None, probes_too: bool = False) -> Content:
+    """What `path` holds, in any known format; `hook` says where layers of a `.svec` file act.
 
-    Raises `SteeringError` naming the path for everything else, and for a `hook` beside a format that states its own.
+    To be called within `reading`. Raises `SteeringError`, and whatever a parser of hostile bytes raises.
     """
-    with _one_error(path, "cannot be read as a steering vector"):
-        _check_exists(path)
-        return _reader(path, hook)(path)
+    _check_exists(path)
+    if path.suffix == ".svec" and not path.is_dir():
+        if hook is not None and hook not in set(HookPoint):
+            raise SteeringError("hook", f"got {hook!r:.80}; want one of {', '.join(HookPoint)}")
+        return svec.read_svec(path, None if hook is None else HookPoint(hook))
+    if hook is not None:
+        raise SteeringError("hook", "can be given for .svec files alone: this format says where its layers act")
+    if path.is_dir():
+        return easyedit.read_easyedit_folder(path)
+    if path.suffix == ".safetensors":  # the one format that probes have too
+        return native.read_either(path) if probes_too else native.read_vector(path)
+    if path.suffix == ".gguf":
+        return gguf.read_gguf(path)
+    raise SteeringError("", "the suffix is unknown: want .safetensors, .gguf, .svec, or a folder of layer_N.pt files")
 
 
-def save_vector(vector: SteeringVector, path: Path) -> None:
+def read_probe(path: Path) -> Content:
+    """The probe in a native file. To be called within `reading`, as `read_file`."""
+    _check_exists(path)
+    if path.suffix != ".safetensors":
+        raise SteeringError("", "probes are read from .safetensors files")
+    return native.read_probe(path)
+
+
+def write_vector(vector: Writable, path: Path) -> None:
     """Write in the format that the suffix names. Raises `SteeringError` for a suffix other than these two."""
     with _one_error(path, "cannot be written"):
         if path.suffix not in (".safetensors", ".gguf"):
             raise SteeringError("", "vectors are written as .safetensors (the native format) or .gguf")
         with _replaced(path) as file:
-            if path.suffix == ".gguf":
-                from trimtab.vectors.formats.gguf import write_gguf
-
-                write_gguf(vector, file)
-            else:
-                from trimtab.vectors.formats.native import write_vector
-
-                write_vector(vector, file)
+            (gguf.write_gguf if path.suffix == ".gguf" else native.write_vector)(vector, file)
 
 
-def load_probe(path: Path) -> Probe:
-    """The probe in a native file. Raises `SteeringError` naming the path for everything else."""
-    from trimtab.vectors.formats.native import read_probe
-
-    with _one_error(path, "cannot be read as a probe"):
-        _check_exists(path)
-        if path.suffix != ".safetensors":
-            raise SteeringError("", "probes are read from .safetensors files")
-        return read_probe(path)
-
-
-def load_vector_or_probe(path: Path, hook: HookPoint | str | None = None) -> SteeringVector | Probe:
-    """What a file holds, vector or probe, in any known format. Raises `SteeringError` as `load_vector` does."""
-    with _one_error(path, "cannot be read as a steering vector or a probe"):
-        _check_exists(path)
-        if hook is None and path.suffix == ".safetensors" and not path.is_dir():  # the one format that both have
-            from trimtab.vectors.formats.native import read_either
-
-            return read_either(path)
-        return _reader(path, hook)(path)
-
-
-def save_probe(probe: Probe, path: Path) -> None:
+def write_probe(vector: Writable, bias: float, path: Path) -> None:
     """Write the native format. Raises `SteeringError` for another suffix, and where the file cannot be written."""
-    from trimtab.vectors.formats.native import write_probe
-
     with _one_error(path, "cannot be written"):
         if path.suffix != ".safetensors":
             raise SteeringError("", "probes are written as .safetensors files")
         with _replaced(path) as file:
-            write_probe(probe, file)
+            native.write_probe(vector, bias, file)
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Whatever is wrong with `path` or its content becomes one `SteeringError` that names it and `what` was wanted."""
+    with _one_error(path, f"cannot be read as {what}"):
+        yield
 
 
 @contextmanager
@@ -98,30 +93,6 @@ def _check_exists(path: Path) -> None:
         raise SteeringError("", "there is no such file")
     if not path.is_dir() and path.stat().st_size > MAX_FILE_BYTES:
         raise SteeringError("", f"is larger than {MAX_FILE_BYTES} bytes, too large for a steering vector")
-
-
-def _reader(path: Path, hook: HookPoint | str | None = None) -> Callable[[Path], SteeringVector]:
-    if path.suffix == ".svec" and not path.is_dir():
-        from trimtab.vectors.formats.foreign import read_svec
-
-        if hook is not None and hook not in set(HookPoint):
-            raise SteeringError("hook", f"got {hook!r:.80}; want one of {', '.join(HookPoint)}")
-        return partial(read_svec, hook=None if hook is None else HookPoint(hook))
-    if hook is not None:
-        raise SteeringError("hook", "can be given for .svec files alone: this format says where its layers act")
-    if path.is_dir():
-        from trimtab.vectors.formats.foreign import read_easyedit_folder
-
-        return read_easyedit_folder
-    if path.suffix == ".safetensors":
-        from trimtab.vectors.formats.native import read_vector
-
-        return read_vector
-    if path.suffix == ".gguf":
-        from trimtab.vectors.formats.gguf import read_gguf
-
-        return read_gguf
-    raise SteeringError("", "the suffix is unknown: want .safetensors, .gguf, .svec, or a folder of layer_N.pt files")
 
 
 @contextmanager

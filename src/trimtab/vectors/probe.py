@@ -9,8 +9,10 @@ from typing import Any
 
 from trimtab.errors import SteeringError
 from trimtab.sites import Site
+from trimtab.vectors.content import Content, VectorMetadata
+from trimtab.vectors.files import read_file, read_probe, reading, write_probe
 from trimtab.vectors.values import FloatArray, as_number
-from trimtab.vectors.vector import SteeringVector, VectorMetadata
+from trimtab.vectors.vector import SteeringVector
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,22 @@ class Probe:
 
     def save(self, path: str | Path) -> None:
         """Write to a `.safetensors` file. Raises `SteeringError` for another suffix or an unwritable path."""
-        from trimtab.vectors.files import save_probe
-
-        save_probe(self, Path(path))
+        write_probe(self.vector, self.bias, Path(path))
 
     @staticmethod
     def load(path: str | Path) -> "Probe":
         """Read a file that `save` wrote. Raises `SteeringError` for any other."""
-        from trimtab.vectors.files import load_probe
+        with reading(Path(path), "a probe"):
+            return _probe(read_probe(Path(path)))
 
-        return load_probe(Path(path))
+
+def load_vector_or_probe(path: Path, hook: str | None = None) -> SteeringVector | Probe:
+    """What a file holds, vector or probe, in any known format. Raises `SteeringError` as `load` of both does."""
+    with reading(path, "a steering vector or a probe"):
+        content = read_file(path, hook=hook, probes_too=True)
+        return SteeringVector(content.directions, content.metadata) if content.bias is None else _probe(content)
+
+
+def _probe(content: Content) -> Probe:
+    assert content.bias is not None, "a probe's file has a bias"
+    return Probe(SteeringVector(content.directions, content.metadata), content.bias)

@@ -7,7 +7,6 @@ import hashlib
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -17,36 +16,15 @@ import numpy.typing as npt
 
 from trimtab.errors import SteeringError
 from trimtab.sites import Site, site_order
+from trimtab.vectors.content import VectorMetadata
+from trimtab.vectors.files import read_file, reading, write_vector
 from trimtab.vectors.values import FloatArray, as_direction, as_site, largest
 from trimtab.wording import summary
-
-__all__ = ["FloatArray", "SteeringVector", "VectorMetadata", "as_site", "model_name"]
 
 # Selections of layers that one vector remembers, so that requests which narrow it cost nothing: how many at most, and
 # how many times its own size they may take together. Callers choose layers, so both are bounded.
 _NARROWED_KEPT, _NARROWED_SIZES = 64, 2
 _NARROWING = threading.Lock()  # one for all vectors, which are pickled and shared between threads
-
-
-@dataclass(frozen=True)
-class VectorMetadata:
-    """Where a vector comes from. Informative only: it never enters a digest."""
-
-    base_model: str = ""
-    method: str = ""
-    source: str = ""
-    extra: Mapping[str, str] = field(default_factory=dict)
-
-
-def model_name(config: Any) -> str:
-    """What to call the model of a Transformers `config` in metadata: its hub name, or its folder's own name.
-
-    A file is passed on, and where a folder lies says more of the machine than of the model.
-    """
-    name = str(getattr(config, "_name_or_path", "") or "")
-    path = Path(name)
-    local = path.is_absolute() or name.startswith((".", "~")) or path.is_dir()
-    return path.expanduser().resolve().name if name and local else name
 
 
 class SteeringVector:
@@ -259,9 +237,7 @@ class SteeringVector:
 
     def save(self, path: str | Path) -> None:
         """Write to `.safetensors` (the native format) or `.gguf`, by the suffix. Raises `SteeringError` otherwise."""
-        from trimtab.vectors.files import save_vector
-
-        save_vector(self, Path(path))
+        write_vector(self, Path(path))
 
     @staticmethod
     def load(path: str | Path, *, hook: str | None = None) -> "SteeringVector":
@@ -269,9 +245,9 @@ class SteeringVector:
 
         Raises `SteeringError` for a file that cannot be read as one, and for a `hook` beside another format.
         """
-        from trimtab.vectors.files import load_vector
-
-        return load_vector(Path(path), hook)
+        with reading(Path(path), "a steering vector"):
+            content = read_file(Path(path), hook=hook)
+            return SteeringVector(content.directions, content.metadata)
 
     # --- values: equal by content, shared rather than copied because nothing in them can change
 

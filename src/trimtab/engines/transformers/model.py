@@ -24,7 +24,8 @@ from trimtab.instrument.probe import evaluating
 from trimtab.program.gates import ResolvedGate
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
-from trimtab.vectors.vector import SteeringVector, as_site
+from trimtab.vectors.values import as_site
+from trimtab.vectors.vector import SteeringVector
 
 SHARED_WITH_TOKENIZER = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 

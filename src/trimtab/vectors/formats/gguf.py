@@ -13,7 +13,7 @@ import numpy as np
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
-from trimtab.vectors.vector import SteeringVector, VectorMetadata
+from trimtab.vectors.content import Content, VectorMetadata, Writable
 
 ARCHITECTURES = ("controlvector", "steeringvector")  # the second is what dialz writes
 
@@ -21,7 +21,7 @@ _PREFIX = "direction."
 _MOST_READS = 50_000  # a field or tensor takes three to six: enough for 128 layers and any metadata
 
 
-def read_gguf(path: Path) -> SteeringVector:
+def read_gguf(path: Path) -> Content:
     """The vector of a GGUF file; its metadata may be missing. Raises `SteeringError` for tensors of other names."""
     reader = _bounded_reader()(path)
     strings = {
@@ -47,10 +47,10 @@ def read_gguf(path: Path) -> SteeringVector:
         directions[site] = np.array(values).reshape(-1)  # a copy: the file need not stay open
     known = {name: strings.pop(f"{architecture}.{name}", "") for name in ("model_hint", "method", "source")}
     metadata = VectorMetadata(known["model_hint"], known["method"], known["source"], extra=strings)
-    return SteeringVector(directions, metadata)
+    return Content(directions, metadata)
 
 
-def write_gguf(vector: SteeringVector, path: Path, *, allow_block_zero: bool = False) -> None:
+def write_gguf(vector: Writable, path: Path, *, allow_block_zero: bool = False) -> None:
     """Write `post_block` directions for llama.cpp and its kin.
 
     Raises `SteeringError` for sites at other hook points, and for block 0 unless `allow_block_zero`: EasySteer and

@@ -5,8 +5,7 @@ from typing import Any
 
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
-from trimtab.vectors.probe import Probe
-from trimtab.vectors.vector import SteeringVector, VectorMetadata
+from trimtab.vectors.content import Content, VectorMetadata, Writable
 
 VECTOR_FORMAT = "trimtab-steering-vector"
 PROBE_FORMAT = "trimtab-probe"
@@ -15,30 +14,29 @@ VERSION = "1"
 _EXTRA = "extra."  # prefix of free metadata, so that it can never shadow a key of the format
 
 
-def write_vector(vector: SteeringVector, path: Path) -> None:
+def write_vector(vector: Writable, path: Path) -> None:
     """One float32 tensor [hidden_size] named `HOOK.LAYER` per site."""
     _write(vector, path, VECTOR_FORMAT, {})
 
 
-def read_vector(path: Path) -> SteeringVector:
-    """The vector in a file; floats of other widths are rounded to float32. Raises `SteeringError` for other content."""
-    return _read(path, VECTOR_FORMAT)[0]
-
-
-def read_either(path: Path) -> SteeringVector | Probe:
-    """The vector or the probe in a file, whichever it says it is. Raises `SteeringError` for other content."""
-    vector, metadata = _read(path, VECTOR_FORMAT, PROBE_FORMAT)
-    return _probe(vector, metadata) if metadata["format"] == PROBE_FORMAT else vector
-
-
-def write_probe(probe: Probe, path: Path) -> None:
+def write_probe(vector: Writable, bias: float, path: Path) -> None:
     """As a vector of one site, with the bias in the metadata."""
-    _write(probe.vector, path, PROBE_FORMAT, {"bias": repr(probe.bias)})
+    _write(vector, path, PROBE_FORMAT, {"bias": repr(bias)})
 
 
-def read_probe(path: Path) -> Probe:
+def read_vector(path: Path) -> Content:
+    """The vector in a file; floats of other widths are rounded to float32. Raises `SteeringError` for other content."""
+    return _read(path, VECTOR_FORMAT)
+
+
+def read_probe(path: Path) -> Content:
     """The probe in a file. Raises `SteeringError` for other content."""
-    return _probe(*_read(path, PROBE_FORMAT))
+    return _read(path, PROBE_FORMAT)
+
+
+def read_either(path: Path) -> Content:
+    """The vector or the probe in a file, whichever it says it is. Raises `SteeringError` for other content."""
+    return _read(path, VECTOR_FORMAT, PROBE_FORMAT)
 
 
 def site_of_key(key: str) -> Site:
@@ -52,7 +50,7 @@ def site_of_key(key: str) -> Site:
     return Site(int(layer), HookPoint(hook))
 
 
-def _write(vector: SteeringVector, path: Path, kind: str, more: dict[str, str]) -> None:
+def _write(vector: Writable, path: Path, kind: str, more: dict[str, str]) -> None:
     from safetensors.numpy import save_file
 
     about = vector.metadata
@@ -68,15 +66,7 @@ def _write(vector: SteeringVector, path: Path, kind: str, more: dict[str, str]) 
     save_file({f"{site.hook.value}.{site.layer}": row for site, row in vector.directions.items()}, path, metadata)
 
 
-def _probe(vector: SteeringVector, metadata: dict[str, str]) -> Probe:
-    try:
-        bias = float(metadata["bias"])
-    except (KeyError, ValueError):
-        raise SteeringError("metadata.bias", f"is {metadata.get('bias')!r:.80}, want a number") from None
-    return Probe(vector, bias)
-
-
-def _read(path: Path, *kinds: str) -> tuple[SteeringVector, dict[str, str]]:
+def _read(path: Path, *kinds: str) -> Content:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
@@ -90,11 +80,19 @@ def _read(path: Path, *kinds: str) -> tuple[SteeringVector, dict[str, str]]:
         directions = {site_of_key(key): _tensor(file, key, path) for key in file.keys()}  # noqa: SIM118 (not a dict)
     extra = {key.removeprefix(_EXTRA): value for key, value in metadata.items() if key.startswith(_EXTRA)}
     about = {key: metadata.get(key, "") for key in ("base_model", "method", "source")}
-    vector = SteeringVector(directions, VectorMetadata(**about, extra=extra))
-    if metadata.get("hidden_size") != str(vector.hidden_size):
+    widths = {int(row.shape[-1]) for row in directions.values() if row.ndim == 1}
+    if len(widths) == 1 and metadata.get("hidden_size") != str(width := widths.pop()):
         said = f"{metadata.get('hidden_size')!r:.80}"
-        raise SteeringError("metadata.hidden_size", f"says {said}, but the tensors have {vector.hidden_size} numbers")
-    return vector, metadata
+        raise SteeringError("metadata.hidden_size", f"says {said}, but the tensors have {width} numbers")
+    bias = _bias(metadata) if metadata["format"] == PROBE_FORMAT else None
+    return Content(directions, VectorMetadata(**about, extra=extra), bias)
+
+
+def _bias(metadata: dict[str, str]) -> float:
+    try:
+        return float(metadata["bias"])
+    except (KeyError, ValueError):
+        raise SteeringError("metadata.bias", f"is {metadata.get('bias')!r:.80}, want a number") from None
 
 
 def _tensor(file: Any, key: str, path: Path) -> Any:

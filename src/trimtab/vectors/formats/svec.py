@@ -1,11 +1,9 @@
-"""Vectors of other tools, read only: `.svec` (IBM's activation steering, AISteer360) and EasyEdit's `layer_N.pt`.
+"""`.svec` files of other tools, read only: IBM's activation steering and AISteer360.
 
-Blocks count from 0 in both. EasyEdit adds to what leaves block N, our `post_block:N`. A `.svec` file does not say
-where its layer N acts, and its writers differ: IBM's library adds to what *enters* block N, our `pre_attn:N`, and so do
-AISteer360's CAST and ActAdd, while AISteer360's CAA adds to what leaves it.
+Blocks count from 0. A file does not say where its layer N acts, and its writers differ: IBM's library adds to what
+*enters* block N, our `pre_attn:N`, and so do CAST and ActAdd of AISteer360, whose CAA adds to what leaves it.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,10 @@ from typing import Any
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
 from trimtab.sites import HookPoint, Site
-from trimtab.vectors.vector import SteeringVector, VectorMetadata
-
-_LAYER_FILE = re.compile(r"layer_(0|[1-9][0-9]{0,5})\.pt")
+from trimtab.vectors.content import Content, VectorMetadata
 
 
-def read_svec(path: Path, hook: HookPoint | None = None) -> SteeringVector:
+def read_svec(path: Path, hook: HookPoint | None = None) -> Content:
     """The JSON object of a `.svec` file: `directions` maps a layer to [D] numbers, or to [1, D].
 
     Where layer N acts is said by `hook`, or by a key `hook_point` in the file. Without either, directions [D] are
@@ -49,7 +45,7 @@ def read_svec(path: Path, hook: HookPoint | None = None) -> SteeringVector:
         source=path.name,
         extra={"layer_N": f"{point.value} of block N, {said_by}"},
     )
-    return SteeringVector({Site(layer, point): row for layer, row in rows.items()}, metadata)
+    return Content({Site(layer, point): row for layer, row in rows.items()}, metadata)
 
 
 def _svec_hook(content: Mapping[str, Any], hook: HookPoint | None, nested: bool) -> tuple[HookPoint, str]:
@@ -72,27 +68,3 @@ def _svec_hook(content: Mapping[str, Any], hook: HookPoint | None, nested: bool)
             '"hook_point" into the file',
         )
     return HookPoint.PRE_ATTN, "as IBM's activation-steering applies it"
-
-
-def read_easyedit_folder(path: Path) -> SteeringVector:
-    """The bare tensors [D] in `layer_N.pt` of a folder, read with torch's `weights_only`: nothing in them is executed.
-
-    Raises `SteeringError` where there are none, or other `.pt` files whose layer cannot be told.
-    """
-    files = sorted(path.glob("*.pt"))
-    unknown = [file.name for file in files if not _LAYER_FILE.fullmatch(file.name)]
-    if not files or unknown:
-        said = f"{unknown[0]!r:.80} is not named layer_N.pt" if unknown else "holds no layer_N.pt"
-        raise SteeringError("", f"{said}: a folder is read as EasyEdit's, one tensor per layer")
-    import torch  # only here: reading any other format leaves torch alone
-
-    directions: dict[Site, Any] = {}
-    for file in files:
-        tensor = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            raise SteeringError(file.name, f"holds {type(tensor).__name__}, want one floating-point tensor")
-        if tensor.ndim != 1:
-            raise SteeringError(file.name, f"has shape {list(tensor.shape)}, want [hidden_size]")
-        directions[Site(int(file.stem.removeprefix("layer_")), HookPoint.POST_BLOCK)] = tensor
-    extra = {"layer_N": "post_block of block N, as EasyEdit applies it"}
-    return SteeringVector(directions, VectorMetadata(method="CAA", source=path.name, extra=extra))

@@ -1,0 +1,59 @@
+"""The gate of an intervention as a request writes it."""
+
+from collections.abc import Mapping
+from typing import Annotated, Self
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from trimtab.errors import SteeringError
+from trimtab.program.gates import ResolvedGate, VectorReference
+from trimtab.spec.base import Model
+from trimtab.spec.fields import Number, ProbeSource
+from trimtab.vectors.probe import Probe
+from trimtab.wording import summary, with_suggestions
+
+
+class Gate(Model):
+    """The factor of one intervention per token: `sigmoid(sharpness * (score - threshold))`.
+
+    The score is `x . direction + bias` of `probe`, x being the residual stream before any steering at the probe's site;
+    `probe` is a registered name, a `Probe`, or an inline direction at one site, beside which a `"bias"` may stand.
+    `hard` makes the factor 1 where the score is above the threshold and 0 elsewhere, `invert` turns it into one minus
+    itself.
+    """
+
+    probe: ProbeSource
+    threshold: Number
+    sharpness: Number = 1.0
+    invert: Annotated[bool, Field(strict=True)] = False
+    hard: Annotated[bool, Field(strict=True)] = False
+    _label: str = PrivateAttr("")  # the name that stood where the probe stands, if one did
+
+    @model_validator(mode="after")
+    def _sharpness_means_something(self) -> Self:
+        if self.sharpness <= 0:
+            raise SteeringError("sharpness", f"got {self.sharpness}, want a number above 0; `invert` reverses a gate")
+        if self.hard and "sharpness" in self.model_fields_set:
+            raise SteeringError("sharpness", "has no effect on a hard gate: leave it out")
+        return self
+
+    def with_content(self, probe: Probe) -> Self:
+        """The same gate with `probe` in the place of its name, under which reports go on telling of it."""
+        gate = self.model_copy(update={"probe": probe})
+        gate._label = self.probe if isinstance(self.probe, str) else self._label
+        return gate
+
+    def resolve(self, probes: Mapping[str, Probe]) -> ResolvedGate:
+        """The gate with its probe looked up in `probes`. Raises `SteeringError` below the gate."""
+        reference: VectorReference | None = None
+        label = self._label
+        if isinstance(self.probe, Probe):
+            probe = self.probe
+        elif (found := probes.get(self.probe)) is None:
+            known = f"registered are {summary(sorted(probes))}" if probes else "no probe is registered"
+            hint = with_suggestions(self.probe, probes)
+            raise SteeringError("probe", f"there is no probe {self.probe!r}{hint}; {known}")
+        else:
+            probe, reference, label = found, VectorReference(self.probe, found.vector.digest), self.probe
+        sharpness = None if self.hard else self.sharpness
+        return ResolvedGate.of(probe.vector, self.threshold - probe.bias, sharpness, self.invert, reference, label)
