@@ -2,7 +2,8 @@
 
     python tools/draw_structure.py docs/images/structure.svg [--source src/trimtab]
 
-A room, a folder mostly, stands above all that it imports. Arrows that follow from others are left out; those of a circle are red.
+A room, a folder mostly, stands above all that it imports. Arrows that follow from others are left out;
+those of a circle are red.
 """
 
 import argparse
@@ -14,6 +15,17 @@ from pathlib import Path
 
 WIDTH, BOX, LINE, PAD, FLOOR_GAP = 1180, 200, 13, 9, 46
 Graph = dict[str, set[str]]
+
+_MARK = (
+    '<marker id="{}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    '<path d="M0 0L8 4L0 8z" fill="{}"/></marker>'
+)
+PLAIN, CIRCLE = "#8794a8", "#c0392b"
+HEAD = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="Helvetica, Arial, sans-serif">'
+    '<rect width="100%" height="100%" fill="#ffffff"/>'
+    f"<defs>{_MARK.format('a', PLAIN)}{_MARK.format('r', CIRCLE)}</defs>"
+)
 
 
 def modules(source: Path) -> dict[str, Path]:
@@ -46,7 +58,7 @@ def _imported(tree: ast.AST) -> Iterator[str]:
 
 
 def room(path: Path) -> str:
-    """The room of a file: its folder, of the first rank or within an engine; files beside folders there have one each."""
+    """The room of a file: its folder, of the first rank or within an engine; a file beside folders has its own."""
     parts = path.parts
     if parts[0] == "engines" and len(parts) > 2:
         return "/".join(parts[:3]) if parts[1] == "vllm" else "/".join(parts[:2])
@@ -112,31 +124,25 @@ def draw(files: dict[str, list[str]], uses: Graph) -> str:
         for index, place in enumerate(places):
             boxes[place] = (gap + index * (BOX + gap), y, 24 + LINE * len(lines[place]) + PAD)
         y += max(boxes[place][2] for place in places) + FLOOR_GAP
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y - FLOOR_GAP + 12:.0f}" '
-        'font-family="Helvetica, Arial, sans-serif">',
-        '<rect width="100%" height="100%" fill="#ffffff"/>',
-        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" fill="#8794a8"/></marker>'
-        '<marker id="r" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" fill="#c0392b"/></marker></defs>',
+    arrows = [
+        _arrow(boxes[place], boxes[other], circle=place in reachable(uses, other))
+        for place, others in sorted(uses.items())
+        for other in sorted(others)
+        if place in reachable(uses, other) or not any(other in reachable(uses, near) for near in others - {other})
     ]
-    for place, others in sorted(uses.items()):
-        for other in sorted(others):
-            circle = place in reachable(uses, other)
-            if circle or not any(other in reachable(uses, between) for between in others if between != other):
-                parts.append(_arrow(boxes[place], boxes[other], circle))
-    for place, (x, top, tall) in sorted(boxes.items()):
-        parts.append(f'<rect x="{x:.0f}" y="{top:.0f}" width="{BOX}" height="{tall}" rx="5" fill="#f4f7fb" '
-                     'stroke="#52657f"/>')  # fmt: skip
-        size = 13 if len(place) < 26 else 11
-        parts.append(f'<text x="{x + PAD:.0f}" y="{top + 17:.0f}" font-size="{size}" font-weight="bold" fill="#1d2b40">'
-                     f"{escape(place)}</text>")  # fmt: skip
-        parts += [
-            f'<text x="{x + PAD:.0f}" y="{top + 33 + LINE * row:.0f}" font-size="10" fill="#4a5a70">{escape(text)}</text>'
-            for row, text in enumerate(lines[place])
-        ]
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    rooms = [_box(place, *boxes[place], lines[place]) for place in sorted(boxes)]
+    size = f"0 0 {WIDTH} {y - FLOOR_GAP + 12:.0f}"
+    return "\n".join([HEAD.format(size=size), *arrows, *rooms, "</svg>"]) + "\n"
+
+
+def _box(place: str, x: float, y: float, tall: float, lines: list[str]) -> str:
+    bold = f'font-size="{13 if len(place) < 26 else 11}" font-weight="bold" fill="#1d2b40"'
+    small = 'font-size="10" fill="#4a5a70"'
+    texts = [(y + 17, bold, place), *((y + 33 + LINE * row, small, line) for row, line in enumerate(lines))]
+    return "\n".join([
+        f'<rect x="{x:.0f}" y="{y:.0f}" width="{BOX}" height="{tall}" rx="5" fill="#f4f7fb" stroke="#52657f"/>',
+        *(f'<text x="{x + PAD:.0f}" y="{at:.0f}" {how}>{escape(text)}</text>' for at, how, text in texts),
+    ])  # fmt: skip
 
 
 def _wrapped(names: list[str], characters: int = 34) -> list[str]:
@@ -154,7 +160,7 @@ def _arrow(above: tuple[float, float, float], below: tuple[float, float, float],
         y1, y2 = above[1] + above[2] / 2, below[1] + below[2] / 2
         x1, x2 = (above[0] + BOX, below[0]) if above[0] < below[0] else (above[0], below[0] + BOX)
     bend = (y2 - y1) / 2
-    colour, mark = ("#c0392b", "r") if circle else ("#8794a8", "a")
+    colour, mark = (CIRCLE, "r") if circle else (PLAIN, "a")
     path = f"M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + bend:.0f} {x2:.0f} {y2 - bend:.0f} {x2:.0f} {y2:.0f}"
     return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.2" marker-end="url(#{mark})"/>'
 
