@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trimtab.program import ResolvedSteering
+from trimtab.program.codec import decode, encode
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
@@ -51,18 +51,18 @@ def main() -> None:
         measure(f"{what}: parse", lambda spec=spec: Steering.parse(spec), 20)
         measure(f"{what}: resolve", lambda steering=steering: steering.resolve(vectors, MODEL), 20)
     resolved = Steering.parse(spec).resolve(vectors, MODEL)
-    wire = resolved.to_wire()
+    wire = encode(resolved)
     measure("registered name: to_wire", resolved.to_wire, 20)
-    measure("registered name: from_wire", lambda: ResolvedSteering.from_wire(wire, by_digest), 20)
+    measure("registered name: from_wire", lambda: decode(wire, by_digest), 20)
     for dtype in ("float16", "float32", "bfloat16"):
         spec = inline(block, dtype)
         measure(f"inline {dtype}: parse and resolve", lambda spec=spec: Steering.parse(spec).resolve({}, MODEL), 1)
     text = json.dumps(inline(block, "float16"))
     measure("inline float16 in a JSON text: parse and resolve", lambda: Steering.parse(text).resolve({}, MODEL), 1)
     sent = Steering.parse(spec).resolve({}, MODEL)
-    sent_wire = sent.to_wire()
+    sent_wire = encode(sent)
     measure("inline: to_wire", sent.to_wire, 1)
-    measure("inline: from_wire", lambda: ResolvedSteering.from_wire(sent_wire, {}), 1)
+    measure("inline: from_wire", lambda: decode(sent_wire, {}), 1)
     Console().print(table)
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
+from trimtab.program.codec import decode, encode
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site
 from trimtab.spec import Steering
 from trimtab.vectors import Probe, SteeringVector
@@ -109,7 +110,7 @@ def test_an_identity_ignores_the_order_and_naming_of_gates(items: list[dict[str,
             step["gate"] = {**step["gate"], "probe": ANGRY}
     again = resolved(*shuffled, model=roomy)
     assert again == expected
-    assert again.to_wire()["prefill"] == expected.to_wire()["prefill"]
+    assert encode(again)["prefill"] == encode(expected)["prefill"]
 
 
 def test_identities_of_gates_do_not_drift() -> None:
@@ -238,10 +239,10 @@ MIXED = resolved(
 
 
 def test_gated_steering_comes_back_bit_for_bit() -> None:
-    wire = MIXED.to_wire()
-    back = ResolvedSteering.from_wire(copy.deepcopy(wire), BY_DIGEST)
+    wire = encode(MIXED)
+    back = decode(copy.deepcopy(wire), BY_DIGEST)
     assert back == MIXED
-    assert back.to_wire() == wire
+    assert encode(back) == wire
     assert [entry.get("name") for entry in wire["vectors"]].count("angry") == 1
     assert sum("data" in entry for entry in wire["vectors"]) == 1  # the probe that was given inline
 
@@ -263,7 +264,7 @@ MALFORMED: dict[str, tuple[list[Any], Any, str]] = {
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_gate_on_the_wire_is_refused_where_the_fault_stands(case: str) -> None:
     path, value, field = MALFORMED[case]
-    wire: Any = copy.deepcopy(MIXED.to_wire())
+    wire: Any = copy.deepcopy(encode(MIXED))
     if case == "vector before its probe":  # the term behind the late gate made to add the whole vector
         late = next(i for i, g in enumerate(wire["gates"]) if g[2] == 0.0)
         term = next(i for i, t in enumerate(wire["decode"]) if len(t) == 3 and t[2] == late)
@@ -274,5 +275,5 @@ def test_a_malformed_gate_on_the_wire_is_refused_where_the_fault_stands(case: st
         place = place[key]
     place[path[-1]] = value
     with pytest.raises(SteeringError) as refusal:
-        ResolvedSteering.from_wire(wire, BY_DIGEST)
+        decode(wire, BY_DIGEST)
     assert refusal.value.field == field

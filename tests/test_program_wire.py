@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
+from trimtab.program.codec import decode, encode
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 from trimtab.spec import Steering
 from trimtab.vectors import SteeringVector
@@ -59,18 +60,18 @@ def test_msgspec_carries_the_wire_form() -> None:
     ],
 )
 def test_steering_comes_back_bit_for_bit(steering: ResolvedSteering) -> None:
-    back = ResolvedSteering.from_wire(through_msgpack(steering.to_wire()), BY_DIGEST)
+    back = decode(through_msgpack(encode(steering)), BY_DIGEST)
     assert back == steering
     for program, original in ((back.prefill, steering.prefill), (back.decode, steering.decode)):
         assert (program.row_key, program.coefficient) == (original.row_key, original.coefficient)
         if program.terms:
             assert program.row(program.sites).tobytes() == original.row(original.sites).tobytes()
-    assert back.to_wire() == steering.to_wire()  # a worker may pass it on
+    assert encode(back) == encode(steering)  # a worker may pass it on
 
 
 def test_registered_vectors_travel_by_name_and_inline_ones_once() -> None:
     steering = resolved({"vector": "calm"}, {"vector": INLINE, "scale": 2}, {"vector": INLINE, "phase": "decode"})
-    wire = steering.to_wire()
+    wire = encode(steering)
     by_name = [entry for entry in wire["vectors"] if "name" in entry]
     inline = [entry for entry in wire["vectors"] if "data" in entry]
     assert by_name == [{"name": "calm", "digest": CALM.digest, "layers": None}]
@@ -79,22 +80,22 @@ def test_registered_vectors_travel_by_name_and_inline_ones_once() -> None:
 
 def test_an_inline_copy_of_a_registered_vector_travels_by_name() -> None:
     copy_of_it = SteeringVector(dict(CALM.directions))
-    wire = resolved({"vector": copy_of_it}, {"vector": "calm", "scale": 2}).to_wire()
+    wire = encode(resolved({"vector": copy_of_it}, {"vector": "calm", "scale": 2}))
     assert [entry.get("name") for entry in wire["vectors"]] == ["calm"]
 
 
 def test_a_vector_that_this_process_does_not_hold_is_refused_by_name() -> None:
     with pytest.raises(SteeringError, match=r"wire\.vectors\[0\]\.digest: vector 'calm' .* is not registered"):
-        ResolvedSteering.from_wire(resolved({"vector": "calm"}).to_wire(), {})
+        decode(encode(resolved({"vector": "calm"})), {})
 
 
 def test_content_is_named_by_what_it_is_and_not_by_what_the_sender_says() -> None:
-    wire = resolved({"vector": INLINE}).to_wire()
+    wire = encode(resolved({"vector": INLINE}))
     wire["vectors"][0]["data"] = np.ones(2 * H, "<f4").tobytes()
-    assert ResolvedSteering.from_wire(wire, {}).identity("decode") != resolved({"vector": INLINE}).identity("decode")
+    assert decode(wire, {}).identity("decode") != resolved({"vector": INLINE}).identity("decode")
 
 
-BASE = MIXED.to_wire()
+BASE = encode(MIXED)
 NAMED = next(i for i, entry in enumerate(BASE["vectors"]) if entry.get("layers"))
 RAW = next(i for i, entry in enumerate(BASE["vectors"]) if len(entry.get("sites", ())) == 2)
 MALFORMED: dict[str, tuple[list[Any], Any, str]] = {
@@ -152,7 +153,7 @@ def test_a_malformed_wire_form_is_refused_where_the_fault_stands(case: str) -> N
     else:
         wire = value
     with pytest.raises(SteeringError) as refusal:
-        ResolvedSteering.from_wire(wire, BY_DIGEST)
+        decode(wire, BY_DIGEST)
     assert refusal.value.field == field
 
 
@@ -160,14 +161,14 @@ def test_values_out_of_range_on_the_wire_are_refused() -> None:
     wire = copy.deepcopy(BASE)
     wire["decode"][0][1] = 1e6
     with pytest.raises(SteeringError, match=r"wire\.decode: values reach .* more than the 65504"):
-        ResolvedSteering.from_wire(wire, BY_DIGEST)
+        decode(wire, BY_DIGEST)
 
 
 def test_vectors_of_two_widths_on_the_wire_are_refused() -> None:
     wire = copy.deepcopy(BASE)
     wire["vectors"][RAW] |= {"width": 2, "data": b"\0" * 16}
     with pytest.raises(SteeringError, match=r"wire\.vectors: the vectors have different widths"):
-        ResolvedSteering.from_wire(wire, BY_DIGEST)
+        decode(wire, BY_DIGEST)
 
 
 junk = st.recursive(
@@ -194,7 +195,7 @@ def test_junk_anywhere_is_refused_or_harmless(data: st.DataObject) -> None:
     node, key = data.draw(st.sampled_from(places))
     node[key] = data.draw(junk)
     try:
-        back = ResolvedSteering.from_wire(wire, BY_DIGEST)
+        back = decode(wire, BY_DIGEST)
     except SteeringError:
         return
     for program in (back.prefill, back.decode):
@@ -207,7 +208,7 @@ def test_junk_anywhere_is_refused_or_harmless(data: st.DataObject) -> None:
 def test_views_are_of_numbers_that_no_one_can_write_to(dtype: str) -> None:
     bits = np.ones(H, np.float32).view("<u2")[1::2] if dtype == "bfloat16" else np.ones(H, dtype)
     body = {"dtype": dtype, "shape": [1, H], "layer_indices": [0], "data": bits.tobytes()}
-    sent = resolved({"vector": {"post_block": body}}).to_wire(views=True)["vectors"][0]["data"]
+    sent = encode(resolved({"vector": {"post_block": body}}), views=True)["vectors"][0]["data"]
     assert isinstance(sent, memoryview)
     assert sent.readonly
 
@@ -216,7 +217,7 @@ def test_numbers_that_their_owner_may_still_change_are_copied() -> None:
     mine = np.ones((1, H), np.float32)
     vector = SteeringVector.from_block([Site(0, HookPoint.POST_BLOCK)], mine)
     steering = resolved({"vector": vector})
-    wire = steering.to_wire(views=True)
+    wire = encode(steering, views=True)
     mine[:] = 2.0
-    back = ResolvedSteering.from_wire(through_msgpack(wire), {})
+    back = decode(through_msgpack(wire), {})
     assert back.identity(Phase.DECODE) == steering.identity(Phase.DECODE)

@@ -4,6 +4,7 @@ import pytest
 
 from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program.codec import decode, encode
 from trimtab.program.gates import ResolvedGate, check_served
 from trimtab.sites import GateLimits, HookPoint, Site
 from trimtab.vectors import SteeringVector
@@ -27,10 +28,10 @@ def test_a_probe_at_two_sites_is_none() -> None:
     with pytest.raises(SteeringError, match="probe: a probe is read at one site, this one has 2"):
         ResolvedGate.of(vector(0, 1), 0.0, 1.0)
     one = PhaseProgram.of([Term(vector(0, 1), 1.0), Term(vector(1), 1.0, gate=gate(0))])
-    wire = ResolvedSteering(one, one).to_wire()
+    wire = encode(ResolvedSteering(one, one))
     wire["gates"][0][0] = next(i for i, entry in enumerate(wire["vectors"]) if len(entry["sites"]) == 2)
     with pytest.raises(SteeringError, match=r"wire\.gates\[0\]: probe: a probe is read at one site"):
-        ResolvedSteering.from_wire(wire, {})
+        decode(wire, {})
 
 
 def test_an_engine_without_gates_serves_none() -> None:

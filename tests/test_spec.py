@@ -16,7 +16,8 @@ import pytest
 
 import trimtab.spec.request
 from trimtab.errors import SteeringError
-from trimtab.program import ResolvedSteering, Term
+from trimtab.program import Term
+from trimtab.program.codec import decode, encode
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 from trimtab.spec import Add, Gate, Intervention, Steering
 from trimtab.spec.fields import Number
@@ -198,7 +199,7 @@ def test_a_new_kind_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) 
     program = Wider.parse(spec).resolve(NAMES, MODEL).decode
     row = program.row(list(VECTOR.sites)) * program.coefficient
     np.testing.assert_allclose(row, NUMBERS * (5 / lengths)[:, None], rtol=1e-6)
-    back = ResolvedSteering.from_wire(Wider.parse(spec).resolve(NAMES, MODEL).to_wire(), {})
+    back = decode(encode(Wider.parse(spec).resolve(NAMES, MODEL)), {})
     assert (
         back.decode.identity
         == program.identity

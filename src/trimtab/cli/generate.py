@@ -80,6 +80,5 @@ def _as_json(prompt: str, spec: Any, output: Any) -> dict[str, Any]:
         "text": output.text,
         "token_ids": list(output.token_ids),
         "steered": spec is not None,
-        "identity": {phase.value: identity for phase, identity in output.receipt.identity.items()},
-        "steered_tokens": {phase.value: count for phase, count in output.receipt.steered_tokens.items()},
+        **output.receipt.as_json(),
     }

@@ -9,7 +9,7 @@
 The reader trusts nothing: digests of inline content are computed anew, registered ones are looked up by digest.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Container, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,21 @@ LONGEST_LABEL = 128  # characters, as of the names that can be registered
 KEYS = frozenset({"version", "vectors", "gates", "prefill", "decode"})
 
 
-def encode(steering: ResolvedSteering, views: bool = False) -> dict[str, Any]:
-    """The wire form; each vector is in it once, whichever phases use it. With `views`, content as memoryviews."""
+def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, views: bool = False) -> dict[str, Any]:
+    """The wire form; each vector is in it once, whichever phases use it.
+
+    A vector with a name is referred to by its digest where that is in `held`, the digests that the reader knows (None:
+    he knows all), and sent as content elsewhere. With `views`, content that no one can write to is not copied: it is a
+    memoryview of the vector's own numbers, which msgpack takes as bytes too, but pickle and deepcopy do not.
+    """
     vectors: list[dict[str, Any]] = []
     places: dict[bytes, int] = {}
 
     def place(vector: SteeringVector, reference: VectorReference | None) -> int:
         if vector.digest not in places:
             places[vector.digest] = len(vectors)
-            vectors.append(_encode_vector(vector, reference, views))
+            known = reference is not None and (held is None or reference.digest in held)
+            vectors.append(_encode_vector(vector, reference if known else None, views))
         return places[vector.digest]
 
     gates = {gate.digest: index for index, gate in enumerate(steering.gates)}

@@ -1,4 +1,6 @@
-"""How many tokens of an output were steered: one rule for both engines."""
+"""How many tokens of an output were steered, and what its gates did: one rule for both engines."""
+
+from dataclasses import dataclass
 
 from trimtab.program import ResolvedSteering
 from trimtab.sites import Phase
@@ -13,3 +15,20 @@ def steered_tokens(steering: ResolvedSteering | None, prompt_length: int, new_to
     """
     fed = {Phase.PREFILL: prompt_length, Phase.DECODE: max(new_tokens - 1, 0)}
     return {phase: fed[phase] if steering is not None and steering.identity(phase) else 0 for phase in Phase}
+
+
+@dataclass(frozen=True)
+class GateUse:
+    """What one gate did. `tokens` counts evaluations: a token computed twice, after a preemption, counts twice, and one
+    found in a prefix cache not at all."""
+
+    probe: str  # its registered name, or the first digits of the digest of its direction; in totals the label
+    gate: str  # hex digest of the gate; "" in a sum over all gates of a probe
+    tokens: int
+    mean: float  # of the factor; 0 without tokens
+    above_half: int  # tokens whose factor exceeded one half
+
+    def __add__(self, other: "GateUse") -> "GateUse":
+        tokens = self.tokens + other.tokens
+        mean = (self.mean * self.tokens + other.mean * other.tokens) / tokens if tokens else 0.0
+        return GateUse(self.probe, self.gate, tokens, mean, self.above_half + other.above_half)

@@ -12,10 +12,9 @@ largest number, however small or large the numbers of the request are.
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -225,15 +224,33 @@ def _distinct(gates: Iterable[ResolvedGate]) -> list[ResolvedGate]:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Content that a spec asked for, as reports name it.
+
+    `digest` is that of the whole vector, before `layers` narrowed it, or of the probe, its bias included. `name` is the
+    registered one, None for content that stood in the spec. `direction` is the digest of a probe's direction, b"" for a
+    vector.
+    """
+
+    name: str | None
+    digest: bytes
+    direction: bytes = b""
+
+
+@dataclass(frozen=True)
 class ResolvedSteering:
     """A request's steering with every name resolved: one program for prefill tokens, one for decode tokens.
 
-    `monitor` is the hex digest of the engine's monitor, "" where it has none.
+    `monitor` is the hex digest of the engine's monitor, "" where it has none. `vectors` and `probes` are the origins of
+    what the programs hold, in the order of the spec. They are no part of what is done, so they do not travel: a process
+    that decodes steering does not know them.
     """
 
     prefill: PhaseProgram
     decode: PhaseProgram
     monitor: str = ""
+    vectors: tuple[Origin, ...] = field(default=(), compare=False)
+    probes: tuple[Origin, ...] = field(default=(), compare=False)
 
     def program(self, phase: Phase) -> PhaseProgram:
         """The program of one phase."""
@@ -274,23 +291,6 @@ class ResolvedSteering:
                 f"has {most} different gates in one phase; this engine serves {limits.count} per request (its setting "
                 "`gates`). Interventions with equal gates share one",
             )
-
-    def to_wire(self, *, views: bool = False) -> dict[str, Any]:
-        """A plain dict for msgpack; see `trimtab.program.codec`.
-
-        With `views`, content that no one can write to is not copied: it is a memoryview of the vector's own numbers,
-        which msgpack takes as bytes too, but pickle and deepcopy do not.
-        """
-        from trimtab.program.codec import encode
-
-        return encode(self, views)
-
-    @staticmethod
-    def from_wire(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> "ResolvedSteering":
-        """The steering of a dict made by `to_wire`; raises `SteeringError` for anything else."""
-        from trimtab.program.codec import decode
-
-        return decode(wire, vectors_by_digest)
 
 
 def _together(*ordered: tuple[Site, ...]) -> tuple[Site, ...]:

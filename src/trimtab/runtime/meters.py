@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trimtab.program.counting import GateUse
 from trimtab.program.gates import ResolvedGate
 from trimtab.runtime.upload import Staging
 
@@ -39,23 +40,6 @@ class _Named(NamedTuple):
     gate: str  # hex digest
     probe: str  # its registered name, or the first digits of its digest
     label: str  # in totals
-
-
-@dataclass(frozen=True)
-class GateUse:
-    """What one gate did. `tokens` counts evaluations: a token computed twice, after a preemption, counts twice, and one
-    found in a prefix cache not at all."""
-
-    probe: str  # its registered name, or the first digits of the digest of its direction; in totals the label
-    gate: str  # hex digest of the gate; "" in a sum over all gates of a probe
-    tokens: int
-    mean: float  # of the factor; 0 without tokens
-    above_half: int  # tokens whose factor exceeded one half
-
-    def __add__(self, other: "GateUse") -> "GateUse":
-        tokens = self.tokens + other.tokens
-        mean = (self.mean * self.tokens + other.mean * other.tokens) / tokens if tokens else 0.0
-        return GateUse(self.probe, self.gate, tokens, mean, self.above_half + other.above_half)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from trimtab.errors import SteeringError
 from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering
+from trimtab.program.counting import GateUse
 from trimtab.program.gates import ResolvedGate
 from trimtab.runtime.gates import GateLanes
-from trimtab.runtime.meters import GateUse
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, row_probes
 from trimtab.runtime.plan import TOKEN, RowUse, StepPlanner, as_ints
 from trimtab.runtime.rows import RowAllocator, require_room

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
 from trimtab.errors import SteeringError
 from trimtab.program.gates import ResolvedGate, VectorReference
@@ -27,7 +27,6 @@ class Gate(Model):
     sharpness: Number = 1.0
     invert: Annotated[bool, Field(strict=True)] = False
     hard: Annotated[bool, Field(strict=True)] = False
-    _label: str = PrivateAttr("")  # the name that stood where the probe stands, if one did
 
     @model_validator(mode="after")
     def _sharpness_means_something(self) -> Self:
@@ -37,16 +36,10 @@ class Gate(Model):
             raise SteeringError("sharpness", "has no effect on a hard gate: leave it out")
         return self
 
-    def with_content(self, probe: Probe) -> Self:
-        """The same gate with `probe` in the place of its name, under which reports go on telling of it."""
-        gate = self.model_copy(update={"probe": probe})
-        gate._label = self.probe if isinstance(self.probe, str) else self._label
-        return gate
-
     def resolve(self, probes: Mapping[str, Probe]) -> ResolvedGate:
         """The gate with its probe looked up in `probes`. Raises `SteeringError` below the gate."""
         reference: VectorReference | None = None
-        label = self._label
+        label = ""
         if isinstance(self.probe, Probe):
             probe = self.probe
         elif (found := probes.get(self.probe)) is None:

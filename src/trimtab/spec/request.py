@@ -14,7 +14,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
-from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program import Origin, PhaseProgram, ResolvedSteering, Term
 from trimtab.program.gates import check_gate, check_served
 from trimtab.sites import ModelSites, Phase
 from trimtab.spec.base import Model, below, keys_are_text
@@ -99,7 +99,7 @@ class Steering(Model):
                     check_served(term.gate, term.vector.sites, model.gates)
         resolved = self._programs(terms, model.monitor)
         resolved.check_gate_count(model.gates, "interventions")
-        return resolved
+        return self._with_origins(resolved, terms, vectors, probes or {})
 
     def identity(
         self,
@@ -138,6 +138,27 @@ class Steering(Model):
         prefill = program("decode")
         same = all(step.phase == "all" for step in self.interventions)
         return ResolvedSteering(prefill, prefill if same else program("prefill"), monitor)
+
+    def _with_origins(
+        self,
+        resolved: ResolvedSteering,
+        terms: list[Term],
+        vectors: Mapping[str, SteeringVector],
+        probes: Mapping[str, Probe],
+    ) -> ResolvedSteering:
+        """`resolved` with the origins of what is in it: not of what other terms, or a scale of 0, have cancelled."""
+        added = {term.vector.digest for phase in Phase for term in resolved.program(phase).all_terms}
+        read = {gate.probe.digest for gate in resolved.gates}
+        pairs = list(zip(self.interventions, terms, strict=True))
+        used = [_origin(step.vector, vectors) for step, term in pairs if term.vector.digest in added]
+        gates = [step.gate for step, term in pairs if term.gate is not None and term.gate.probe.digest in read]
+        decided = [_origin(gate.probe, probes) for gate in gates if gate is not None]
+        return replace(resolved, vectors=tuple(dict.fromkeys(used)), probes=tuple(dict.fromkeys(decided)))
+
+
+def _origin(given: str | SteeringVector | Probe, names: Mapping[str, SteeringVector] | Mapping[str, Probe]) -> Origin:
+    name, content = (given, names[given]) if isinstance(given, str) else (None, given)
+    return Origin(name, content.digest, content.vector.digest if isinstance(content, Probe) else b"")
 
 
 def _misfit(term: Term, model: ModelSites, path: str, *, inline: bool) -> SteeringError:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from trimtab import Steering
-from trimtab.engines.vllm.carried import DecodedWire
+from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.core.cache_keys import keep_keys, steering_keys
 from trimtab.errors import SteeringError
+from trimtab.program.codec import encode
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 
 MODEL = ModelSites(4, 2, frozenset({Site(0, HookPoint.POST_BLOCK), Site(1, HookPoint.POST_BLOCK)}))
@@ -25,7 +26,7 @@ def request(phase: str | None, prompt: int = 40, scale: float = 1.0, monitor: st
         vector = {"post_block": {"1": [1.0, 2.0, 3.0, 4.0]}}
         spec = {"interventions": [{"kind": "add", "vector": vector, "phase": phase, "scale": scale}]}
         steering = Steering.parse(spec).resolve({}, replace(MODEL, monitor=monitor))
-        extra = {"steering": DecodedWire(steering.to_wire(), steering)}
+        extra = {"steering": Carried(encode(steering), steering)}
     return SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra), num_prompt_tokens=prompt)
 
 

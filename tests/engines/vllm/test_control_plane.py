@@ -91,7 +91,7 @@ def test_names_of_the_start_are_read_only_for_everybody(
 ) -> None:
     if headers:
         monkeypatch.setenv(admin.VARIABLE, KEY)
-    before = front_end.admit(None).resolved.decode.identity
+    before = front_end.admit(None).steering.decode.identity
     for answer in (
         client.post(f"/v1/steering/{kind}", json=body(kind, name), headers=headers),
         client.delete(f"/v1/steering/{kind}/{name}", headers=headers),
@@ -99,7 +99,7 @@ def test_names_of_the_start_are_read_only_for_everybody(
         said = error(answer, 409)
         assert (said["param"], said["type"]) == ("name", "ConflictError")
         assert f"{name!r} belongs to the start of this server" in said["message"]
-    assert front_end.admit(None).resolved.decode.identity == before
+    assert front_end.admit(None).steering.decode.identity == before
     listed = {entry["name"]: entry for entry in client.get(f"/v1/steering/{kind}").json()[kind]}
     assert listed[name]["read_only"] is True
 

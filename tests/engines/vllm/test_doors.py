@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.carried import MARK, TICKET, AdmittedWire
+from trimtab.engines.vllm.carried import MARK, TICKET, Carried
 from trimtab.engines.vllm.frontend import requests
 from trimtab.engines.vllm.frontend.accounts import Ticket
 from trimtab.engines.vllm.frontend.admission import FrontEnd
@@ -84,7 +84,7 @@ def test_both_places_of_a_body_are_admitted_and_the_request_keeps_what_it_said(k
     for more in ({"steering": SPEC}, {"vllm_xargs": {"steering": json.dumps(SPEC), "other": 1}}):
         made = request(kind, body, **more)
         params = made.to_sampling_params(5, {})
-        assert isinstance(params.extra_args["steering"], AdmittedWire)
+        assert isinstance(params.extra_args["steering"], Carried)
         assert params.extra_args.get("other") == more.get("vllm_xargs", {}).get("other")
         assert (made.vllm_xargs or {}) == more.get("vllm_xargs", {})
 
@@ -155,7 +155,7 @@ def test_requests_of_one_answer_share_an_account_only_while_their_steering_is_th
 def test_each_conversation_of_a_batch_request_is_steered():
     made = BatchChatCompletionRequest(model="m", messages=[[{"role": "user", "content": "x"}]], steering=SPEC)
     single = made.to_chat_completion_request(made.messages[0])
-    assert isinstance(single.to_sampling_params(5, {}).extra_args["steering"], AdmittedWire)
+    assert isinstance(single.to_sampling_params(5, {}).extra_args["steering"], Carried)
 
 
 @pytest.mark.parametrize("form", [SPEC, json.dumps(SPEC), Steering.parse(SPEC)], ids=["mapping", "json", "Steering"])
@@ -166,7 +166,7 @@ def test_steering_is_admitted_apart_from_a_copy_of_the_sampling_parameters_and_p
     assert bare.extra_args == {"other": 1}
     assert carried is not None
     wire, ticket = carried["steering"], carried[TICKET]
-    assert isinstance(wire, AdmittedWire)
+    assert isinstance(wire, Carried)
     assert isinstance(ticket, Ticket)
     own = bare.clone()
     requests.carry(own, carried)
@@ -227,14 +227,14 @@ def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carrie
     params = SamplingParams(extra_args={"steering": SPEC})
     request = processor.process_inputs("r", "x", params, ())
     assert seen[0].extra_args is None
-    assert request.sampling_params.extra_args["steering"] is front_end.admit(SPEC).wire
+    assert request.sampling_params.extra_args["steering"] is front_end.admit(SPEC)
     assert MARK in request.sampling_params.extra_args
     assert processor.process_inputs("r", "x", SamplingParams(), ()).sampling_params.extra_args == {MARK: True}
     assert params.extra_args == {"steering": SPEC}
 
 
 def test_a_wire_form_from_a_caller_is_not_taken_for_an_admitted_one(front_end):
-    forged = dict(front_end.admit(SPEC).wire)
+    forged = dict(front_end.admit(SPEC))
     with pytest.raises(ValueError, match="unknown key"):
         requests.admit_params(front_end, SamplingParams(extra_args={"steering": forged}))
 

@@ -11,10 +11,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.carried import AdmittedWire
+from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.frontend.admission import FrontEnd, refusal_reason
 from trimtab.errors import SteeringError
-from trimtab.program import ResolvedSteering
+from trimtab.program.codec import decode
 from trimtab.serving.registry import VectorRegistry
 from trimtab.serving.server_default import merge
 from trimtab.sites import HookPoint, ModelSites, Site
@@ -64,7 +64,7 @@ def front_end(default: Any = None) -> FrontEnd:
 def program_rows(wire: Any, known: dict[bytes, SteeringVector] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """What a worker that holds `known` adds at every site in either phase, for a wire form that went over msgpack."""
     travelled = msgspec.msgpack.decode(msgspec.msgpack.encode(wire))
-    resolved = ResolvedSteering.from_wire(travelled, {CALM.digest: CALM} if known is None else known)
+    resolved = decode(travelled, {CALM.digest: CALM} if known is None else known)
     sites = sorted(SITES)
     phases = (resolved.prefill, resolved.decode)
     rows = [p.row(sites) * p.coefficient if p.terms else np.zeros((LAYERS, WIDTH)) for p in phases]
@@ -78,7 +78,7 @@ def test_an_unsteered_request_passes_untouched():
 @pytest.mark.parametrize("form", [dict, json.dumps, Steering.parse], ids=["mapping", "json", "Steering"])
 def test_every_form_of_a_spec_is_admitted_to_the_same_program(form):
     admission = front_end().admit(form(add("calm", scale=2.0, phase="decode")))
-    prefill, decode = program_rows(admission.wire)
+    prefill, decode = program_rows(admission)
     np.testing.assert_array_equal(prefill, np.zeros((LAYERS, WIDTH)))
     np.testing.assert_array_equal(decode, 2 * CALM.block)
 
@@ -86,9 +86,9 @@ def test_every_form_of_a_spec_is_admitted_to_the_same_program(form):
 def test_a_start_vector_travels_by_digest_and_a_registered_one_as_its_content():
     front = front_end()
     front.registry.add("joy", JOY)
-    by_name = front.admit(add("calm")).wire
+    by_name = front.admit(add("calm"))
     assert len(msgspec.msgpack.encode(by_name)) < 200
-    rows, _ = program_rows(front.admit(add("joy")).wire, known={})
+    rows, _ = program_rows(front.admit(add("joy")), known={})
     np.testing.assert_array_equal(rows, JOY.block)
 
 
@@ -97,8 +97,8 @@ def test_a_name_registered_anew_leaves_an_admitted_request_as_it_was():
     front.registry.add("mood", CALM)
     admitted = front.admit(add("mood"))
     front.registry.add("mood", JOY)
-    np.testing.assert_array_equal(program_rows(admitted.wire)[0], CALM.block)
-    np.testing.assert_array_equal(program_rows(front.admit(add("mood")).wire)[0], JOY.block)
+    np.testing.assert_array_equal(program_rows(admitted)[0], CALM.block)
+    np.testing.assert_array_equal(program_rows(front.admit(add("mood")))[0], JOY.block)
     front.registry.remove("mood")
     with pytest.raises(SteeringError, match="mood"):
         front.admit(add("mood"))
@@ -106,9 +106,9 @@ def test_a_name_registered_anew_leaves_an_admitted_request_as_it_was():
 
 def test_the_default_is_added_to_requests_with_and_without_a_spec_of_their_own():
     front = front_end(add("calm", scale=0.5))
-    np.testing.assert_allclose(program_rows(front.admit(None).wire)[0], 0.5 * CALM.block)
+    np.testing.assert_allclose(program_rows(front.admit(None))[0], 0.5 * CALM.block)
     both = front.admit(add(JOY, scale=2.0))
-    np.testing.assert_allclose(program_rows(both.wire)[0], 0.5 * CALM.block + 2 * JOY.block, rtol=1e-6)
+    np.testing.assert_allclose(program_rows(both)[0], 0.5 * CALM.block + 2 * JOY.block, rtol=1e-6)
     assert both.receipt["server_default"] is True
 
 
@@ -117,7 +117,7 @@ def test_no_change_at_run_time_reaches_what_the_default_names():
     for change in (lambda: front.registry.add("calm", JOY), lambda: front.registry.remove("calm")):
         with pytest.raises(SteeringError, match="belongs to the start"):
             change()
-        np.testing.assert_array_equal(program_rows(front.admit(None).wire)[0], CALM.block)
+        np.testing.assert_array_equal(program_rows(front.admit(None))[0], CALM.block)
 
 
 def test_a_default_that_cannot_be_honoured_stops_the_start():
@@ -201,9 +201,9 @@ def test_receipts_name_content_and_identity_per_phase():
 
 
 def test_cloning_sampling_parameters_does_not_copy_vectors():
-    wire = front_end().admit(add(JOY)).wire
+    wire = front_end().admit(add(JOY))
     assert copy.deepcopy({"steering": wire})["steering"] is wire
-    assert type(wire) is AdmittedWire
+    assert type(wire) is Carried
 
 
 def test_a_spec_seen_before_costs_less_and_still_follows_its_names():
@@ -213,9 +213,9 @@ def test_a_spec_seen_before_costs_less_and_still_follows_its_names():
     assert front.admit(add("mood")) is first
     assert front.admit(add("mood", scale=2)) is not first
     front.registry.add("mood", JOY)
-    np.testing.assert_array_equal(program_rows(front.admit(add("mood")).wire)[0], JOY.block)
+    np.testing.assert_array_equal(program_rows(front.admit(add("mood")))[0], JOY.block)
     front.registry.add("mood", CALM)
-    assert len(msgspec.msgpack.encode(front.admit(add("mood")).wire)) < 200  # the content that workers hold, again
+    assert len(msgspec.msgpack.encode(front.admit(add("mood")))) < 200  # the content that workers hold, again
 
 
 def test_a_caller_who_changes_a_spec_after_its_admission_changes_nothing():

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from trimtab import Steering
-from trimtab.engines.vllm.carried import DecodedWire
+from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.worker.membership import Membership
 from trimtab.engines.vllm.worker.runner_v1 import drive_v1
 from trimtab.ops import SteeringBuffers
 from trimtab.program import ResolvedSteering
+from trimtab.program.codec import encode
 from trimtab.runtime import SteeringRuntime
 from trimtab.sites import HookPoint, ModelSites, Site
 
@@ -126,7 +127,7 @@ def digest_after_a_set_of_requests_has_left(runner_kind: str) -> str:
     drive_v1(runner, runtime, SimpleNamespace(), len(NAMES))  # type: ignore[arg-type]
     for number, name in enumerate(NAMES):
         one = steering(float(number))
-        params = SimpleNamespace(extra_args={"steering": DecodedWire(one.to_wire(), one)})
+        params = SimpleNamespace(extra_args={"steering": Carried(encode(one), one)})
         runner.requests[name] = SimpleNamespace(sampling_params=params)
     runner._prepare_inputs(None, np.ones(len(NAMES), np.int32))
     assert runtime.rows_in_use == len(NAMES)

@@ -16,6 +16,7 @@ from trimtab.engines.vllm.frontend.accounts import Account, Answers, Ticket, tic
 from trimtab.engines.vllm.frontend.admission import FrontEnd
 from trimtab.engines.vllm.frontend.workers import Workers
 from trimtab.engines.vllm.http.receipts import ExchangeMiddleware
+from trimtab.program.counting import GateUse
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
@@ -42,7 +43,7 @@ def admission(gated: bool = False, phase: str = "all") -> Any:
 class Silent(Workers):
     """Workers that never answer in time."""
 
-    async def gates(self, answer: str, seconds: float = 0.0) -> list[dict[str, Any]] | None:
+    async def gates(self, answer: str, seconds: float = 0.0) -> list[GateUse] | None:
         return None
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.frontend.admission import Admission, FrontEnd
+from trimtab.engines.vllm.carried import Carried
+from trimtab.engines.vllm.frontend.admission import FrontEnd
 from trimtab.errors import SteeringError
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
@@ -40,7 +41,7 @@ def front_end(default: Any, model: ModelSites = MODEL) -> FrontEnd:
     return FrontEnd(model, vectors, default, probes=probes)
 
 
-def admitted(front: FrontEnd, given: Any) -> Admission:
+def admitted(front: FrontEnd, given: Any) -> Carried:
     admission = front.admit(given)
     assert admission is not None
     return admission

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from trimtab.engines.vllm.carried import MARK, Decoded, DecodedWire
+from trimtab.engines.vllm.carried import MARK, Carried, Decoded
 from trimtab.engines.vllm.core import checks
 from trimtab.errors import SteeringError
+from trimtab.program.codec import encode
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
 
@@ -17,7 +18,7 @@ SITE = Site(0, HookPoint.POST_BLOCK)
 MODEL = ModelSites(4, 1, frozenset({SITE}))
 SETTINGS = SimpleNamespace(start_vectors={}, start_probes={}, start_vectors_by_digest={})
 SPEC = {"interventions": [{"kind": "add", "vector": {"post_block": {"0": [1.0, 2.0, 3.0, 4.0]}}}]}
-SENT = Steering.parse(SPEC).resolve({}, MODEL).to_wire()
+SENT = encode(Steering.parse(SPEC).resolve({}, MODEL))
 
 
 def core(steered: bool = True) -> Any:
@@ -33,7 +34,7 @@ def test_a_request_gets_its_steering_in_the_form_that_was_read_and_keeps_the_res
     asked = request(SENT)
     params = asked.sampling_params
     checks.check_request(core(), asked)
-    assert isinstance(asked.sampling_params.extra_args["steering"], DecodedWire)
+    assert isinstance(asked.sampling_params.extra_args["steering"], Carried)
     assert asked.sampling_params.extra_args["other"] == 1
     assert params.extra_args["steering"] is SENT  # the caller's own parameters are not touched
 
@@ -56,8 +57,8 @@ def test_what_another_engine_of_this_process_has_read_is_checked_again() -> None
     spec = {"interventions": [{"kind": "add", "vector": {"post_block": {"7": [1.0, 2.0, 3.0, 4.0]}}}]}
     read = Steering.parse(spec).resolve({}, ModelSites(4, 8, frozenset({elsewhere})))
     with pytest.raises(SteeringError, match="post_block:7 is not served by this engine"):
-        checks.check_request(core(), request(DecodedWire(read.to_wire(), read)))
+        checks.check_request(core(), request(Carried(encode(read), read)))
     monitored = Steering.parse(SPEC).resolve({}, ModelSites(4, 1, frozenset({SITE}), monitor="ab" * 32))
-    asked = request(DecodedWire(monitored.to_wire(), monitored))
+    asked = request(Carried(encode(monitored), monitored))
     checks.check_request(core(), asked)
     assert asked.sampling_params.extra_args["steering"].steering.monitor == ""

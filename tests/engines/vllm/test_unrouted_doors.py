@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.carried import AdmittedWire
+from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.frontend import requests
 from trimtab.engines.vllm.frontend.admission import FrontEnd
 from trimtab.engines.vllm.patches import frontend as frontend_patches
@@ -104,7 +104,7 @@ class TestAudioForms:
         assert self.send(client, path, form(place, SPEC)).status_code == 418
         assert self.send(client, path, {}).status_code == 418
         steered, plain = audio.made
-        assert isinstance(steered.extra_args["steering"], AdmittedWire)
+        assert isinstance(steered.extra_args["steering"], Carried)
         assert not plain.extra_args
 
     def test_a_bad_one_is_a_400_before_any_stream(

@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.carried import AdmittedWire, Decoded, DecodedWire, checked, held_bytes
+from trimtab.engines.vllm.carried import Carried, Decoded, checked, held_bytes
 from trimtab.errors import SteeringError
+from trimtab.program.codec import encode
 from trimtab.serving import memo
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
@@ -27,10 +28,10 @@ SETTINGS: Any = SimpleNamespace(
 )
 
 
-def admitted(vector: Any, **step: Any) -> AdmittedWire:
+def admitted(vector: Any, **step: Any) -> Carried:
     spec = {"interventions": [{"kind": "add", "vector": vector, **step}]}
     resolved = Steering.parse(spec).resolve({"calm": CALM}, MODEL)
-    return AdmittedWire(resolved.to_wire(views=True), resolved)
+    return Carried(encode(resolved, views=True), resolved)
 
 
 def sent(wire: Any) -> Any:
@@ -45,7 +46,7 @@ def test_what_was_admitted_in_this_process_is_not_read_again_and_what_was_sent_i
     assert here.steering is wire.steering
     assert there.steering is not wire.steering
     assert here.steering == there.steering
-    assert type(here) is type(there) is DecodedWire
+    assert type(here) is type(there) is Carried
     assert here == there == wire
 
 
@@ -77,8 +78,8 @@ def test_what_one_engine_took_over_another_still_checks() -> None:
         checked(by_name, nameless, MODEL)
 
 
-def replace_monitor(wire: AdmittedWire, monitor: str) -> AdmittedWire:
-    return AdmittedWire(wire, replace(wire.steering, monitor=monitor))
+def replace_monitor(wire: Carried, monitor: str) -> Carried:
+    return Carried(wire, replace(wire.steering, monitor=monitor))
 
 
 def test_layers_of_a_registered_vector_count_as_content(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +94,8 @@ def test_layers_of_a_registered_vector_count_as_content(monkeypatch: pytest.Monk
     assert checked(sent(admitted("calm", layers=[1])), SETTINGS, MODEL, recent).steering is not first.steering
 
 
-@pytest.mark.parametrize("wire", [admitted(JOY), DecodedWire(admitted(JOY), admitted(JOY).steering)])
-def test_trust_does_not_travel(wire: DecodedWire) -> None:
+@pytest.mark.parametrize("wire", [admitted(JOY), Carried(admitted(JOY), admitted(JOY).steering)])
+def test_trust_does_not_travel(wire: Carried) -> None:
     assert copy.deepcopy({"steering": wire})["steering"] is wire
     for there in (sent(wire), pickle.loads(pickle.dumps(wire))):
         assert type(there) is dict
@@ -122,9 +123,9 @@ def test_content_is_not_kept() -> None:
     assert checked(wire, SETTINGS, model, recent).steering is not first.steering
 
 
-def admitted_for(vector: SteeringVector, model: ModelSites) -> AdmittedWire:
+def admitted_for(vector: SteeringVector, model: ModelSites) -> Carried:
     resolved = Steering.parse({"interventions": [{"kind": "add", "vector": vector}]}).resolve({}, model)
-    return AdmittedWire(resolved.to_wire(views=True), resolved)
+    return Carried(encode(resolved, views=True), resolved)
 
 
 def test_a_sender_who_changes_a_wire_form_afterwards_changes_it_for_no_one() -> None:

@@ -9,10 +9,11 @@ import torch
 pytest.importorskip("vllm")
 
 from trimtab import Probe, Steering, SteeringVector
-from trimtab.engines.vllm.carried import TICKET, DecodedWire
+from trimtab.engines.vllm.carried import TICKET, Carried
 from trimtab.engines.vllm.worker import runner_v2
 from trimtab.engines.vllm.worker.worker import WorkerSteering, _count_before_dummy_runs, trimtab_status
 from trimtab.ops import SteeringBuffers
+from trimtab.program.codec import encode
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 
@@ -76,7 +77,7 @@ def test_an_engine_that_falls_idle_holds_no_rows(runtime) -> None:
     """With its last requests finished, a V2 runner removes them, adds none, and prepares no step."""
     runner, settings = Runner(), SimpleNamespace()
     runner_v2.drive_v2(runner, runtime, settings, 2)
-    extra = {"steering": DecodedWire(STEERING.to_wire(), STEERING), TICKET: {"answer": "the answer"}}
+    extra = {"steering": Carried(encode(STEERING), STEERING), TICKET: {"answer": "the answer"}}
     new = SimpleNamespace(req_id="a", sampling_params=SimpleNamespace(extra_args=extra))
     runner.add_requests(SimpleNamespace(scheduled_new_reqs=[new], num_scheduled_tokens={"a": 2}))
     assert runtime.rows_in_use == 1

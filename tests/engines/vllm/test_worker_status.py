@@ -11,6 +11,7 @@ import pytest
 
 from trimtab.engines.vllm.frontend import workers
 from trimtab.engines.vllm.frontend.workers import Workers
+from trimtab.program.counting import GateUse
 
 pytest.importorskip("prometheus_client")
 
@@ -56,7 +57,7 @@ def test_no_call_carries_a_timeout_and_one_alone_is_under_way_however_many_ask()
         assert core.calls == [(0, (False, []))]
         core.open[core.core_engines[0]].set()
         told = await asyncio.gather(*asking)
-        assert [uses and uses[0]["tokens"] for uses in told] == [3] * 50
+        assert [uses and uses[0].tokens for uses in told] == [3] * 50
         assert len((await page).engines[0]) == 1
         assert core.calls[1:] == [(0, (True, sorted(f"a{number}" for number in range(50))))]
         assert (await workers.ask(60)).silent == ()
@@ -75,7 +76,7 @@ def test_what_several_engines_did_for_one_answer_adds_up_and_is_not_told_in_part
         assert (list(told.engines), told.silent) == ([0], (1,))
         core.open[core.core_engines[1]].set()
         (use,) = await workers.gates("a", 60) or ()
-        assert use == {"gate": "g", "probe": "p", "tokens": 7, "mean": 0.5, "above_half": 1}
+        assert use == GateUse("p", "g", tokens=7, mean=0.5, above_half=1)
 
     asyncio.run(run())
 

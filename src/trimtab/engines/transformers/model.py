@@ -16,12 +16,13 @@ from trimtab.engines.transformers.calls import Call, check_not_compiled, generat
 from trimtab.engines.transformers.canary import check_places
 from trimtab.engines.transformers.groups import layer_devices
 from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
-from trimtab.engines.transformers.results import Generation, receipt
+from trimtab.engines.transformers.results import Generation
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import map_hook_points
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.instrument.probe import evaluating
 from trimtab.program.gates import ResolvedGate
+from trimtab.serving.receipt import receipt_of
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.values import as_site
@@ -176,11 +177,12 @@ class SteeredModel:
             tokens = outputs.tokens(index)
             text = "" if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=True)
             gates = () if session is None else session.gate_uses(index, len(outputs))
+            prompt, fed = outputs.fed(index)
             results.append(
                 Generation(
                     text,
                     tokens,
-                    receipt(steered, outputs.fed(index), gates),
+                    receipt_of(steered, prompt, fed + 1, gates=gates),
                     outputs.per_token("scores", index),
                     outputs.per_token("logits", index),
                 )

@@ -1,34 +1,12 @@
 """What a steered generation returns."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 
 from trimtab.engines.transformers.progress import Progress
-from trimtab.program import ResolvedSteering
-from trimtab.program.counting import steered_tokens
-from trimtab.runtime import GateUse
-from trimtab.sites import Phase, Site
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """What was done to one output. An unsteered one has empty identities, no sites and zero tokens.
-
-    `steered_tokens` counts what was seen to go through the steered sites: every prompt token where the prefill was
-    steered, and every new token but the last where the decode was: the last one decides nothing of the output. `gates`
-    says what each gate did on those tokens; with beam search, on those of all beams of the prompt. `monitor` is the
-    digest of the monitor that stood before what the decode received, "" where none did.
-    """
-
-    identity: Mapping[Phase, str]
-    sites: tuple[Site, ...]
-    steered_tokens: Mapping[Phase, int]
-    gates: tuple[GateUse, ...] = ()
-    monitor: str = ""
+from trimtab.serving.receipt import Receipt
 
 
 @dataclass(frozen=True)
@@ -43,15 +21,6 @@ class Generation:
     receipt: Receipt
     scores: torch.Tensor | None = field(default=None, repr=False, compare=False)
     logits: torch.Tensor | None = field(default=None, repr=False, compare=False)
-
-
-def receipt(steering: ResolvedSteering | None, fed: Mapping[Phase, int], gates: tuple[GateUse, ...] = ()) -> Receipt:
-    """The receipt of an output of which `fed` tokens of each phase went through the model while it was steered."""
-    identity = {phase: "" if steering is None else steering.identity(phase) for phase in Phase}
-    counts = steered_tokens(steering, fed[Phase.PREFILL], fed[Phase.DECODE] + 1)
-    sites = () if steering is None else steering.sites
-    monitor = steering.monitor if steering is not None and steering.monitored else ""
-    return Receipt(MappingProxyType(identity), sites, MappingProxyType(counts), gates, monitor)
 
 
 class Outputs:
@@ -72,13 +41,14 @@ class Outputs:
             return new[: int((self._beams[output] >= 0).sum())]
         return new[: max(int(self._progress.ended[output]) - self._progress.width + 1, 0)]
 
-    def fed(self, output: int) -> dict[Phase, int]:
-        """How many tokens of each phase went through the model and had a part in the output: its last one had none."""
+    def fed(self, output: int) -> tuple[int, int]:
+        """How many tokens of the prompt, and how many new ones, went through the model and had a part in the output:
+        its last one had none."""
         width, rows = self._progress.width, self._progress.rows
         row = output * rows // len(self)
         reached = min(int(self._progress.reached[row]), width + len(self.tokens(output)) - 1)
         padding = int(self._progress.padding[row])
-        return {Phase.PREFILL: max(min(reached, width) - padding, 0), Phase.DECODE: max(reached - width, 0)}
+        return max(min(reached, width) - padding, 0), max(reached - width, 0)
 
     def per_token(self, name: Literal["scores", "logits"], output: int) -> torch.Tensor | None:
         """The scores or logits from which each new token was chosen, [tokens, V] float32; None if not asked for."""

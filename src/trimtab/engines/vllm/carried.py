@@ -1,22 +1,25 @@
 """Steering as it travels inside a request: from the front end to the engine core, and on to every worker.
 
-The front end puts the wire form of a resolved spec into `SamplingParams.extra_args["steering"]`, as an `AdmittedWire`.
-The engine core reads it once, when the request arrives, and puts a `DecodedWire` in its place. Both are the same dict
-for everyone who serialises it, with the resolved steering at hand: for an engine core in the front end's process, for
-block keys, and for a worker in the core's process. What comes from another process is a plain dict and is not trusted.
+`SamplingParams.extra_args["steering"]` holds a `Carried`: the form that `trimtab.program.codec` makes for other
+processes, with the resolved steering at hand for this one. Whoever serialises it sees a plain dict. What comes from
+another process is a plain dict and is not trusted: the engine core reads it once, when the request arrives, and puts a
+`Carried` of its own in its place, for block keys and for a worker in the core's process.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Self
 
 from trimtab.engines.vllm.settings.config import SteeringSettings
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering, Term
+from trimtab.program.codec import decode
 from trimtab.program.gates import check_served
 from trimtab.serving.memo import Recent, key_of
+from trimtab.serving.receipt import receipt_of
 from trimtab.sites import ModelSites
 
 # In `extra_args` of each request of a steered engine whose front end looked for steering in it, found or not. A front
@@ -27,14 +30,28 @@ TICKET = "trimtab_ticket"  # beside the steering in `extra_args`: {"answer": the
 _LONGEST_NAME = 64  # characters
 
 
-class Wire(dict[str, Any]):
-    """A wire form with what it stands for; not to be changed. Pickles as the plain dict."""
+class Carried(dict[str, Any]):
+    """The form of steering for other processes, with what it stands for; not to be changed. Pickles as the plain dict.
+
+    Made by the front end of this process from what it admitted, or by its engine core from what it read; what a caller
+    or another process hands in never has this type. `default_left` is what the receipt says of the server's default.
+    """
 
     steering: ResolvedSteering
+    default_left: float | None
+    # By which engine core of this process it was checked last. A spec of names comes again and again.
+    taken: tuple[SteeringSettings, ModelSites] | None = None
 
-    def __init__(self, wire: Mapping[str, Any], steering: ResolvedSteering) -> None:
-        super().__init__(wire)
-        self.steering = steering
+    def __init__(
+        self, encoded: Mapping[str, Any], steering: ResolvedSteering, default_left: float | None = None
+    ) -> None:
+        super().__init__(encoded)
+        self.steering, self.default_left = steering, default_left
+
+    @cached_property
+    def receipt(self) -> dict[str, Any]:
+        """The receipt of an answer that has no tokens yet, in JSON's types; for reading."""
+        return receipt_of(self.steering, default_left=self.default_left).as_json()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ({**self, "vectors": [_copied(vector) for vector in self["vectors"]]},)
@@ -46,18 +63,7 @@ class Wire(dict[str, Any]):
         return f"<steering with {len(self['vectors'])} vectors>"  # logs of requests print sampling parameters
 
 
-class AdmittedWire(Wire):
-    """A wire form made by the front end of this process; what a caller or another process hands in never has this
-    type. An engine core still checks that it serves what is in it, once: a spec of names comes again and again."""
-
-    taken: "tuple[SteeringSettings, ModelSites, DecodedWire] | None" = None  # by which engine core, and as what
-
-
-class DecodedWire(Wire):
-    """A wire form that an engine core has read and checked."""
-
-
-Decoded = Recent[ResolvedSteering]  # what one engine read in wire forms that hold little but names
+Decoded = Recent[ResolvedSteering]  # what one engine read in forms that hold little but names
 
 
 def carried(sampling_params: Any) -> Any:
@@ -66,30 +72,26 @@ def carried(sampling_params: Any) -> Any:
     return extra.get(SETTINGS_KEY) if extra else None
 
 
-def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: Decoded | None = None) -> DecodedWire:
-    """The wire form that a request carries, read and checked against what the engine serves.
+def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: Decoded | None = None) -> Carried:
+    """What a request carries, read and checked against what the engine serves.
 
     `recent` is what this engine read before. Raises `SteeringError`.
     """
-    if isinstance(given, DecodedWire) and _is_at_home(given.steering, settings, model):
-        _check_served(given.steering, model)  # which engine core of this process read it is not known
-        return given
-    if isinstance(given, AdmittedWire):
+    if isinstance(given, Carried):
         if (taken := given.taken) is not None and taken[0] is settings and taken[1] is model:
-            return taken[2]
-        if _is_at_home(given.steering, settings, model):
+            return given
+        if _is_at_home(given, settings, model):
             _check_served(given.steering, model)  # its content was read and named in this process: not again
-            wire = DecodedWire(given, given.steering)
-            given.taken = settings, model, wire
-            return wire
+            given.taken = settings, model
+            return given
     key = None if recent is None else key_of(given)
     if recent is not None and (known := recent.get(key)) is not None:
-        return DecodedWire(given, known)
-    steering = replace(ResolvedSteering.from_wire(given, settings.start_vectors_by_digest), monitor=model.monitor)
+        return Carried(given, known)
+    steering = replace(decode(given, settings.start_vectors_by_digest), monitor=model.monitor)
     _check_served(steering, model)
     if recent is not None:
         recent.put(key, steering, held_bytes(steering))
-    return DecodedWire(given, steering)
+    return Carried(given, steering)
 
 
 def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSteering | None:
@@ -97,9 +99,7 @@ def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSte
     given = carried(sampling_params)
     if given is None:
         return None
-    if isinstance(given, DecodedWire):
-        return given.steering
-    return ResolvedSteering.from_wire(given, settings.start_vectors_by_digest)
+    return given.steering if isinstance(given, Carried) else decode(given, settings.start_vectors_by_digest)
 
 
 def owner_of(sampling_params: Any, request_id: str) -> str:
@@ -131,11 +131,11 @@ def _terms(steering: ResolvedSteering) -> tuple[Term, ...]:
     return (*steering.prefill.all_terms, *steering.decode.all_terms)
 
 
-def _is_at_home(steering: ResolvedSteering, settings: SteeringSettings, model: ModelSites) -> bool:
-    """Whether an engine of this process may take over `steering` as it is: another's has its own monitor and names."""
-    references = [*(term.reference for term in _terms(steering)), *(gate.reference for gate in steering.gates)]
+def _is_at_home(given: Carried, settings: SteeringSettings, model: ModelSites) -> bool:
+    """Whether an engine of this process may take over `given` as it is: another's has its own monitor and names."""
     known = settings.start_vectors_by_digest
-    return steering.monitor == model.monitor and all(r is None or r.digest in known for r in references)
+    named = [vector["digest"] for vector in given["vectors"] if "digest" in vector]
+    return given.steering.monitor == model.monitor and all(digest in known for digest in named)
 
 
 def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:

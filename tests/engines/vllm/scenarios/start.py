@@ -8,6 +8,7 @@ import torch
 from support import HIDDEN, SCRATCH, engine, generate, random_prompts, random_spec, report, tiny_model
 from trimtab.engines.vllm.carried import MARK
 from trimtab.ops.gates import decides, gate_count
+from trimtab.program.codec import encode
 
 
 def main() -> None:
@@ -169,7 +170,7 @@ def _wire(spec, hook="post_block"):
     from trimtab.sites import HookPoint, ModelSites, Site
 
     model = ModelSites(64, 4, frozenset({Site(0, HookPoint.POST_BLOCK)}))
-    wire = Steering.parse(spec).resolve({}, model).to_wire()
+    wire = encode(Steering.parse(spec).resolve({}, model))
     wire["vectors"][0]["sites"] = [[0, hook]]
     return wire
 

@@ -20,12 +20,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trimtab.engines.vllm.carried import DecodedWire, Wire, carried
+from trimtab.engines.vllm.carried import Carried, carried
 from trimtab.engines.vllm.patches.patching import is_patched
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
-from trimtab.program.codec import KEYS
+from trimtab.program.codec import KEYS, encode
 from trimtab.sites import HookPoint, Phase, Site
 from trimtab.vectors.vector import SteeringVector
 
@@ -38,12 +38,12 @@ def steering_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], 
     Pairs of a tag and a value, as vLLM's own extra keys are from 0.32 on. Raises `SteeringError` for steering that no
     engine core has read.
     """
-    wire = carried(request.sampling_params)
-    if not isinstance(wire, Wire):
-        if isinstance(wire, Mapping) and (set(wire) == KEYS or "interventions" in wire):
+    given = carried(request.sampling_params)
+    if not isinstance(given, Carried):
+        if isinstance(given, Mapping) and (set(given) == KEYS or "interventions" in given):
             raise _unread(request)
         return ()  # an engine that is not steered leaves what others put there alone
-    prefill, decode = wire.steering.identity(Phase.PREFILL), wire.steering.identity(Phase.DECODE)
+    prefill, decode = given.steering.identity(Phase.PREFILL), given.steering.identity(Phase.DECODE)
     prompt = request.num_prompt_tokens
     keys: list[tuple[str, str]] = []
     if start == 0 and prefill:
@@ -65,8 +65,8 @@ def keep_keys(core: Any) -> None:
     _require_one_function()
 
     def checked_hasher(request: Any) -> list[Any]:
-        wire = carried(request.sampling_params)
-        if wire is not None and not isinstance(wire, Wire):
+        given = carried(request.sampling_params)
+        if given is not None and not isinstance(given, Carried):
             raise _unread(request)
         return hasher(request)
 
@@ -107,7 +107,7 @@ def _hashes(hasher: Hasher, tokens: int, prefill: str, decode: str) -> list[Any]
     params = SamplingParams(max_tokens=tokens)
     if prefill or decode:
         steering = ResolvedSteering(program(prefill), program(decode))
-        params.extra_args = {SETTINGS_KEY: DecodedWire(steering.to_wire(), steering)}
+        params.extra_args = {SETTINGS_KEY: Carried(encode(steering), steering)}
     request = Request(
         request_id="trimtab-canary", prompt_token_ids=[1] * (tokens // 2), sampling_params=params, pooling_params=None,
         block_hasher=hasher,

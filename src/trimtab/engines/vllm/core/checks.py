@@ -69,11 +69,13 @@ def _checked_params(request: Any, params: Any, settings: SteeringSettings, model
         return params
     if getattr(request, "resumable", False):
         raise SteeringError(SETTINGS_KEY, "cannot be combined with resumable requests: where a prompt ends would move")
-    wire = checked(given, settings, model, recent)
+    read = checked(given, settings, model, recent)
+    if read is given:
+        return params
     # Callers may use their sampling parameters again: they are not to find our form in them. Only one attribute
     # changes, so a shallow copy is enough.
     params = copy(params)
-    params.extra_args = {**params.extra_args, SETTINGS_KEY: wire}
+    params.extra_args = {**params.extra_args, SETTINGS_KEY: read}
     return params
 
 

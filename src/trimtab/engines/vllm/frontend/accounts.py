@@ -12,8 +12,7 @@ import secrets
 from collections import OrderedDict
 from typing import Any
 
-from trimtab.engines.vllm.carried import TICKET
-from trimtab.engines.vllm.frontend.admission import Admission
+from trimtab.engines.vllm.carried import TICKET, Carried
 from trimtab.program.counting import steered_tokens
 from trimtab.sites import Phase
 
@@ -25,23 +24,23 @@ KEPT_ANSWERS = 4096  # whose gates can be asked for by the id of the answer
 class Account:
     """What is known of one answer. Not for several threads."""
 
-    __slots__ = ("_admission", "_finished", "_receipt", "_running", "name")
+    __slots__ = ("_carried", "_finished", "_receipt", "_running", "name")
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, carried: Carried) -> None:
         self.name = secrets.token_hex(16)
-        self._admission = admission
+        self._carried = carried
         self._receipt: dict[str, Any] | None = None
         self._running = self._finished = 0
 
     @property
     def identity(self) -> list[str]:
         """That of each phase."""
-        return [self._admission.resolved.identity(phase) for phase in Phase]
+        return [self._carried.steering.identity(phase) for phase in Phase]
 
     @property
     def gated(self) -> bool:
         """Whether the steering has gates."""
-        return bool(self._admission.resolved.gates)
+        return bool(self._carried.steering.gates)
 
     @property
     def complete(self) -> bool:
@@ -53,8 +52,8 @@ class Account:
         """The receipt of the admission, and `steered_tokens` of all requests that are finished: the same object always,
         brought up to date as they finish."""
         if self._receipt is None:
-            counts = steered_tokens(None, 0, 0)
-            self._receipt = {**self._admission.receipt, "steered_tokens": {p.value: n for p, n in counts.items()}}
+            told = self._carried.receipt
+            self._receipt = {**told, "steered_tokens": dict(told["steered_tokens"])}
         return self._receipt
 
     def begun(self) -> None:
@@ -66,7 +65,7 @@ class Account:
         self._running -= 1
         self._finished += 1
         counts = self.receipt["steered_tokens"]
-        for phase, number in steered_tokens(self._admission.resolved, prompt_length, new_tokens).items():
+        for phase, number in steered_tokens(self._carried.steering, prompt_length, new_tokens).items():
             counts[phase.value] += number
 
 

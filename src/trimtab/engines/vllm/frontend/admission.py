@@ -1,25 +1,24 @@
 """Admission: the one validator behind every door through which a request can reach the engine.
 
 `FrontEnd.admit` takes what a caller gave as `steering`, merges the server's default, resolves names, checks it against
-what the engine serves, and returns the wire form that travels with the request. Nothing here imports vLLM.
+what the engine serves, and returns the form that travels with the request. Nothing here imports vLLM.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from trimtab.engines.vllm.carried import AdmittedWire, held_bytes
+from trimtab.engines.vllm.carried import Carried, held_bytes
 from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
+from trimtab.program.codec import encode
 from trimtab.serving.admin import admin_key
 from trimtab.serving.memo import Recent, key_of
 from trimtab.serving.names import check_fixed, check_known
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry, shared_directory
 from trimtab.serving.server_default import ServerDefault, merge
-from trimtab.sites import HookPoint, ModelSites, Phase
+from trimtab.sites import HookPoint, ModelSites
 from trimtab.spec import Steering
 from trimtab.spec.faults import join
 from trimtab.vectors.probe import Probe
@@ -38,65 +37,6 @@ class Catalogue(NamedTuple):
 
     vectors: Mapping[str, SteeringVector]
     probes: Mapping[str, Probe]
-
-
-@dataclass(frozen=True)
-class Admission:
-    """What admission made of a request: the form that travels on, and from what it was made."""
-
-    wire: AdmittedWire
-    spec: Steering
-    names: Catalogue
-    default_left: float | None = None  # the least share of the server's default that is left; None without a default
-
-    @property
-    def resolved(self) -> ResolvedSteering:
-        """The programs that the request runs."""
-        return self.wire.steering
-
-    @cached_property
-    def receipt(self) -> dict[str, Any]:
-        """What the caller is told, in JSON's types: the identity of each phase ("" = unsteered), the sites, the content
-        behind each vector and probe that adds or decides something, and whether the server's default is in it, with the
-        least share of it that the request left in force; the digest of the server's monitor where it stands before what
-        decode tokens receive. Made when asked for.
-        """
-        monitor = {"monitor": self.resolved.monitor} if self.resolved.monitored else {}
-        left = {} if self.default_left is None else {"default_left": round(self.default_left, 4) + 0.0}
-        return {
-            "identity": {phase.value: self.resolved.identity(phase) for phase in Phase},
-            "sites": [str(site) for site in self.resolved.sites],
-            "vectors": self._vectors(),
-            "probes": self._probes(),
-            "server_default": self.default_left is not None,
-            **left,
-            **monitor,
-        }
-
-    def _vectors(self) -> list[dict[str, Any]]:
-        """The vectors of the spec that are in a sum: not those that others of it, or a scale of 0, cancel."""
-        kept = {term.vector.digest for phase in Phase for term in self.resolved.program(phase).all_terms}
-        used: dict[tuple[str | None, str], None] = {}
-        for step in self.spec.interventions:
-            name, vector = (
-                (step.vector, self.names.vectors[step.vector]) if isinstance(step.vector, str) else (None, step.vector)
-            )
-            if (vector if step.layers is None else vector.at(step.layers)).digest in kept:
-                used[name, vector.digest.hex()] = None
-        return [{"name": name, "digest": digest} for name, digest in used]
-
-    def _probes(self) -> list[dict[str, Any]]:
-        """The probes of its gates; `direction` is the digest that reports of gates name an inline one by."""
-        kept = {gate.probe.digest for gate in self.resolved.gates}
-        used: dict[tuple[str | None, str, str], None] = {}
-        for gate in (step.gate for step in self.spec.interventions):
-            if gate is not None:
-                name, probe = (
-                    (gate.probe, self.names.probes[gate.probe]) if isinstance(gate.probe, str) else (None, gate.probe)
-                )
-                if probe.vector.digest in kept:
-                    used[name, probe.digest.hex(), probe.vector.digest.hex()] = None
-        return [{"name": name, "digest": digest, "direction": direction} for name, digest, direction in used]
 
 
 class Observer(Protocol):
@@ -127,15 +67,17 @@ class FrontEnd:
         self.probes = ProbeRegistry({}) if probes is None else probes
         self.default = None if default is None else _parse_default(default)
         self._observer = observer
-        self._default_admission: tuple[Catalogue, Admission] | None = None
+        self._held = {vector.digest for vector in self.registry.start.values()}  # what workers have from start
+        self._held |= {probe.vector.digest for probe in self.probes.start.values()}
+        self._default_admission: tuple[Catalogue, Carried] | None = None
         # Admissions of specs that consist of names, and what the names stood for.
-        self._recent: tuple[Catalogue | None, Recent[Admission]] = (None, Recent())
+        self._recent: tuple[Catalogue | None, Recent[Carried]] = (None, Recent())
         self._last_names = Catalogue({}, {})
         if self.default is not None:
             check_fixed(self.default.spec, self.registry, self.probes)
             self.admit(None, count=False)
 
-    def admit(self, given: Any, *, count: bool = True) -> Admission | None:
+    def admit(self, given: Any, *, count: bool = True) -> Carried | None:
         """Admit `given`: a `Steering`, a mapping or a JSON string, or None where the request says nothing.
 
         None if there is nothing to add, not even a default. Raises `SteeringError` whose field starts at the request's
@@ -144,36 +86,36 @@ class FrontEnd:
         if given is None and self.default is None:
             return None
         try:
-            admission = self._admit_default() if given is None else self._admit(given)
+            admitted = self._admit_default() if given is None else self._admit(given)
         except SteeringError as error:
             where = f"{FIELD}.{error.field}" if error.field else FIELD
             self.refuse(error.field, count=count)
             raise SteeringError(where, error.message) from error
         if count and self._observer is not None:
             self._observer.steered()
-        return admission
+        return admitted
 
     def refuse(self, field: str, *, count: bool = True) -> None:
         """Count a refusal under the innermost known part of `field`."""
         if count and self._observer is not None:
             self._observer.refused(refusal_reason(field))
 
-    def _admit_default(self) -> Admission:
+    def _admit_default(self) -> Carried:
         names = self._names()
         if self._default_admission is None or self._default_admission[0] is not names:
             assert self.default is not None
             try:
-                admission = self._finish(self.default.spec, names, 1.0)
-                if not admission.resolved.sites:
+                admitted = self._finish(self.default.spec, names, 1.0)
+                if not admitted.steering.sites:
                     raise SteeringError("interventions", "adds nothing: leave the default out, or correct it")
             except SteeringError as error:
                 # The operator's spec, not the caller's: say so, with the path in the operator's own file.
                 raise SteeringError("", f"the server's default spec: {error}") from error
-            self._default_admission = (names, admission)
-            return admission
+            self._default_admission = (names, admitted)
+            return admitted
         return self._default_admission[1]
 
-    def _admit(self, given: Any) -> Admission:
+    def _admit(self, given: Any) -> Carried:
         names = self._names()
         under, recent = self._recent  # read once: admissions run in several threads
         if under is not names:
@@ -182,15 +124,15 @@ class FrontEnd:
         key = given if type(given) is Steering and _names_alone(given) else key_of(given)
         if (known := recent.get(key)) is not None:
             return known
-        admission = self._admit_anew(Steering.parse(given), names)
-        if not any("data" in vector for vector in admission.wire["vectors"]):  # content is too much to keep
-            recent.put(key, admission, held_bytes(admission.resolved))
-        return admission
+        admitted = self._admit_anew(Steering.parse(given), names)
+        if not any("data" in vector for vector in admitted["vectors"]):  # content is too much to keep
+            recent.put(key, admitted, held_bytes(admitted.steering))
+        return admitted
 
-    def _admit_anew(self, steering: Steering, names: Catalogue) -> Admission:
+    def _admit_anew(self, steering: Steering, names: Catalogue) -> Carried:
         if self.default is None:
             return self._finish(steering, names)
-        default = self._admit_default().resolved
+        default = self._admit_default().steering
         left = self.default.left_by(steering, lambda part: self._resolve(part, names), default)
         try:
             return self._finish(merge(self.default.spec, steering), names, left)
@@ -209,34 +151,9 @@ class FrontEnd:
         check_known(steering, self.registry, self.probes)
         return steering.resolve(names.vectors, self.model, names.probes)
 
-    def _finish(self, steering: Steering, names: Catalogue, default_left: float | None = None) -> Admission:
-        resolved = self._resolve(self._carrying_what_workers_lack(steering, names), names)
-        wire = AdmittedWire(resolved.to_wire(views=True), resolved)
-        return Admission(wire, steering, names, default_left)
-
-    def _carrying_what_workers_lack(self, steering: Steering, names: Catalogue) -> Steering:
-        """The same spec with each name replaced by its content where workers do not hold it from start."""
-
-        def vector(name: Any) -> Any:
-            found = names.vectors.get(name) if isinstance(name, str) else None
-            return name if found is None or self.registry.held_by_workers(found.digest) else found
-
-        def probe(name: Any) -> Any:
-            found = names.probes.get(name) if isinstance(name, str) else None
-            return name if found is None or self.probes.held_by_workers(found.digest) else found
-
-        steps = list(steering.interventions)
-        for index, step in enumerate(steps):
-            changes: dict[str, Any] = {}
-            if (content := vector(step.vector)) is not step.vector:
-                changes["vector"] = content
-            if step.gate is not None and (content := probe(step.gate.probe)) is not step.gate.probe:
-                changes["gate"] = step.gate.with_content(content)
-            if changes:
-                steps[index] = step.model_copy(update=changes)
-        if all(new is old for new, old in zip(steps, steering.interventions, strict=True)):
-            return steering
-        return steering.model_copy(update={"interventions": tuple(steps)})
+    def _finish(self, steering: Steering, names: Catalogue, default_left: float | None = None) -> Carried:
+        resolved = self._resolve(steering, names)
+        return Carried(encode(resolved, self._held, views=True), resolved, default_left)
 
 
 def build_front_end(vllm_config: Any) -> FrontEnd | None:

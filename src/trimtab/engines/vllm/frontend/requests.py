@@ -1,4 +1,4 @@
-"""What happens at the doors of vLLM's front end: a request's spec is found, admitted, and replaced by its wire form.
+"""What happens at the doors of vLLM's front end: a request's spec is found, admitted, and replaced by what travels.
 
 `patches.frontend` and `patches.servers` put these functions into vLLM; this module says what they do.
 """
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
-from trimtab.engines.vllm.carried import MARK, TICKET, AdmittedWire
+from trimtab.engines.vllm.carried import MARK, TICKET, Carried
 from trimtab.engines.vllm.frontend.accounts import Account, Ticket, ticket_in
-from trimtab.engines.vllm.frontend.admission import FIELD, Admission, FrontEnd
+from trimtab.engines.vllm.frontend.admission import FIELD, FrontEnd
 from trimtab.engines.vllm.http.body import DATA, Body, names_steering
 from trimtab.errors import SteeringError
 from trimtab.sites import Phase
@@ -132,7 +132,7 @@ def refusal_elsewhere(where: str, place: str) -> SteeringError:
 def admit_http(params: Any, given: Any) -> Any:
     """Sampling parameters with admitted steering in `extra_args`. Raises what vLLM answers with HTTP 400."""
     current = exchange.get()
-    if isinstance(given, AdmittedWire):
+    if isinstance(given, Carried):
         return params
     if current is not None and current.path.endswith("/render"):
         # The answer is another server's input, as JSON: check it, and pass on what the caller wrote.
@@ -140,9 +140,9 @@ def admit_http(params: Any, given: Any) -> Any:
             _admit(current_front_end(), given, count=False)
             carry(params, {FIELD: json.dumps(given) if isinstance(given, dict) else given})
         return params
-    admission = _admit(current_front_end(), given)
-    if admission is not None:
-        carry(params, _carried(admission))
+    admitted = _admit(current_front_end(), given)
+    if admitted is not None:
+        carry(params, _carried(admitted))
     return params
 
 
@@ -160,16 +160,16 @@ def admit_params(
     given = (params.extra_args or {}).get(FIELD)
     if front_end is not None and params.extra_args:
         _refuse_misplaced(front_end, params.extra_args)
-    if isinstance(given, AdmittedWire):  # admitted before, by a door of the HTTP server
+    if isinstance(given, Carried):  # admitted before, by a door of the HTTP server
         return _without_steering(params), {FIELD: given, TICKET: ticket_in(params.extra_args)}
     if resumable and (given is not None or (front_end is not None and front_end.default is not None)):
         if front_end is not None:
             front_end.refuse("resumable")
         refuse(SteeringError(FIELD, "a request whose prompt grows while it runs cannot be steered"))
-    admission = _admit(front_end, given)
-    if admission is None:
+    admitted = _admit(front_end, given)
+    if admitted is None:
         return params, None
-    return _without_steering(params), _carried(admission)
+    return _without_steering(params), _carried(admitted)
 
 
 def carry(params: Any, steering: dict[str, Any] | None) -> None:
@@ -184,15 +184,15 @@ def mark(front_end: FrontEnd | None, params: Any) -> None:
         params.extra_args = {**(params.extra_args or {}), MARK: True}
 
 
-def _carried(admission: Admission) -> dict[str, Any]:
+def _carried(admitted: Carried) -> dict[str, Any]:
     """The admitted steering of a request, and the ticket to its account: the exchange's, or one of its own."""
     current = exchange.get()
     account = None if current is None else current.account
-    if account is None or account.identity != [admission.resolved.identity(phase) for phase in Phase]:
-        account = Account(admission)
+    if account is None or account.identity != [admitted.steering.identity(phase) for phase in Phase]:
+        account = Account(admitted)
         if current is not None:
             current.account = account
-    return {FIELD: admission.wire, TICKET: Ticket(account)}
+    return {FIELD: admitted, TICKET: Ticket(account)}
 
 
 def refuse_beam_search(given: Any) -> None:
@@ -206,7 +206,7 @@ def refuse_beam_search(given: Any) -> None:
     refuse(SteeringError("use_beam_search", f"beam search {reason}; leave one of the two out"))
 
 
-def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Admission | None:
+def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Carried | None:
     if front_end is None:
         if given is None:
             return None

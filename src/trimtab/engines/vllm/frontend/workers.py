@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trimtab.engines.vllm.frontend.requests import current_front_end
+from trimtab.program.counting import GateUse
 from trimtab.serving.metrics import metrics
 
 WORKER_METHOD = "trimtab_status"
@@ -61,7 +62,7 @@ class Workers:
         told = {rank: reply.result() for rank, reply in zip(ranks, replies, strict=True) if _answered(reply)}
         return Told(told, tuple(rank for rank in ranks if rank not in told))
 
-    async def gates(self, answer: str, seconds: float = RECEIPT_WAIT) -> list[dict[str, Any]] | None:
+    async def gates(self, answer: str, seconds: float = RECEIPT_WAIT) -> list[GateUse] | None:
         """What each gate did for the account `answer`; None if workers did not say so in time."""
         told = await self.ask(seconds, answers=[answer])
         if told.silent or not all("uses" in state for states in told.engines.values() for state in states):
@@ -137,24 +138,18 @@ def _answered(reply: "asyncio.Future[list[State]]") -> bool:
     return reply.done() and not reply.cancelled() and reply.exception() is None
 
 
-def _of_one_engine(states: Iterable[State], answer: str) -> dict[str, dict[str, Any]]:
+def _of_one_engine(states: Iterable[State], answer: str) -> dict[str, GateUse]:
     """By gate, from the worker that evaluated it; ranks that share one count the same, if none is a step behind."""
-    uses: dict[str, dict[str, Any]] = {}
-    for use in (use for state in states for use in state["uses"].get(answer, ())):
-        if use["tokens"] >= uses.get(use["gate"], {"tokens": 0})["tokens"]:
-            uses[use["gate"]] = use
+    uses: dict[str, GateUse] = {}
+    for use in (GateUse(**use) for state in states for use in state["uses"].get(answer, ())):
+        if use.gate not in uses or use.tokens >= uses[use.gate].tokens:
+            uses[use.gate] = use
     return uses
 
 
-def _added(engines: Iterable[Mapping[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def _added(engines: Iterable[Mapping[str, GateUse]]) -> list[GateUse]:
     """The requests of one answer may have run in several engines."""
-    total: dict[str, dict[str, Any]] = {}
+    total: dict[str, GateUse] = {}
     for gate, use in (item for uses in engines for item in uses.items()):
-        known = total.get(gate)
-        if known is None:
-            total[gate] = dict(use)
-            continue
-        tokens = known["tokens"] + use["tokens"]
-        mean = (known["mean"] * known["tokens"] + use["mean"] * use["tokens"]) / tokens if tokens else 0.0
-        known |= {"tokens": tokens, "mean": mean, "above_half": known["above_half"] + use["above_half"]}
+        total[gate] = total[gate] + use if gate in total else use
     return [total[gate] for gate in sorted(total)]

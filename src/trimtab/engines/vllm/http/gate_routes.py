@@ -7,6 +7,7 @@ from trimtab.engines.vllm.frontend.accounts import ACCOUNT_NAME, Answers
 from trimtab.engines.vllm.frontend.workers import PAGE_WAIT, Workers
 from trimtab.engines.vllm.http.registration import refusal
 from trimtab.errors import SteeringError
+from trimtab.serving.receipt import with_gates
 
 BY_NAME = "its header x-trimtab-answer names it for certain, and its receipt has the same numbers"
 
@@ -27,6 +28,6 @@ def add_gate_routes(app: FastAPI, workers: Workers, answers: Answers) -> None:
         uses = await workers.gates(name, PAGE_WAIT)
         if uses is None:
             return refusal(SteeringError("id", f"the workers did not answer within {PAGE_WAIT:g} seconds"), 503)
-        return JSONResponse({"id": answer_id, "gates": uses})
+        return JSONResponse(with_gates({"id": answer_id}, uses))
 
     app.add_api_route("/v1/steering/gates/{answer_id}", gate_uses, methods=["GET"])

@@ -14,6 +14,7 @@ from trimtab.engines.vllm.frontend.accounts import Account, Answers
 from trimtab.engines.vllm.frontend.admission import FIELD
 from trimtab.engines.vllm.frontend.requests import Exchange, exchange
 from trimtab.engines.vllm.frontend.workers import Workers
+from trimtab.serving.receipt import with_gates
 from trimtab.sites import Phase
 
 RECEIPT_HEADER = b"x-trimtab-steering"
@@ -52,9 +53,7 @@ async def told(account: Account, workers: Workers) -> dict[str, Any]:
         return {**account.receipt, "steered_tokens": None}
     if not account.gated:
         return account.receipt
-    uses = await workers.gates(account.name)
-    missing = {"gates_missing": "the workers did not answer in time; ask for them later"} if uses is None else {}
-    return {**account.receipt, "gates": uses} | missing
+    return with_gates(account.receipt, await workers.gates(account.name))
 
 
 def _last_event(body: bytes) -> re.Match[bytes] | None:
