@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -135,6 +136,9 @@ class Comparison:
             cases = steered_cases(batch, prompt, new, few=True)
             runs += [(self.engines["monitor"], replace(case, name=f"monitor, {case.name}")) for case in cases]
         self._interleave(f"decode {batch}", base, runs, _step, trace=self.trace)
+        if "before" in self.engines:
+            cases = steered_cases(batch, prompt, new, self.few)
+            runs += [(self.engines["before"], replace(case, name=f"before, {case.name}")) for case in cases]
         if "v1" in self.engines:
             runs = [(self.engines["v1"], case) for case in steered_cases(batch, prompt, new, self.few)]
             self._interleave(f"V1 decode {batch}", base, runs, _step, trace=self.trace, stock="v1 stock")
@@ -250,6 +254,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0, help="seconds between the starts, so that their order holds")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trace", action="store_true", help="also measure GPU time per step")
+    parser.add_argument("--before", default="", help="a folder with another trimtab: a steered engine of its code")
     parser.add_argument("--layers", default=None, help="steer only these layers, e.g. 8-24")
     parser.add_argument("--cache-gib", type=int, default=8, help="KV cache of each engine")
     parser.add_argument("--attention", default="FLASH_ATTN", help="attention backend; empty for vLLM's choice")
@@ -279,6 +284,9 @@ def main() -> None:
         monitor = {"probe": probed["probes"]["p0"], "threshold": 0.0, "sharpness": 1.0}
         choices["monitor"] = (steering | {"monitor": monitor}, v2)
         configured |= {name: choices[name] for name in arguments.engines}
+        if arguments.before:
+            path = os.pathsep.join([arguments.before, *filter(None, [os.environ.get("PYTHONPATH")])])
+            configured["before"] = (steering, v2 | {"PYTHONPATH": path})
         if "v1" in arguments.engines:
             configured["v1 stock"] = (None, v1)
         if arguments.stock_last:

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -115,6 +116,7 @@ class EngineProcess:
 
 def _serve(pipe: Connection, shape: str, folder: str, engine_args: dict[str, Any], environment: dict[str, str]) -> None:
     os.environ.update(environment)  # before vLLM is imported
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     try:
         started = time.perf_counter()
         engine = _Engine(shape, Path(folder), engine_args)
