@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from kernel_recorders import Recorders
 
+from trimtab.engines.vllm.patches.patching import put_on
+from trimtab.engines.vllm.patches.worker import WORKER
 from trimtab.engines.vllm.worker import worker as worker_module
 from trimtab.engines.vllm.worker.attach import Attachment
 from trimtab.engines.vllm.worker.warmup import require_warm, warm_up_kernels
@@ -92,6 +94,10 @@ def test_a_kernel_that_was_left_out_of_warm_up_is_noticed(kernels: Recorders) ->
         require_warm(attachment)
 
 
+def kept(attachment: Any) -> worker_module.WorkerSteering:
+    return worker_module.WorkerSteering(SimpleNamespace(start_monitor=None), attachment, None, None)  # type: ignore[arg-type]
+
+
 def test_the_worker_warms_before_it_captures(kernels: Recorders, monkeypatch: pytest.MonkeyPatch) -> None:
     attachment, calls = attached(), []
 
@@ -100,17 +106,14 @@ def test_the_worker_warms_before_it_captures(kernels: Recorders, monkeypatch: py
         return "captured"
 
     worker: Any = SimpleNamespace(
-        vllm_config=CONFIG,
-        model_runner=object(),
-        compile_or_warm_up_model=capture,
-        _trimtab=worker_module.WorkerSteering(attachment, None),
+        vllm_config=CONFIG, model_runner=object(), compile_or_warm_up_model=capture, _trimtab=kept(attachment)
     )
     monkeypatch.setattr(worker_module, "require_live_sites", lambda *args: calls.append("checked"))
-    worker_module._check_after_warm_up(worker, SimpleNamespace(start_monitor=None))  # type: ignore[arg-type]
+    put_on(worker, WORKER, worker)
     assert worker.compile_or_warm_up_model() == "captured"
     assert calls == [112, "checked"]
 
     monkeypatch.setattr(worker_module, "warm_up_kernels", lambda *args: None)
-    worker._trimtab = worker_module.WorkerSteering(attached(), None)
+    worker._trimtab = kept(attached())
     with pytest.raises(SteeringError, match="not warmed"):
         worker.compile_or_warm_up_model()

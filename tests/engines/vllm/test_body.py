@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.engines.vllm.http.body import Body, names_steering
+from trimtab.engines.vllm.frontend.body import Body, names_steering
 
 SPEC = {"interventions": [{"kind": "add", "vector": "calm"}]}
 
@@ -146,7 +146,7 @@ def test_a_body_nested_as_deeply_as_python_reads_is_searched() -> None:
 
 
 def test_keys_without_end_do_not_fill_the_memory() -> None:
-    from trimtab.engines.vllm.http import body
+    from trimtab.engines.vllm.frontend import body
 
     for start in range(0, 30_000, 100):
         Body.read(json.dumps({f"key{number}": 1 for number in range(start, start + 100)}))

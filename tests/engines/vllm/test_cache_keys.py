@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from trimtab import Steering
+from trimtab.engines.vllm import plugin
 from trimtab.engines.vllm.carried import Carried
-from trimtab.engines.vllm.core.cache_keys import keep_keys, steering_keys
+from trimtab.engines.vllm.core.cache_keys import steering_keys
+from trimtab.engines.vllm.patches.core import STEERED
+from trimtab.engines.vllm.patches.patching import put_on
 from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
@@ -123,9 +126,7 @@ class TestOnThisVllm:
         from vllm.utils.hashing import sha256_cbor
         from vllm.v1.core import block_pool, kv_cache_utils
 
-        from trimtab.engines.vllm.patches import engine as engine_patches
-
-        engine_patches.install()
+        plugin.register()
         kv_cache_utils.init_none_hash(sha256_cbor)
         before = kv_cache_utils.generate_block_hash_extra_keys, block_pool.generate_block_hash_extra_keys
         yield kv_cache_utils
@@ -140,7 +141,7 @@ class TestOnThisVllm:
     @pytest.mark.parametrize("block", [1, 7, 16, 128, 544])
     def test_an_engine_core_whose_hasher_asks_us_starts_and_hashes_as_it_did(self, utils: Any, block: int) -> None:
         core, stock = self.core(utils, block), self.core(utils, block)
-        keep_keys(core)
+        put_on(core, STEERED)
         plain = SimpleNamespace(
             sampling_params=SimpleNamespace(extra_args=None), block_hashes=[], num_tokens=3 * block, cache_salt=None,
             all_token_ids=list(range(3 * block)), mm_features=[], lora_request=None, prompt_embeds=None,
@@ -154,14 +155,14 @@ class TestOnThisVllm:
         ours = utils.generate_block_hash_extra_keys
         utils.generate_block_hash_extra_keys = ours.__wrapped__
         with pytest.raises(SteeringError, match="of a steered prompt the keys of an unsteered one"):
-            keep_keys(core)
+            put_on(core, STEERED)
 
     def test_a_hasher_that_asks_for_the_first_block_alone_is_found_out(self, utils: Any) -> None:
         ours = utils.generate_block_hash_extra_keys
         first_only = lambda request, start, end, mm: (ours if start == 0 else ours.__wrapped__)(request, start, end, mm)  # noqa: E731
         utils.generate_block_hash_extra_keys = first_only
         with pytest.raises(SteeringError, match="of a steered answer the keys of an unsteered one"):
-            keep_keys(self.core(utils))
+            put_on(self.core(utils), STEERED)
 
     def test_a_module_that_bound_the_function_before_us_is_named(
         self, utils: Any, monkeypatch: pytest.MonkeyPatch
@@ -170,11 +171,11 @@ class TestOnThisVllm:
         early.generate_block_hash_extra_keys = utils.generate_block_hash_extra_keys.__wrapped__  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, early.__name__, early)
         with pytest.raises(SteeringError, match=r"vllm\.v1\.early\.generate_block_hash_extra_keys is vLLM's own"):
-            keep_keys(self.core(utils))
+            put_on(self.core(utils), STEERED)
 
     def test_a_steered_engine_core_hashes_nothing_that_it_has_not_read(self, utils: Any) -> None:
         core = self.core(utils)
-        keep_keys(core)
+        put_on(core, STEERED)
         for unread in (dict(request("all").sampling_params.extra_args["steering"]), {"theirs": 1}, "calm"):
             sent = SimpleNamespace(request_id="r1", sampling_params=SimpleNamespace(extra_args={"steering": unread}))
             with pytest.raises(SteeringError, match="request 'r1' reached the scheduler with steering"):
@@ -182,5 +183,5 @@ class TestOnThisVllm:
 
     def test_without_a_prefix_cache_there_is_nothing_to_keep(self) -> None:
         core = SimpleNamespace(request_block_hasher=None)
-        keep_keys(core)
+        put_on(core, STEERED)
         assert core.request_block_hasher is None

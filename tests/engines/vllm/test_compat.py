@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from trimtab.engines.vllm import plugin
-from trimtab.engines.vllm.patches import engine as engine_patches
 from trimtab.engines.vllm.patches import frontend as frontend_patches
 from trimtab.engines.vllm.patches import patching
-from trimtab.engines.vllm.patches import servers as server_patches
-from trimtab.engines.vllm.patches.patching import Need, Patch, require, when_imported
+from trimtab.engines.vllm.patches import settings as settings_patches
+from trimtab.engines.vllm.patches.patching import Need, Patch, put_on, require
+from trimtab.engines.vllm.patches.supported import require_supported
+from trimtab.engines.vllm.patches.tables import TABLES, all_patches
 from trimtab.errors import SteeringError
 
 MODULE = "trimtab_test_target"
@@ -28,6 +29,7 @@ MODULE = "trimtab_test_target"
 def a_list_of_problems_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "problems", [])
     monkeypatch.setattr(patching, "_waiting", {})
+    monkeypatch.setattr(patching, "_installed", {})
 
 
 @pytest.fixture
@@ -159,42 +161,23 @@ def test_a_loader_that_cannot_be_watched_imports_as_ever() -> None:
 def test_an_instance_whose_method_looks_different_is_an_error(target: str) -> None:
     owner = importlib.import_module(target).Owner()
     with pytest.raises(SteeringError, match=r"trimtab does not know this vLLM: .*greet"):
-        patching.wrap_method(owner, "greet", ("scheduler_output",), lambda original: original)
+        put_on(owner, [greeting("self", "scheduler_output")])
 
 
-def installed() -> dict[str, dict[str, Callable[[ModuleType], None]]]:
-    """Every change that the plugin makes to vLLM, by module, without any of them made."""
-    waiting: dict[str, dict[str, Callable[[ModuleType], None]]] = {}
-
-    def remember(module: str, what: str, apply: Callable[[ModuleType], None]) -> None:
-        waiting.setdefault(module, {})[what] = apply
-
-    with pytest.MonkeyPatch.context() as context:
-        for place in (patching, engine_patches):
-            context.setattr(place, "when_imported", remember)
-        engine_patches.install()
-        frontend_patches.install(lambda config: None)
-    return waiting
-
-
-CHANGES = [(module, what) for module, changes in installed().items() for what in changes]
-
-OPTIONAL = {  # where a missing target is none of ours in some versions
-    ("vllm.v1.core.block_pool", "generate_block_hash_extra_keys"),
-    ("vllm.v1.simple_kv_offload.manager", "generate_block_hash_extra_keys"),
-    *((patch.module, patch.target) for patch in server_patches.TABLE if patch.optional),
-}
+PATCHES = all_patches()
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("module", "what"), CHANGES, ids=lambda value: value.removeprefix("vllm."))
+@pytest.mark.parametrize(
+    "patch", [patch for patch in PATCHES if not patch.on], ids=lambda patch: f"{patch.module}.{patch.target}"[5:]
+)
 def test_a_vllm_module_without_what_is_patched_is_imported_unharmed_and_noted(
-    monkeypatch: pytest.MonkeyPatch, module: str, what: str
+    monkeypatch: pytest.MonkeyPatch, patch: Patch
 ) -> None:
     """The real functions over a module that holds nothing, as after a move to another place."""
-    monkeypatch.setitem(sys.modules, module, ModuleType(module))
-    when_imported(module, what, installed()[module][what])
-    if (module, what) in OPTIONAL:
+    monkeypatch.setitem(sys.modules, patch.module, ModuleType(patch.module))
+    install(patch)
+    if patch.optional:
         return
     assert patching.problems
     with pytest.raises(SteeringError, match="does not know this vLLM"):
@@ -205,9 +188,9 @@ def test_a_vllm_that_has_changed_makes_configurations_and_front_ends_as_ever_unl
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     patching.note("vllm.v1.engine.input_processor.InputProcessor is gone")
-    monkeypatch.setattr("trimtab.engines.vllm.core.checks.require_supported", patching.require_known)
+    monkeypatch.setattr(settings_patches, "require_supported", patching.require_known)
     plain, steered = (SimpleNamespace(additional_config=config) for config in ({}, {"steering": {}}))
-    create = engine_patches._check_the_configuration(lambda self, config: config)
+    create = settings_patches._check_the_configuration(lambda self, config: config)
     make = frontend_patches._make_the_front_end(lambda self, config: setattr(self, "made", config))
     assert create(None, plain) is plain
     processor = SimpleNamespace()
@@ -222,14 +205,13 @@ def test_the_entry_point_raises_nothing_whatever_fails(monkeypatch: pytest.Monke
     def fail(*args: Any) -> None:
         raise RuntimeError("changed")
 
-    monkeypatch.setattr(engine_patches, "install", fail)
-    monkeypatch.setattr(frontend_patches, "install", fail)
+    monkeypatch.setattr(patching, "install_table", fail)
     plugin.register()
-    assert len(patching.problems) == 2
+    assert len(patching.problems) == len(TABLES)
 
 
 def test_each_patch_says_why_it_exists_and_until_when() -> None:
-    for patch in [*engine_patches.TABLE, *frontend_patches.TABLE, *server_patches.TABLE]:
+    for patch in PATCHES:
         assert patch.why.startswith("Why: "), patch.target
         assert "Until:" in patch.why, patch.target
 
@@ -237,9 +219,8 @@ def test_each_patch_says_why_it_exists_and_until_when() -> None:
 @pytest.mark.vllm
 class TestOnThisVllm:
     def test_a_supported_version_with_known_signatures_passes(self) -> None:
-        engine_patches.install()
-        frontend_patches.install(lambda config: None)
-        engine_patches.require_supported()
+        plugin.register()
+        require_supported()
 
     @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0"])
     def test_another_version_is_refused(self, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
@@ -247,7 +228,7 @@ class TestOnThisVllm:
 
         monkeypatch.setattr(vllm, "__version__", version)
         with pytest.raises(SteeringError, match=r"is not supported: versions 0\.26 to 0\.33 are"):
-            engine_patches.require_supported()
+            require_supported()
 
     def test_the_start_log_does_not_say_that_our_routes_are_left_out_and_says_so_of_others(
         self, monkeypatch: pytest.MonkeyPatch
@@ -259,7 +240,7 @@ class TestOnThisVllm:
         handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
         log = logging.getLogger("vllm.plugins")
         log.addHandler(handler)
-        frontend_patches.install(lambda config: None)
+        plugin.register()
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
         found = [SimpleNamespace(name="trimtab")]
         monkeypatch.setattr("importlib.metadata.entry_points", lambda group: found)

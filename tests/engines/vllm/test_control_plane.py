@@ -16,7 +16,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from trimtab.engines.vllm.frontend import requests
-from trimtab.engines.vllm.frontend.admission import FrontEnd, build_front_end
+from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.engines.vllm.frontend.build import build_front_end
 from trimtab.engines.vllm.frontend.workers import Told
 from trimtab.engines.vllm.http import registration
 from trimtab.engines.vllm.http.routes import EndpointPlugin

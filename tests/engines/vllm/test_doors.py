@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trimtab.engines.vllm import plugin
 from trimtab.engines.vllm.carried import MARK, TICKET, Carried
 from trimtab.engines.vllm.frontend import requests
 from trimtab.engines.vllm.frontend.accounts import Ticket
 from trimtab.engines.vllm.frontend.admission import FrontEnd
-from trimtab.engines.vllm.patches import frontend as frontend_patches
 from trimtab.engines.vllm.patches import patching
 from trimtab.errors import SteeringError
 from trimtab.serving.registry import VectorRegistry
@@ -47,7 +47,7 @@ REQUESTS = [
 
 @pytest.fixture(autouse=True)
 def front_end():
-    frontend_patches.install(lambda config: None)
+    plugin.register()
     calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): np.arange(1.0, 9.0)})
     model = ModelSites(8, 2, frozenset({Site(0, HookPoint.POST_BLOCK)}))
     front_end = FrontEnd(model, VectorRegistry({"calm": calm}))
@@ -62,7 +62,7 @@ def request(kind: Any, body: dict[str, Any], **more: Any) -> Any:
 
 def test_every_patch_fits_this_vllm_and_is_applied_once():
     patched = [EngineArgs.add_cli_args, EngineArgs.create_engine_config, CompletionRequest.to_sampling_params]
-    frontend_patches.install(lambda config: None)
+    plugin.register()
     assert patched == [EngineArgs.add_cli_args, EngineArgs.create_engine_config, CompletionRequest.to_sampling_params]
     assert patching.problems == []
 
@@ -73,8 +73,9 @@ def test_a_vllm_that_has_changed_is_noted_and_left_alone(monkeypatch):
 
     before = Changed.to_sampling_params
     monkeypatch.setattr(patching, "problems", [])
-    assert patching.take(Changed, "to_sampling_params", ["self", "max_tokens"]) is None
-    assert patching.take(Changed, "gone", ["self"]) is None
+    module = SimpleNamespace(Changed=Changed)
+    for name, first in (("to_sampling_params", ("self", "max_tokens")), ("gone", ("self",))):
+        patching.Patch("vllm.somewhere", f"Changed.{name}", first, lambda original: None).apply(module)  # type: ignore[arg-type]
     assert Changed.to_sampling_params is before
     assert ["renamed" in patching.problems[0], "gone" in patching.problems[1]] == [True, True]
 
@@ -221,7 +222,7 @@ def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carrie
         return SimpleNamespace(sampling_params=params.clone())
 
     monkeypatch.setattr(InputProcessor, "process_inputs", process_inputs)
-    frontend_patches.install(lambda config: None)
+    plugin.register()
     processor = InputProcessor.__new__(InputProcessor)
     processor._trimtab_front_end = front_end
     params = SamplingParams(extra_args={"steering": SPEC})
@@ -259,8 +260,8 @@ def test_vllms_own_parser_knows_the_flags_and_ends_with_a_message_for_bad_ones(c
 
 def test_a_process_that_makes_no_engine_configuration_imports_nothing_of_the_server():
     code = (
-        "import sys; from trimtab.engines.vllm.patches import frontend as frontend_patches\n"
-        "frontend_patches.install(lambda config: None)\n"
+        "import sys; from trimtab.engines.vllm import plugin\n"
+        "plugin.register()\n"
         "print([name for name in sys.modules if name == 'vllm' or name.startswith(('vllm.', 'torch', 'fastapi'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,8 +12,10 @@ import torch
 
 from trimtab import Steering
 from trimtab.engines.vllm.carried import Carried
+from trimtab.engines.vllm.patches.patching import put_on
+from trimtab.engines.vllm.patches.worker import RUNNER_V1
 from trimtab.engines.vllm.worker.membership import Membership
-from trimtab.engines.vllm.worker.runner_v1 import drive_v1
+from trimtab.engines.vllm.worker.runner_v1 import DriveV1
 from trimtab.ops import SteeringBuffers
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import encode
@@ -94,7 +96,7 @@ NAMES = [f"request {number}" for number in range(24)]
 
 
 class Runner:
-    """As much of the V1 model runner as `drive_v1` sees."""
+    """As much of the V1 model runner as is patched."""
 
     def __init__(self) -> None:
         self.requests: dict[str, Any] = {}
@@ -103,6 +105,8 @@ class Runner:
     def _update_states(self, scheduler_output: Any) -> None:
         for name in scheduler_output.finished_req_ids:
             del self.requests[name]
+
+    def _dummy_run(self, num_tokens: int) -> None: ...
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> None:
         count = len(self.requests)
@@ -124,7 +128,8 @@ def digest_after_a_set_of_requests_has_left(runner_kind: str) -> str:
         group.settle()
         return runtime.digest()
     runner = Runner()
-    drive_v1(runner, runtime, SimpleNamespace(), len(NAMES))  # type: ignore[arg-type]
+    drive = DriveV1(runner, runtime, SimpleNamespace(), len(NAMES))  # type: ignore[arg-type]
+    put_on(runner, RUNNER_V1, SimpleNamespace(drive=drive))
     for number, name in enumerate(NAMES):
         one = steering(float(number))
         params = SimpleNamespace(extra_args={"steering": Carried(encode(one), one)})

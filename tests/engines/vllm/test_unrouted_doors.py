@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from trimtab.engines.vllm import plugin
 from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.frontend import requests
 from trimtab.engines.vllm.frontend.admission import FrontEnd
-from trimtab.engines.vllm.patches import frontend as frontend_patches
 from trimtab.serving.registry import VectorRegistry
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.vector import SteeringVector
@@ -51,7 +51,7 @@ PLACES = ["steering", "vllm_xargs"]
 
 @pytest.fixture(autouse=True)
 def front_end() -> Iterator[FrontEnd]:
-    frontend_patches.install(lambda config: None)
+    plugin.register()
     calm = SteeringVector({Site(0, HookPoint.POST_BLOCK): np.arange(1.0, 9.0)})
     front_end = FrontEnd(ModelSites(8, 2, frozenset({Site(0, HookPoint.POST_BLOCK)})), VectorRegistry({"calm": calm}))
     requests.set_current_front_end(front_end)

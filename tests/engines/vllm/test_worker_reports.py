@@ -10,8 +10,10 @@ pytest.importorskip("vllm")
 
 from trimtab import Probe, Steering, SteeringVector
 from trimtab.engines.vllm.carried import TICKET, Carried
-from trimtab.engines.vllm.worker import runner_v2
-from trimtab.engines.vllm.worker.worker import WorkerSteering, _count_before_dummy_runs, trimtab_status
+from trimtab.engines.vllm.patches.patching import put_on
+from trimtab.engines.vllm.patches.worker import RUNNER_V2
+from trimtab.engines.vllm.worker.runner_v2 import DriveV2
+from trimtab.engines.vllm.worker.worker import WorkerSteering, worker_status
 from trimtab.ops import SteeringBuffers
 from trimtab.program.codec import encode
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
@@ -33,22 +35,26 @@ def runtime() -> SteeringRuntime:
     return SteeringRuntime(buffers, max_requests=2)
 
 
+def kept(attachment: Any, runtime: SteeringRuntime, drive: DriveV2 | None = None) -> WorkerSteering:
+    return WorkerSteering(SimpleNamespace(), attachment, runtime, drive)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def worker(runtime: SteeringRuntime) -> Any:
     attachment: Any = SimpleNamespace(buffers=runtime._buffers, modules={})
-    return SimpleNamespace(rank=3, model_runner=object(), _trimtab=WorkerSteering(attachment, runtime))
+    return SimpleNamespace(rank=3, model_runner=object(), _trimtab=kept(attachment, runtime))
 
 
 def test_a_worker_that_cannot_answer_says_so_and_does_not_raise(worker, monkeypatch) -> None:
-    assert "was started without it" in trimtab_status(SimpleNamespace(rank=1))["error"]
+    assert "was started without it" in worker_status(SimpleNamespace(rank=1))["error"]
     monkeypatch.setattr(SteeringRuntime, "gate_report", lambda self, owner: 1 / 0)
-    assert trimtab_status(worker, False, ["a"]) == {"rank": 3, "error": "ZeroDivisionError: division by zero"}
+    assert worker_status(worker, False, ["a"]) == {"rank": 3, "error": "ZeroDivisionError: division by zero"}
 
 
 def test_the_state_is_hashed_only_where_its_digest_is_shown(worker, runtime, monkeypatch) -> None:
-    assert trimtab_status(worker)["digest"] == runtime.digest()
+    assert worker_status(worker)["digest"] == runtime.digest()
     monkeypatch.setattr(SteeringRuntime, "digest", lambda self: pytest.fail("hashed"))
-    status = trimtab_status(worker, False)
+    status = worker_status(worker, False)
     assert "digest" not in status
     assert status["capacity"] == runtime.capacity
 
@@ -57,7 +63,7 @@ def test_a_worker_tells_of_an_account_by_its_whole_name(worker, runtime) -> None
     for name in ("a", "a-b"):
         runtime.admit(name, STEERING, owner=name)
     runtime.step(["a", "a-b"], [0, 0], [2, 3], [1, 1])
-    uses = trimtab_status(worker, False, ["a", "-", ".*"])["uses"]
+    uses = worker_status(worker, False, ["a", "-", ".*"])["uses"]
     assert {name: [(use["probe"], use["tokens"]) for use in told] for name, told in uses.items()} == {
         "a": [("anger", 2)], "-": [], ".*": [],
     }  # fmt: skip
@@ -76,7 +82,7 @@ class Runner:
 def test_an_engine_that_falls_idle_holds_no_rows(runtime) -> None:
     """With its last requests finished, a V2 runner removes them, adds none, and prepares no step."""
     runner, settings = Runner(), SimpleNamespace()
-    runner_v2.drive_v2(runner, runtime, settings, 2)
+    put_on(runner, RUNNER_V2, kept(None, runtime, DriveV2(runner, runtime, settings, 2)))  # type: ignore[arg-type]
     extra = {"steering": Carried(encode(STEERING), STEERING), TICKET: {"answer": "the answer"}}
     new = SimpleNamespace(req_id="a", sampling_params=SimpleNamespace(extra_args=extra))
     runner.add_requests(SimpleNamespace(scheduled_new_reqs=[new], num_scheduled_tokens={"a": 2}))
@@ -90,7 +96,7 @@ def test_an_engine_that_falls_idle_holds_no_rows(runtime) -> None:
 
 def test_a_dummy_run_is_made_after_the_last_step_is_counted(runtime) -> None:
     runner = Runner()
-    _count_before_dummy_runs(runner, runtime)
+    put_on(runner, RUNNER_V2, kept(None, runtime))
     runtime.admit("a", STEERING)
     runtime.step(["a"], [0], [2], [1])
     values = runtime._buffers.gates.values

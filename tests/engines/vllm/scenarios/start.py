@@ -62,9 +62,9 @@ def _without_keys(folder):
     """An engine core whose block hasher is vLLM's own."""
     from vllm.v1.core import kv_cache_utils
 
-    from trimtab.engines.vllm.patches import engine as engine_patches
+    from trimtab.engines.vllm import plugin
 
-    engine_patches.install()
+    plugin.register()
     patched = kv_cache_utils.generate_block_hash_extra_keys
     kv_cache_utils.generate_block_hash_extra_keys = patched.__wrapped__
     try:

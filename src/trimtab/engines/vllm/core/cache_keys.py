@@ -16,12 +16,10 @@ What has no keys would be shared with everyone, so nothing here is silent: a ste
 steering it has not read, and starts only if its own hasher is seen to ask for the keys.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from trimtab.engines.vllm.carried import Carried, carried
-from trimtab.engines.vllm.patches.patching import is_patched
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
@@ -53,24 +51,20 @@ def steering_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], 
     return tuple(keys)
 
 
-def keep_keys(core: Any) -> None:
-    """Make a steered engine core hash no request whose steering it has not read. Without a prefix cache, nothing.
+def checked_hasher(hasher: Hasher) -> Hasher:
+    """A steered engine core's block hasher, which from now on hashes no request whose steering it has not read.
 
-    Raises `SteeringError` where the core's block hasher, or a module of vLLM that names such keys, passes ours by.
+    Raises `SteeringError` where it is seen to pass our keys by.
     """
-    hasher: Hasher | None = core.request_block_hasher
-    if hasher is None:
-        return
     _require_keys(hasher)
-    _require_one_function()
 
-    def checked_hasher(request: Any) -> list[Any]:
+    def hash_what_was_read(request: Any) -> list[Any]:
         given = carried(request.sampling_params)
         if given is not None and not isinstance(given, Carried):
             raise _unread(request)
         return hasher(request)
 
-    core.request_block_hasher = checked_hasher
+    return hash_what_was_read
 
 
 def _unread(request: Any) -> SteeringError:
@@ -86,13 +80,13 @@ def _require_keys(hasher: Hasher) -> None:
     tokens = 64
     while len(plain := _hashes(hasher, tokens, "", "")) < 4:  # two blocks of prompt, two of answer
         if (tokens := 2 * tokens) > 1 << 20:
-            raise _passed_by("makes no blocks of a prompt of a million tokens")
+            raise passed_by("makes no blocks of a prompt of a million tokens")
     half = len(plain) // 2
     prefill, decode = _hashes(hasher, tokens, "prefill", ""), _hashes(hasher, tokens, "", "decode")
     if len({*plain, *prefill}) != 2 * len(plain):
-        raise _passed_by("gives blocks of a steered prompt the keys of an unsteered one")
+        raise passed_by("gives blocks of a steered prompt the keys of an unsteered one")
     if decode[: half - 1] != plain[: half - 1] or {*decode[half:]} & {*plain[half:]}:
-        raise _passed_by("gives blocks of a steered answer the keys of an unsteered one")
+        raise passed_by("gives blocks of a steered answer the keys of an unsteered one")
 
 
 def _hashes(hasher: Hasher, tokens: int, prefill: str, decode: str) -> list[Any]:
@@ -116,17 +110,8 @@ def _hashes(hasher: Hasher, tokens: int, prefill: str, decode: str) -> list[Any]
     return list(request.block_hashes)
 
 
-def _require_one_function() -> None:
-    """No module of vLLM may have bound the function that names keys before it was replaced."""
-    name = "generate_block_hash_extra_keys"
-    ours = getattr(sys.modules["vllm.v1.core.kv_cache_utils"], name)
-    for module in sorted(key for key in sys.modules if key.startswith("vllm.")):
-        bound = vars(sys.modules[module]).get(name, ours)
-        if bound is not ours and not is_patched(bound):
-            raise _passed_by(f"is not the only one: {module}.{name} is vLLM's own")
-
-
-def _passed_by(fault: str) -> SteeringError:
+def passed_by(fault: str) -> SteeringError:
+    """The error of an engine core whose block hasher has a `fault`, as a predicate."""
     return SteeringError(
         SETTINGS_KEY,
         f"the block hasher of this engine {fault}, so answers would come from KV that was steered otherwise, and it "

@@ -1,53 +1,18 @@
-"""What happens to a steered engine between its configuration and its requests, in the front end and the engine core.
+"""What the engine core of a steered engine checks: its workers before they run, and each request as it arrives.
 
-Called by the patches of `patches.engine`; each function does nothing for an engine without steering.
+Called by `patches.core`; each function does nothing for an engine without steering.
 """
 
 from copy import copy
 from typing import Any
 
-import trimtab
 from trimtab.engines.vllm.carried import MARK, Decoded, carried, checked
-from trimtab.engines.vllm.core.cache_keys import keep_keys
-from trimtab.engines.vllm.frontend.requests import refuse
-from trimtab.engines.vllm.patches.engine import require_supported
-from trimtab.engines.vllm.plugin import Travelling
-from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, stamped
-from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
-from trimtab.engines.vllm.settings.refusals import require_steerable
+from trimtab.engines.vllm.refused import refuse
+from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
+from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
+from trimtab.engines.vllm.settings.stamp import stamped_settings
 from trimtab.errors import SteeringError
 from trimtab.sites import ModelSites
-from trimtab.version import code_version
-
-
-def prepare_config(vllm_config: Any) -> None:
-    """Check a new configuration and stamp it. Raises `SteeringError` where this engine cannot be steered as asked."""
-    settings = SteeringSettings.of(vllm_config)
-    if settings is None:
-        return
-    require_supported()
-    require_steerable(vllm_config)
-    given = vllm_config.additional_config
-    vllm_config.additional_config = Travelling({**given, SETTINGS_KEY: stamped(vllm_config, settings)})
-
-
-def stamped_settings(vllm_config: Any) -> SteeringSettings | None:
-    """The settings of a configuration that passed `prepare_config`; None where steering is not configured.
-
-    Raises `SteeringError` for one that did not pass, or passed in a process with another trimtab.
-    """
-    settings = SteeringSettings.of(vllm_config)
-    if settings is None:
-        return None
-    stamp = settings.stamp or {}
-    if stamp.get("code") != code_version():
-        raise SteeringError(
-            SETTINGS_KEY,
-            f"the configuration was prepared by trimtab {stamp.get('trimtab', 'of no known version')} with code "
-            f"{str(stamp.get('code'))[:12]}, this process has {trimtab.__version__} with code {code_version()[:12]}: "
-            "install the same one wherever vLLM runs",
-        )
-    return settings
 
 
 def check_request(core: Any, request: Any) -> None:
@@ -86,12 +51,6 @@ _UNMARKED = (
 )
 
 
-def check_prefix_cache(core: Any) -> None:
-    """See that a new engine core tells steered KV apart. Raises `SteeringError` if it does not."""
-    if SteeringSettings.of(core.vllm_config) is not None:
-        keep_keys(core)
-
-
 def check_workers(vllm_config: Any, executor: Any) -> None:
     """Ask each worker whether its model is steered. Raises `SteeringError` if one is not."""
     if SteeringSettings.of(vllm_config) is None:
@@ -110,7 +69,9 @@ def check_workers(vllm_config: Any, executor: Any) -> None:
 def _served_by(core: Any) -> tuple[SteeringSettings, ModelSites, Decoded] | None:
     """What the engine of an `EngineCore` serves, read once, and what it has lately decoded."""
     if "_trimtab_served" not in core.__dict__:
-        settings = stamped_settings(core.vllm_config)
-        core._trimtab_served = settings and (settings, model_sites(core.vllm_config, settings), Decoded())
+        core._trimtab_served = None
+        if is_configured(core.vllm_config):
+            settings = stamped_settings(core.vllm_config)
+            core._trimtab_served = settings, model_sites(core.vllm_config, settings), Decoded()
     served: tuple[SteeringSettings, ModelSites, Decoded] | None = core._trimtab_served
     return served

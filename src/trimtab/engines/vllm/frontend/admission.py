@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from trimtab.engines.vllm.carried import Carried, held_bytes
-from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import encode
-from trimtab.serving.admin import admin_key
 from trimtab.serving.memo import Recent, key_of
 from trimtab.serving.names import check_fixed, check_known
-from trimtab.serving.registry import ProbeRegistry, VectorRegistry, shared_directory
+from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.serving.server_default import ServerDefault, merge
 from trimtab.sites import HookPoint, ModelSites
 from trimtab.spec import Steering
@@ -154,30 +152,6 @@ class FrontEnd:
     def _finish(self, steering: Steering, names: Catalogue, default_left: float | None = None) -> Carried:
         resolved = self._resolve(steering, names)
         return Carried(encode(resolved, self._held, views=True), resolved, default_left)
-
-
-def build_front_end(vllm_config: Any) -> FrontEnd | None:
-    """The front end of an engine with this configuration; None where steering is not configured.
-
-    Raises `SteeringError` for bad settings, vector files, default spec or administrator's key.
-    """
-    settings = SteeringSettings.of(vllm_config)
-    if settings is None:
-        return None
-    from trimtab.engines.vllm.frontend.start_log import log_start
-    from trimtab.serving.metrics import metrics
-
-    admin_key()  # one that cannot be sent stops the start
-    directory = shared_directory()
-    registry = VectorRegistry(settings.start_vectors, directory)
-    probes = ProbeRegistry(settings.start_probes, None if directory is None else directory / "probes")
-    counters = metrics()
-    counters.vectors(len(registry.vectors()))
-    monitor = settings.start_monitor
-    shown = settings.monitor.describe(monitor) if settings.monitor is not None and monitor is not None else None
-    front_end = FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes, shown)
-    log_start(front_end, settings)
-    return front_end
 
 
 def _parse_default(given: Any) -> ServerDefault:

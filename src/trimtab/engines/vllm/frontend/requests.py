@@ -1,19 +1,19 @@
 """What happens at the doors of vLLM's front end: a request's spec is found, admitted, and replaced by what travels.
 
-`patches.frontend` and `patches.servers` put these functions into vLLM; this module says what they do.
+`patches.frontend` and `patches.http` put these functions into vLLM; this module says what they do.
 """
 
 import copy
-import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any
 
 from trimtab.engines.vllm.carried import MARK, TICKET, Carried
 from trimtab.engines.vllm.frontend.accounts import Account, Ticket, ticket_in
 from trimtab.engines.vllm.frontend.admission import FIELD, FrontEnd
-from trimtab.engines.vllm.http.body import DATA, Body, names_steering
+from trimtab.engines.vllm.frontend.body import DATA, Body, names_steering
+from trimtab.engines.vllm.refused import refuse
 from trimtab.errors import SteeringError
 from trimtab.sites import Phase
 from trimtab.spec.faults import join
@@ -46,7 +46,7 @@ _OURS = (FIELD, TICKET, MARK)  # what `extra_args` hold for our own use
 
 IN_PYTHON = frozenset({f"extra_args.{FIELD}"})
 
-# The routes that steer what they answer, for messages; `guard` has all that take a spec.
+# The routes that steer what they answer, for messages; `http.before_routes` has all that take a spec.
 ANSWERING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/inference/v1/generate")
 
 _current: FrontEnd | None = None
@@ -234,28 +234,3 @@ def _without_steering(params: Any) -> Any:
         ours = (FIELD, TICKET)
         params.extra_args = {key: value for key, value in params.extra_args.items() if key not in ours} or None
     return params
-
-
-def refuse(error: SteeringError) -> NoReturn:
-    """Raise `error` in the form that vLLM's servers answer with HTTP 400 and that is a `ValueError` in Python."""
-    raise _refusal_class()(error) from error
-
-
-@functools.cache
-def _refusal_class() -> Callable[[SteeringError], Exception]:
-    """vLLM's validation error and ours in one: its servers answer 400 with the field, Python callers see `ValueError`.
-
-    In newer versions vLLM's is no `ValueError`, in older ones its text repeats the field.
-    """
-    from vllm.exceptions import VLLMValidationError
-
-    class RefusedError(VLLMValidationError, SteeringError):  # type: ignore[misc]
-        def __init__(self, error: SteeringError) -> None:
-            Exception.__init__(self, str(error))
-            self.field, self.message = error.field, error.message
-            self.parameter, self.value = error.field, None
-
-        def __str__(self) -> str:
-            return str(self.args[0])
-
-    return RefusedError

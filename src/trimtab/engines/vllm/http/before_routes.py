@@ -1,6 +1,6 @@
 """What stands before each route of the server: a request is read once, and none is answered as if it had not asked.
 
-A spec is found in the body, wherever the route takes one, and handed to `patches.servers`. Steering that is
+A spec is found in the body, wherever the route takes one, and handed to `patches.http`. Steering that is
 asked for anywhere else is refused: at a route that cannot be steered, in a place that no one reads, by another name.
 """
 
@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response, params
 from fastapi.routing import APIRoute, APIWebSocketRoute, request_response
 
 from trimtab.engines.vllm.frontend.admission import FIELD
+from trimtab.engines.vllm.frontend.body import Body
 from trimtab.engines.vllm.frontend.requests import (
     PLACES,
     Exchange,
@@ -21,11 +22,10 @@ from trimtab.engines.vllm.frontend.requests import (
     refuse_beside,
     spec_in,
 )
-from trimtab.engines.vllm.http.body import Body
 from trimtab.engines.vllm.http.registration import refusal
 from trimtab.errors import SteeringError
 
-# Routes whose requests reach the patches of `patches.servers`, which admit a spec or refuse it.
+# Routes whose requests reach the patches of `patches.http`, which admit a spec or refuse it.
 DOORS = frozenset(
     {
         "/inference/v1/generate",

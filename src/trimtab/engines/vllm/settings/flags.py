@@ -1,6 +1,6 @@
 """The `--steering-*` flags of `vllm serve`: declared on its parser, and turned into `additional_config["steering"]`.
 
-Nothing here imports vLLM: `patches.frontend` calls `add_flags` on the parser that vLLM builds and `apply_flags` on the
+Nothing here imports vLLM: `patches.settings` calls `add_flags` on the parser that vLLM builds and `apply_flags` on the
 namespace that it parsed.
 """
 

@@ -9,7 +9,6 @@ from dataclasses import fields
 from typing import Any
 
 from trimtab.engines.vllm.carried import owner_of, steering_of
-from trimtab.engines.vllm.patches.patching import wrap_method
 from trimtab.engines.vllm.settings.config import SteeringSettings
 from trimtab.engines.vllm.worker.membership import Membership
 from trimtab.errors import SteeringError
@@ -24,54 +23,45 @@ _BATCH_FIELDS = {
 }
 
 
-def drive_v2(runner: Any, runtime: SteeringRuntime, settings: SteeringSettings, max_requests: int) -> None:
-    """Wrap the three methods of this runner. Raises `SteeringError` where they are not as expected."""
-    _require_batch_fields()
-    members = Membership(runtime, max_requests)
+class DriveV2:
+    """What the patches of one V2 runner call. Raises `SteeringError` where its batches are not as expected."""
 
-    def wrap_remove(original: Any) -> Any:
-        def _remove_request(req_id: str) -> Any:
-            members.leave_soon(req_id)
-            return original(req_id)
+    def __init__(self, runner: Any, runtime: SteeringRuntime, settings: SteeringSettings, max_requests: int) -> None:
+        if (fault := batch_fault()) is not None:
+            raise SteeringError("steering", f"trimtab does not know this vLLM: {fault}")
+        self.runtime = runtime
+        self._runner = runner
+        self._settings = settings
+        self._members = Membership(runtime, max_requests)
 
-        return _remove_request
+    def before_removal(self, request_id: str) -> None:
+        """A request leaves."""
+        self._members.leave_soon(request_id)
 
-    def wrap_add(original: Any) -> Any:
-        def add_requests(scheduler_output: Any) -> Any:
-            result = original(scheduler_output)
-            members.settle()  # an engine that falls idle tells who has finished, and prepares no further step
-            for new in scheduler_output.scheduled_new_reqs:
-                steering = steering_of(new.sampling_params, settings)
-                owner = owner_of(new.sampling_params, new.req_id)
-                members.join(new.req_id, steering, scheduler_output.num_scheduled_tokens, owner)
-            return result
+    def added(self, scheduler_output: Any) -> None:
+        """New requests have come."""
+        self._members.settle()  # an engine that falls idle tells who has finished, and prepares no further step
+        for new in scheduler_output.scheduled_new_reqs:
+            steering = steering_of(new.sampling_params, self._settings)
+            owner = owner_of(new.sampling_params, new.req_id)
+            self._members.join(new.req_id, steering, scheduler_output.num_scheduled_tokens, owner)
 
-        return add_requests
-
-    def wrap_prepare(original: Any) -> Any:
-        def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
-            batch = original(*args, **kwargs)
-            members.settle()
-            runtime.step(
-                batch.req_ids,
-                batch.num_computed_tokens_np,
-                batch.num_scheduled_tokens,
-                # A prompt's own length. A request that comes back from preemption prefills its answer so far as well.
-                runner.req_states.prompt_len.np[batch.idx_mapping_np],
-                padded_tokens=batch.num_tokens_after_padding,
-            )
-            return batch
-
-        return prepare_inputs
-
-    wrap_method(runner, "_remove_request", ("req_id",), wrap_remove)
-    wrap_method(runner, "add_requests", ("scheduler_output",), wrap_add)
-    wrap_method(runner, "prepare_inputs", ("scheduler_output",), wrap_prepare)
+    def plan(self, batch: Any) -> None:
+        """`batch` is that of the next pass."""
+        self._members.settle()
+        self.runtime.step(
+            batch.req_ids,
+            batch.num_computed_tokens_np,
+            batch.num_scheduled_tokens,
+            # A prompt's own length. A request that comes back from preemption prefills its answer so far as well.
+            self._runner.req_states.prompt_len.np[batch.idx_mapping_np],
+            padded_tokens=batch.num_tokens_after_padding,
+        )
 
 
-def _require_batch_fields() -> None:
+def batch_fault() -> str | None:
+    """What this vLLM's `InputBatch` lacks; None if nothing. Raises `ImportError` where there is none."""
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    if missing := _BATCH_FIELDS - {field.name for field in fields(InputBatch)}:
-        names = ", ".join(sorted(missing))
-        raise SteeringError("steering", f"trimtab does not know this vLLM: InputBatch lacks {names}")
+    missing = _BATCH_FIELDS - {field.name for field in fields(InputBatch)}
+    return f"InputBatch lacks {', '.join(sorted(missing))}" if missing else None

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from trimtab.engines.vllm.core.checks import stamped_settings
-from trimtab.engines.vllm.patches.patching import problems, wrap_method
 from trimtab.engines.vllm.settings.config import SteeringSettings
 from trimtab.engines.vllm.settings.refusals import require_steerable
+from trimtab.engines.vllm.settings.stamp import stamped_settings
 from trimtab.engines.vllm.worker.attach import Attachment, attach
 from trimtab.engines.vllm.worker.canary import require_live_sites
-from trimtab.engines.vllm.worker.runner_v1 import drive_v1
-from trimtab.engines.vllm.worker.runner_v2 import drive_v2
+from trimtab.engines.vllm.worker.runner_v1 import DriveV1
+from trimtab.engines.vllm.worker.runner_v2 import DriveV2
 from trimtab.engines.vllm.worker.warmup import require_warm, warm_up_kernels
 from trimtab.errors import SteeringError
 from trimtab.ops.warmup import late_variants, warmed_launches
@@ -23,66 +22,55 @@ logger = logging.getLogger("vllm.trimtab")
 
 @dataclass(frozen=True)
 class WorkerSteering:
-    """What trimtab keeps on a worker. `runtime` is None on a pipeline stage without a steered layer."""
+    """What trimtab keeps on a worker. There is no runtime, and nothing that drives it, on a pipeline stage without a
+    steered layer."""
 
+    settings: SteeringSettings
     attachment: Attachment
     runtime: SteeringRuntime | None
+    drive: DriveV1 | DriveV2 | None
 
 
-def attach_worker(worker: Any) -> None:
-    """Steer the model that `worker` has just loaded; nothing where steering is not configured.
+def attach_worker(worker: Any) -> WorkerSteering:
+    """Steer the model that the `worker` of a steered engine has just loaded.
 
     Raises `SteeringError` where this model or this runner cannot be steered as configured.
     """
     settings = stamped_settings(worker.vllm_config)
-    if settings is None:
-        return
     require_steerable(worker.vllm_config)
     _require_same_vectors(settings)
     runner = worker.model_runner
     attachment = attach(runner.get_model(), worker.vllm_config, settings, worker.device)
-    runtime = None
+    runtime, drive = None, None
     if attachment.modules:
         limit = int(worker.vllm_config.scheduler_config.max_num_seqs)
         runtime = SteeringRuntime(attachment.buffers, max_requests=limit)
         monitor = settings.start_monitor
         if monitor is not None:
             runtime.set_monitor(monitor, elsewhere=monitor.site not in attachment.modules)
-        _account_for_memory(runner, attachment.buffers.nbytes)
-        (drive_v2 if _is_v2(runner) else drive_v1)(runner, runtime, settings, limit)
-        _count_before_dummy_runs(runner, runtime)
-    worker._trimtab = WorkerSteering(attachment, runtime)
-    _check_after_warm_up(worker, settings)
+        drive = (DriveV2 if is_v2(runner) else DriveV1)(runner, runtime, settings, limit)
+    steering = worker._trimtab = WorkerSteering(settings, attachment, runtime, drive)
     logger.info(
         "Steering %d sites: %.1f MiB for %d rows",
         len(attachment.modules),
         attachment.buffers.nbytes / 2**20,
         attachment.buffers.table.shape[1],
     )
+    return steering
 
 
-def trimtab_attached(self: Any) -> bool:
-    """Worker method: whether this worker's model is steered."""
-    return getattr(self, "_trimtab", None) is not None
-
-
-def trimtab_problems(self: Any) -> list[str]:
-    """Worker method: what trimtab lacks in this worker's vLLM."""
-    return list(problems)
-
-
-def trimtab_status(self: Any, digest: bool = True, answers: Sequence[str] = ()) -> dict[str, Any]:
-    """Worker method: what is on, in plain values, and what gates did for the accounts `answers`. Waits for the current
+def worker_status(worker: Any, digest: bool = True, answers: Sequence[str] = ()) -> dict[str, Any]:
+    """What is on, in plain values, and what gates did for the accounts `answers`. Waits for the current
     step. Digests of ranks that saw the same requests are equal; one costs a pass over the state.
 
     Never raises: where one worker of several fails, vLLM leaves the replies of the others unread, and takes them for
     those to its next call. What went wrong is in `error`.
     """
     try:
-        return _status(self, digest, answers)
+        return _status(worker, digest, answers)
     except Exception as error:
         logger.exception("cannot say what steering does")
-        return {"rank": int(getattr(self, "rank", -1)), "error": f"{type(error).__name__}: {error}"}
+        return {"rank": int(getattr(worker, "rank", -1)), "error": f"{type(error).__name__}: {error}"}
 
 
 def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]:
@@ -91,7 +79,7 @@ def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]
     warmed = warmed_launches(steering.attachment.modules.values())  # by kernel; none where the device runs no kernels
     status = {
         "rank": int(worker.rank),
-        "runner": "v2" if _is_v2(worker.model_runner) else "v1",
+        "runner": "v2" if is_v2(worker.model_runner) else "v1",
         "sites": [str(site) for site in steering.attachment.buffers.sites],
         "rows_in_use": runtime.rows_in_use if runtime else 0,
         "capacity": runtime.capacity if runtime else 0,
@@ -114,38 +102,23 @@ def _steering(worker: Any) -> WorkerSteering:
     return steering
 
 
-def _is_v2(runner: Any) -> bool:
+def is_v2(runner: Any) -> bool:
     """Whether a runner is of the V2 family: by what it is, not by what was asked for."""
     return any(base.__module__ == "vllm.v1.worker.gpu.model_runner" for base in type(runner).__mro__)
 
 
-def _check_after_warm_up(worker: Any, settings: SteeringSettings) -> None:
-    """After the worker's own warm-up and graph capture, which row 0 leaves unsteered: warm our kernels, then check."""
-    original = worker.compile_or_warm_up_model
-
-    def compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
-        steering: WorkerSteering = worker._trimtab
-        warm_up_kernels(worker.vllm_config, steering.attachment)
-        require_warm(steering.attachment)
-        result = original(*args, **kwargs)
-        monitor = None if settings.start_monitor is None else settings.start_monitor.site
-        require_live_sites(worker, steering.attachment, _is_v2(worker.model_runner), monitor)
-        return result
-
-    worker.compile_or_warm_up_model = compile_or_warm_up_model
+def before_warm_up(worker: Any) -> None:
+    """Before the worker's own warm-up and graph capture, which row 0 leaves unsteered: warm our kernels."""
+    steering = _steering(worker)
+    warm_up_kernels(worker.vllm_config, steering.attachment)
+    require_warm(steering.attachment)
 
 
-def _count_before_dummy_runs(runner: Any, runtime: SteeringRuntime) -> None:
-    """An engine without requests of its own runs the model with those that have some (data parallelism)."""
-
-    def wrap(original: Any) -> Any:
-        def _dummy_run(*args: Any, **kwargs: Any) -> Any:
-            runtime.before_unplanned_pass()
-            return original(*args, **kwargs)
-
-        return _dummy_run
-
-    wrap_method(runner, "_dummy_run", ("num_tokens",), wrap)
+def after_warm_up(worker: Any) -> None:
+    """See that the model that will serve is steered. Raises `SteeringError` if it is not."""
+    steering = _steering(worker)
+    monitor = None if steering.settings.start_monitor is None else steering.settings.start_monitor.site
+    require_live_sites(worker, steering.attachment, is_v2(worker.model_runner), monitor)
 
 
 def _require_same_vectors(settings: SteeringSettings) -> None:
@@ -168,14 +141,10 @@ def _require_same_vectors(settings: SteeringSettings) -> None:
         )
 
 
-def _account_for_memory(runner: Any, nbytes: int) -> None:
-    """Let vLLM's KV-cache sizing know of the tables.
-
-    Before 0.32 it adds up the weights and the peak of the profile run; what is allocated between the two is in neither.
-    Newer versions measure what is gone from the device.
-    """
+def unmeasured_bytes(steering: WorkerSteering) -> int:
+    """Bytes of the tables that vLLM's KV-cache sizing would not know of; newer versions measure what is gone from the
+    device."""
     from vllm.utils import mem_utils
 
     measured = "total_consumed" in getattr(mem_utils.MemoryProfilingResult, "__dataclass_fields__", {})
-    if not measured and hasattr(runner, "model_memory_usage"):  # the CPU runner does not size anything
-        runner.model_memory_usage += nbytes
+    return 0 if measured else steering.attachment.buffers.nbytes

@@ -1,17 +1,22 @@
 """Every change made to vLLM's servers: the request models and handlers behind each route that can be steered.
 
-What a request says is read by `guard`, before its route. Lines of batches have no route: they are read here. How a
-patch is put in, and what happens where it does not fit, is in `patches.patching`.
+What a request says is read by `http.before_routes`, before its route. Lines of batches have no route: they are read
+here. How a patch is put in, and what happens where it does not fit, is in `patches.patching`.
 """
 
 import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from trimtab.engines.vllm.frontend import requests
 from trimtab.engines.vllm.frontend.admission import FIELD
-from trimtab.engines.vllm.http.body import Body
-from trimtab.engines.vllm.patches.patching import Need, Patch, install_table
+from trimtab.engines.vllm.frontend.body import Body
+from trimtab.engines.vllm.patches.patching import Need, Patch, patch
+from trimtab.engines.vllm.refused import refuse
 from trimtab.errors import SteeringError
+
+logger = logging.getLogger("vllm.trimtab")
 
 PROTOCOLS = {  # module, class: the request models that vLLM turns into sampling parameters
     "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
@@ -32,22 +37,40 @@ BATCHES = {  # module: whether some versions have only another name for it there
     "vllm.entrypoints.openai.run_batch": True,
 }
 
-HTTP_MODULES: dict[str, Need] = {  # a server imports no module of batches
-    **{module: Need.LIBRARIES if "speech" in module else Need.ALWAYS for module in PROTOCOLS},
-    RENDERER: Need.ALWAYS,
-    **dict.fromkeys((TOKENS, MESSAGES), Need.BY_VERSION),
-}
+_REQUEST = ("self", "request", "raw_request")
 
 LINE_PLACES = frozenset(f"body.{place}" for place in requests.PLACES)
 
 _LINE = "_trimtab_line"  # where a line of a batch keeps what was read
 
-
-def install_http_doors() -> None:
-    """Patch what turns HTTP requests into work for the engine, each as soon as vLLM imports it."""
-    install_table(TABLE)
+TABLE: list[Patch] = []
 
 
+def _patch_models(method: str, **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make the decorated function a row for a method of each request model."""
+
+    def rows(make: Callable[..., Any]) -> Callable[..., Any]:
+        for module, name in PROTOCOLS.items():
+            need = Need.LIBRARIES if "speech" in module else Need.ALWAYS
+            patch(module, f"{name}.{method}", "self", table=TABLE, need=need, **more)(make)
+        return make
+
+    return rows
+
+
+def _patch_batches(target: str, *first: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make the decorated function a row for a function of each module of batches."""
+
+    def rows(make: Callable[..., Any]) -> Callable[..., Any]:
+        for module, optional in BATCHES.items():
+            more = {"optional": optional, "need": Need.BY_VERSION, "at_start": False}  # a server imports none
+            patch(module, target, *first, table=TABLE, **more)(make)
+        return make
+
+    return rows
+
+
+@_patch_models("to_sampling_params")
 def _admit_before_the_stream(original: Any) -> Any:
     """Why: it runs before a stream is opened, so a refusal is an HTTP 400; `process_inputs` would be too late.
     Until: vLLM validates sampling parameters before it answers a streaming request.
@@ -62,6 +85,7 @@ def _admit_before_the_stream(original: Any) -> Any:
     return to_sampling_params
 
 
+@_patch_models("to_beam_search_params", optional=True)
 def _refuse_beams(original: Any) -> Any:
     """Why: a beam resubmits its own tokens as a prompt. Until: beam search keeps one request per beam."""
 
@@ -73,6 +97,7 @@ def _refuse_beams(original: Any) -> Any:
     return to_beam_search_params
 
 
+@patch(TOKENS, "ServingTokens.serve_tokens", *_REQUEST, table=TABLE, need=Need.BY_VERSION)
 def _admit_tokens(original: Any) -> Any:
     """Why: this door takes sampling parameters as they are, and may stream. Until: as for `to_sampling_params`."""
 
@@ -88,6 +113,8 @@ def _admit_tokens(original: Any) -> Any:
     return serve_tokens
 
 
+@patch(MESSAGES, "AnthropicServingMessages.create_messages", *_REQUEST, table=TABLE, need=Need.BY_VERSION)
+@patch(RENDERER, "ServingRender.render_messages_request", *_REQUEST, table=TABLE, optional=True)  # not in 0.26
 def _return_refusals(original: Any) -> Any:
     """Why: a refusal that is raised in it is a 400 in newer versions and a 500 in 0.26; returned, it is a 400 in all.
     Until: 0.26 is not supported any more.
@@ -103,6 +130,7 @@ def _return_refusals(original: Any) -> Any:
     return handle_messages
 
 
+@_patch_batches("BatchRequestInput.model_validate_json", "json_data")
 def _read_lines(original: Any) -> Any:
     """Why: `vllm run-batch` answers without routes, and its models keep the last of repeated keys. Until: it answers
     through the routes.
@@ -116,6 +144,7 @@ def _read_lines(original: Any) -> Any:
     return classmethod(model_validate_json)
 
 
+@_patch_batches("run_request", "serving_engine_func", "request")
 def _answer_lines(original: Any) -> Any:
     """Why: as above, and requests for embeddings or scores are never sampled. Until: as above."""
 
@@ -142,21 +171,45 @@ def _answer_lines(original: Any) -> Any:
 
 
 async def _refused(error: SteeringError, body: Any) -> Any:
-    requests.refuse(error)
+    refuse(error)
 
 
-_REQUEST = ("self", "request", "raw_request")
+@patch("vllm.plugins", "load_endpoint_plugins", "supported_tasks", table=TABLE)
+def _load_our_routes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Why: vLLM attaches a plugin's routes only if VLLM_PLUGINS names it, because routes widen what a server exposes.
+    A server started with steering on has been asked for them; one without it gets none, and refuses requests that ask
+    for steering. Until: a plugin can be named by other means.
+    """
 
-TABLE: tuple[Patch, ...] = (
-    *(Patch(module, f"{name}.to_sampling_params", ("self",), _admit_before_the_stream)
-      for module, name in PROTOCOLS.items()),
-    *(Patch(module, f"{name}.to_beam_search_params", ("self",), _refuse_beams, optional=True)
-      for module, name in PROTOCOLS.items()),
-    Patch(TOKENS, "ServingTokens.serve_tokens", _REQUEST, _admit_tokens),
-    Patch(MESSAGES, "AnthropicServingMessages.create_messages", _REQUEST, _return_refusals),
-    Patch(RENDERER, "ServingRender.render_messages_request", _REQUEST, _return_refusals, optional=True),  # not in 0.26
-    *(Patch(module, "BatchRequestInput.model_validate_json", ("json_data",), _read_lines, optional=optional)
-      for module, optional in BATCHES.items()),
-    *(Patch(module, "run_request", ("serving_engine_func", "request"), _answer_lines, optional=optional)
-      for module, optional in BATCHES.items()),
-)  # fmt: skip
+    @functools.wraps(original)
+    def load_endpoint_plugins(*args: Any, **kwargs: Any) -> Any:
+        theirs = logging.getLogger(original.__module__)
+        theirs.addFilter(_leave_us_out)
+        try:
+            loaded = original(*args, **kwargs)
+        finally:
+            theirs.removeFilter(_leave_us_out)
+        if any(plugin.name == "trimtab" for plugin in loaded):
+            return loaded
+        try:
+            from trimtab.engines.vllm.http.routes import endpoint_plugin
+
+            return [*loaded, endpoint_plugin()]
+        except Exception as error:
+            if requests.current_front_end() is not None:
+                raise
+            logger.warning("trimtab cannot guard this server's routes, which are those of plain vLLM: %r", error)
+            return loaded
+
+    return load_endpoint_plugins
+
+
+def _leave_us_out(record: logging.LogRecord) -> bool:
+    """A log filter: vLLM lists the endpoint plugins that it leaves out, and ours is loaded all the same."""
+    if not isinstance(record.args, tuple):
+        return True
+    listed = next((names for names in record.args if isinstance(names, list) and "trimtab" in names), None)
+    if listed is None:
+        return True
+    listed.remove("trimtab")
+    return bool(listed)

@@ -1,0 +1,31 @@
+"""The front end of an engine is made once, from its configuration, in the process that takes requests."""
+
+from typing import Any
+
+from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.engines.vllm.frontend.start_log import log_start
+from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
+from trimtab.serving.admin import admin_key
+from trimtab.serving.metrics import metrics
+from trimtab.serving.registry import ProbeRegistry, VectorRegistry, shared_directory
+
+
+def build_front_end(vllm_config: Any) -> FrontEnd | None:
+    """The front end of an engine with this configuration; None where steering is not configured.
+
+    Raises `SteeringError` for bad settings, vector files, default spec or administrator's key.
+    """
+    settings = SteeringSettings.of(vllm_config)
+    if settings is None:
+        return None
+    admin_key()  # one that cannot be sent stops the start
+    directory = shared_directory()
+    registry = VectorRegistry(settings.start_vectors, directory)
+    probes = ProbeRegistry(settings.start_probes, None if directory is None else directory / "probes")
+    counters = metrics()
+    counters.vectors(len(registry.vectors()))
+    monitor = settings.start_monitor
+    shown = settings.monitor.describe(monitor) if settings.monitor is not None and monitor is not None else None
+    front_end = FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes, shown)
+    log_start(front_end, settings)
+    return front_end

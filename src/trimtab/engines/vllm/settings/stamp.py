@@ -1,0 +1,38 @@
+"""A steered engine's configuration is checked and stamped once, where it is made; every process compares the stamp."""
+
+from typing import Any
+
+import trimtab
+from trimtab.engines.vllm.settings.config import SteeringSettings, stamped
+from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
+from trimtab.engines.vllm.settings.refusals import require_steerable
+from trimtab.errors import SteeringError
+from trimtab.version import code_version
+
+
+def prepare_config(vllm_config: Any) -> None:
+    """Check the new configuration of a steered engine, and stamp it.
+
+    Raises `SteeringError` where this engine cannot be steered as asked.
+    """
+    settings = SteeringSettings.parse(vllm_config.additional_config[SETTINGS_KEY])
+    require_steerable(vllm_config)
+    given = vllm_config.additional_config
+    vllm_config.additional_config = {**given, SETTINGS_KEY: stamped(vllm_config, settings)}
+
+
+def stamped_settings(vllm_config: Any) -> SteeringSettings:
+    """The settings of a steered engine whose configuration passed `prepare_config`.
+
+    Raises `SteeringError` for one that did not pass, or passed in a process with another trimtab.
+    """
+    settings = SteeringSettings.parse(vllm_config.additional_config[SETTINGS_KEY])
+    stamp = settings.stamp or {}
+    if stamp.get("code") != code_version():
+        raise SteeringError(
+            SETTINGS_KEY,
+            f"the configuration was prepared by trimtab {stamp.get('trimtab', 'of no known version')} with code "
+            f"{str(stamp.get('code'))[:12]}, this process has {trimtab.__version__} with code {code_version()[:12]}: "
+            "install the same one wherever vLLM runs",
+        )
+    return settings
