@@ -148,6 +148,7 @@ class SteeringBuffers:
     """All device state of one engine: S sites, R rows, T tokens, hidden size H."""
 
     sites: tuple[Site, ...]  # in forward order
+    row_monitor_sites: tuple[Site, ...]  # those of them whose rows can have probes; the others have dummies
     table: Tensor  # [S, R, H] model dtype
     any_active: Tensor  # [S, 1] bool
     scales: Tensor  # [R] float32
@@ -155,8 +156,8 @@ class SteeringBuffers:
     monitor_probe: Tensor  # [S, H] float32
     monitor_params: Tensor  # [S, 3] float32
     monitor_active: Tensor  # [S, 1] bool
-    row_probes: Tensor  # [S, R, H] float32 with the row monitor, else dummies [S, 1, 1]
-    row_params: Tensor  # [S, R, 2] float32 with the row monitor, else dummies [S, 1, 2]
+    row_probes: Tensor  # [M, R, H] float32, of the M sites with the row monitor
+    row_params: Tensor  # [M, R, 2] float32
     row_monitor_active: Tensor  # [S, 1] bool
     token_slab: Tensor  # [T, 64] uint8, contiguous: copying the first N rows sets all per-token values of a step
     index: Tensor  # [T] int64, a view of the slab like the three below
@@ -175,14 +176,15 @@ class SteeringBuffers:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device | str | None = None,
-        row_monitor: bool = False,
+        row_monitor: bool | Collection[Site] = False,
         gates: int = 0,
         max_probes: int = 1,
         probe_sites: Collection[Site] | None = None,
     ) -> None:
         """`gates` per token, reading at most `max_probes` - 1 probes; their rows are among the `max_rows`.
 
-        Probes are read at `probe_sites`, by default at every site.
+        Probes are read at `probe_sites`, by default at every site. Rows can have probes of their own at the sites of
+        `row_monitor`; True is every site.
         """
         self.sites = tuple(sorted(set(sites), key=site_order))
         self._position = {site: position for position, site in enumerate(self.sites)}
@@ -200,8 +202,10 @@ class SteeringBuffers:
         self.monitor_params[:, 1] = 1.0
         self.monitor_active = stacked(1, dtype=torch.bool)
         self.row_monitor_active = stacked(1, dtype=torch.bool)
-        self.row_probes = stacked(max_rows, hidden_size) if row_monitor else stacked(1, 1)
-        self.row_params = _row_params(count, max_rows if row_monitor else 1, device)
+        monitored = self.sites if row_monitor is True else row_monitor or ()
+        self.row_monitor_sites = tuple(site for site in self.sites if site in monitored)
+        self.row_probes = _aligned(len(self.row_monitor_sites), (max_rows, hidden_size), torch.float32, device)
+        self.row_params = _row_params(len(self.row_monitor_sites), max_rows, device)
         self._monitor_off = torch.zeros(1, dtype=torch.bool, device=device)
         self.scales = torch.ones(max_rows, dtype=torch.float32, device=device)
         self.token_slab = torch.zeros(max_tokens, TOKEN_BYTES, dtype=torch.uint8, device=device)
@@ -222,6 +226,10 @@ class SteeringBuffers:
     def attach(self, module: nn.Module, site: Site) -> None:
         """Register this site's tensors on `module` as non-persistent buffers. Raises KeyError for an unknown site."""
         at = self._position[site]
+        probes, params = row_monitor_dummies(self.table.device)
+        if site in self.row_monitor_sites:
+            place = self.row_monitor_sites.index(site)
+            probes, params = self.row_probes[place], self.row_params[place]
         by_field = {
             "steering_table": self.table[at],
             "steering_index": self.index,
@@ -234,8 +242,8 @@ class SteeringBuffers:
             "steering_monitor_params": self.monitor_params[at],
             "steering_monitor_active": self.monitor_active[at],
             "steering_decode_mask": self.decode_mask,
-            "steering_monitor_probe_table": self.row_probes[at],
-            "steering_monitor_row_params": self.row_params[at],
+            "steering_monitor_probe_table": probes,
+            "steering_monitor_row_params": params,
             "steering_monitor_row_active": self.row_monitor_active[at],
         }
         for field, tensor in by_field.items():

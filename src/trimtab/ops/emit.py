@@ -20,9 +20,10 @@ def emit(
     A module without buffers for the hook returns `hidden` itself, and a compiled graph then holds nothing of ours; so
     does, in eager execution, a site that rests. How the module steers is set by its `Emission`. `rest`, of the same
     shape, is what must be added to `hidden` to make the stream that a probe reads, where the model keeps it in two
-    parts: for gates and for the monitor in cross-layer mode; the monitors that are part of the operator read `hidden`
-    alone. `in_place` lets the operator write into `hidden`, outside of compiled graphs, so an idle site costs a launch
-    and no copy; callers must use the returned tensor in either case.
+    parts: for gates, for the monitor in cross-layer mode, and where the site has the row monitor's tensors for the
+    monitors that are part of the operator, which elsewhere read `hidden` alone. `in_place` lets the operator write into
+    `hidden`, outside of compiled graphs, so an idle site costs a launch and no copy; callers must use the returned
+    tensor in either case.
     """
     compiling = torch.compiler.is_compiling()
     mode = emission(module)
@@ -31,6 +32,7 @@ def emit(
     tokens = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
     rest = None if rest is None else rest.reshape(tokens.shape)
     args = steering_op_args(module, hook, tokens)
+    scored = rest if args.has_row_monitor else None
     monitor = None
     if mode.cross_layer and mode.monitor_at in (None, hook):
         monitor = monitor_op_args(module, hook, tokens if rest is None else tokens.float() + rest.float())
@@ -42,12 +44,15 @@ def emit(
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, undone, tokens, rest))
         gates = decided_gates(module) if gate_count(module, hook) else None
         terms = mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer)
-        out = _stored(reference.apply_steering(args, terms, gates))
+        out = _stored(reference.apply_steering(args, terms, gates, scored))
     else:
         if monitor is not None:
             torch.ops.trimtab.steering_monitor(*monitor)
         gated = gate_count(module, hook) > 0
-        out = _operator(args, in_place and not (compiling or gated))  # probes read what the tensor was before
+        if scored is not None:
+            out = _added_to_part(args, scored)
+        else:
+            out = _operator(args, in_place and not (compiling or gated))  # probes read what the tensor was before
         if gated:
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, out, tokens, rest))
     return out if hidden.dim() == 2 else out.reshape(hidden.shape)
@@ -62,6 +67,18 @@ def _stored(out: Tensor) -> Tensor:
     """
     tokens, width = out.shape  # one by one: vLLM, which cuts the graph, would hand on a whole size as several arguments
     return torch.as_strided(out, (tokens, width), (width, 1))
+
+
+def _added_to_part(args: SteeringOpArgs, rest: Tensor) -> Tensor:
+    """`args.hidden_states`, a part of the stream, plus what the operator adds to the whole of it.
+
+    The operator reads what it steers. The sum stays in float32, so what comes out of the difference is what went in,
+    and a token to which nothing is added keeps its numbers.
+    """
+    part = args.hidden_states
+    stream = part.float() + rest.float()
+    steered = _operator(args._replace(hidden_states=stream), in_place=False)
+    return (part.float() + (steered - stream)).to(part.dtype)
 
 
 def _operator(args: SteeringOpArgs, in_place: bool) -> Tensor:

@@ -38,6 +38,7 @@ _WRITTEN = ("gate_values", "gate_gains")
 class GateBuffers:
     """Device state of an engine's gates: G gates per token, T tokens, P probe rows, hidden size H."""
 
+    probe_sites: tuple[Site, ...]  # those of its sites at which probes are read
     slab: Tensor  # [T, B] uint8, lines of `gate_record`, contiguous: copying the first N sets the gates of a step
     rows: Tensor  # [T, G] int64, a view of the slab like the three below
     probes: Tensor  # [T, G] int32
@@ -66,8 +67,8 @@ class GateBuffers:
         """
         self.count = count
         self._numbers = {site: position + 1 for position, site in enumerate(sites)}
-        self._probing = frozenset(sites if probe_sites is None else probe_sites)
-        first = next((position for position, site in enumerate(sites) if site in self._probing), len(sites))
+        self.probe_sites = tuple(site for site in sites if probe_sites is None or site in probe_sites)
+        first = next((position for position, site in enumerate(sites) if site in self.probe_sites), len(sites))
         self._gated = frozenset(sites[first:])
         record = gate_record(count)
         self.slab = torch.zeros(max_tokens, record.itemsize, dtype=torch.uint8, device=device)
@@ -107,7 +108,7 @@ class GateBuffers:
             module.register_buffer(f"steering_{name}", tensor, persistent=False)
         module.register_buffer(_number_name(site.hook), self.numbers[self.number(site) - 1, :1], persistent=False)
         setattr(module, _count_name(site.hook), self.count)
-        setattr(module, _probing_name(site.hook), site in self._probing)
+        setattr(module, _probing_name(site.hook), site in self.probe_sites)
 
 
 def gate_count(module: nn.Module, hook: HookPoint) -> int:

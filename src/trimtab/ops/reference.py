@@ -10,7 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.ops.args import GateOpArgs, MonitorOpArgs, SteeringOpArgs, check_monitor_args, check_steering_args
+from trimtab.ops.args import (
+    NO_THRESHOLD,
+    GateOpArgs,
+    MonitorOpArgs,
+    SteeringOpArgs,
+    check_monitor_args,
+    check_steering_args,
+)
 from trimtab.ops.gather import table_rows
 
 
@@ -38,14 +45,17 @@ class Gates(NamedTuple):
     gains: Tensor  # [G, T] float32
 
 
-def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates | None = None) -> Tensor:
+def apply_steering(
+    args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates | None = None, rest: Tensor | None = None
+) -> Tensor:
     """Steer `hidden_states`: a new contiguous [N, H] tensor of its dtype.
 
         out[i] = round(hidden[i] + table[r] * scales[r] * g + dynamic_vec * ts),    r = index[i]
 
     with `g` the row gate and `ts` the token scale, each multiplied by the monitors' gates (`steering_monitor` below has
-    the formula; a row's own probe gates the row alone). Scores read the un-steered input. `any_active` is not read:
-    routing a token to row 0 with a zero token scale is what leaves it as it is. `gates` adds `add_gated`, unrounded.
+    the formula; a row's own probe gates the row alone). Scores read the un-steered input; with `rest` [N, H], its sum
+    with that. `any_active` is not read: routing a token to row 0 with a zero token scale is what leaves it as it is.
+    `gates` adds `add_gated`, unrounded.
 
     Raises ValueError on shapes that no backend could read.
     """
@@ -54,20 +64,22 @@ def apply_steering(args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates 
     tokens = hidden.shape[0]
     rows = args.steering_index[:tokens]
     x = hidden.float()
+    scored = x if rest is None else x + rest.float()
 
     row_gain = args.steering_row_gate[:tokens]
     token_gain = args.steering_token_scales[:tokens]
     decode = args.steering_decode_mask[:tokens]
     if terms.monitor:
-        gate = _gate(x, args.steering_monitor_probe, args.steering_monitor_params)
+        gate = _gate(scored, args.steering_monitor_probe, args.steering_monitor_params)
         gate = torch.where(args.steering_monitor_active, gate, 1.0)
         token_gain = token_gain * gate
         gates_rows = args.steering_monitor_params[2] != 0
         row_gain = row_gain * torch.where(gates_rows, _decode_only(gate, decode), 1.0)
     if terms.row_monitor and args.has_row_monitor:
-        probes = args.steering_monitor_probe_table[rows].float()
         row_params = args.steering_monitor_row_params[rows]
-        gate = torch.sigmoid(row_params[:, 1] * ((x * probes).sum(-1) - row_params[:, 0]))
+        probed = torch.where(row_params[:, 0] != NO_THRESHOLD, rows, 0)  # a row without a probe has none to read
+        probes = table_rows(args.steering_monitor_probe_table, probed).float()
+        gate = torch.sigmoid(row_params[:, 1] * ((scored * probes).sum(-1) - row_params[:, 0]))
         gate = torch.where(args.steering_monitor_row_active, gate, 1.0)
         row_gain = row_gain * _decode_only(gate, decode)
     if terms.row_scales:

@@ -27,8 +27,10 @@ class GateUse:
     tokens: int
     mean: float  # of the factor; 0 without tokens
     above_half: int  # tokens whose factor exceeded one half
+    lowered: int = 0  # times that a request had it as a probe of its row: new tokens are then not counted
 
     def __add__(self, other: "GateUse") -> "GateUse":
         tokens = self.tokens + other.tokens
         mean = (self.mean * self.tokens + other.mean * other.tokens) / tokens if tokens else 0.0
-        return GateUse(self.probe, self.gate, tokens, mean, self.above_half + other.above_half)
+        above_half, lowered = self.above_half + other.above_half, self.lowered + other.lowered
+        return GateUse(self.probe, self.gate, tokens, mean, above_half, lowered)

@@ -95,6 +95,15 @@ class PhaseProgram:
         if not kept:
             return EMPTY
         _check_range(kept)
+        return cls._sum(kept)
+
+    @classmethod
+    def joined(cls, parts: Iterable["PhaseProgram"]) -> "PhaseProgram":
+        """The sum of what the ungated terms of `parts` add, for one row: parts of one program, of different vectors."""
+        return cls._sum(sorted((term for part in parts for term in part.terms), key=lambda term: term.vector.digest))
+
+    @classmethod
+    def _sum(cls, kept: list[Term]) -> "PhaseProgram":
         if len(kept) == 1:
             row_key, factor = kept[0].vector.digest, kept[0].scale
             coefficient = factor * _unit(kept[0].vector.max_abs)

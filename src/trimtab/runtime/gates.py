@@ -13,6 +13,7 @@ import numpy.typing as npt
 from trimtab.ops.gates import GateBuffers, gate_record
 from trimtab.program import PhaseProgram
 from trimtab.program.gates import ResolvedGate
+from trimtab.program.programs import GatedProgram
 from trimtab.runtime.meters import GateMeters
 from trimtab.runtime.plan import DECODE, PREFILL, RowUse
 from trimtab.runtime.rows import RowAllocator
@@ -56,32 +57,33 @@ class GateLanes:
         self,
         slot: int,
         owner: str,
-        phases: tuple[PhaseProgram, PhaseProgram],
+        phases: tuple[tuple[GatedProgram, ...], tuple[GatedProgram, ...]],
+        lowered: tuple[ResolvedGate, ...],
         acquire: Callable[[PhaseProgram], RowUse],
     ) -> None:
         """Give `slot`, which has none, the gates of both phases; `acquire` takes the row of a gated sum. What they
-        do is reported under `owner`."""
-        if not any(program.gated for program in phases):
+        do is reported under `owner`, and of those that are `lowered` to probes of its row, that they are."""
+        if not (any(phases) or lowered):
             return
-        for phase, program in zip((PREFILL, DECODE), phases, strict=True):
+        for phase, gated in zip((PREFILL, DECODE), phases, strict=True):
             record = self._records[slot, phase]
-            for place, item in enumerate(program.gated):
+            for place, item in enumerate(gated):
                 gate = item.gate
                 record["row"][place], coefficient = acquire(item.total)
                 record["probe"][place] = probe = self._probe(gate)
                 record["site"][place] = self._read_at[probe]
                 record["params"][place] = coefficient, gate.threshold, gate.sharpness, gate.invert
-        self._gated[slot] = True
+        self._gated[slot] = any(phases)
         here = self._buffers.number
-        gates = tuple(tuple(g.gate if here(g.gate.site) else None for g in program.gated) for program in phases)
-        self.meters.open(slot, owner, gates)
+        gates = tuple(tuple(g.gate if here(g.gate.site) else None for g in gated) for gated in phases)
+        self.meters.open(slot, owner, gates, [gate for gate in lowered if here(gate.site)])
 
     def remove(self, slot: int) -> list[int]:
         """Take the gates of `slot` away; returns the rows that its gated sums held."""
+        self.meters.close(slot)
         if not self._gated[slot]:
             return []
         self._gated[slot] = False
-        self.meters.close(slot)
         records = self._records[slot]
         for probe in records["probe"][records["probe"] > 0].tolist():
             if self._probes.release(probe) and self._unwritten.pop(probe, None) is not None:

@@ -8,7 +8,7 @@ totals `MOST_LABELS` names.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ Phases = tuple[tuple[ResolvedGate | None, ...], ...]
 """The gates of (prefill, decode), None where another rank evaluates it."""
 
 IntArray = npt.NDArray[np.int64]
-Sums = npt.NDArray[np.float64]  # [2, G, 3]: tokens, sum of factors, factors above one half
+Sums = npt.NDArray[np.float64]  # [2, G, 4]: tokens, sum of factors, factors above one half, times lowered
 
 
 class _Named(NamedTuple):
@@ -61,7 +61,7 @@ class GateMeters:
     def __init__(self, values: Tensor, max_requests: int) -> None:
         self._values = values
         self._on_gpu = values.is_cuda
-        self._sums = np.zeros((1 + 2 * max_requests, 2, values.shape[0], 3))  # by meter; 0 takes what is not measured
+        self._sums = np.zeros((1 + 2 * max_requests, 2, values.shape[0], 4))  # by meter; 0 takes what is not measured
         self._free = list(range(len(self._sums) - 1, 0, -1))
         self._owner: dict[int, tuple[str, _Names]] = {}
         self._meter_of = np.zeros(max_requests + 1, np.int64)  # by slot
@@ -73,21 +73,27 @@ class GateMeters:
         self._finished: OrderedDict[str, dict[_Named, Sums]] = OrderedDict()
         self._totals: dict[str, Sums] = {}  # of finished requests, by label
 
-    def open(self, slot: int, owner: str, gates: Phases) -> None:
-        """Measure what `gates` do to the request of `slot`. Requests of one `owner` are reported together."""
+    def open(self, slot: int, owner: str, gates: Phases, lowered: Sequence[ResolvedGate] = ()) -> None:
+        """Measure what `gates` do to the request of `slot`. Requests of one `owner` are reported together.
+
+        Of those that are `lowered` to probes of its row nothing is seen here; reports say how often that was so.
+        """
         if not self._free:
             self._free = list(range(2 * len(self._sums) - 1, len(self._sums) - 1, -1))
             self._sums = np.concatenate([self._sums, np.zeros_like(self._sums)])
         meter = self._free.pop()
+        phases = (*gates, lowered)
         self._owner[meter] = (
             owner,
-            tuple(tuple(None if gate is None else _named(gate) for gate in some) for some in gates),
+            tuple(tuple(None if gate is None else _named(gate) for gate in some) for some in phases),
         )
         self._meter_of[slot] = meter
 
     def close(self, slot: int) -> None:
-        """The request of `slot` has gone; what is under way for it still counts."""
-        self._closing.append((self._sent + (self._expected is not None), int(self._meter_of[slot])))
+        """The request of `slot` has gone; what is under way for it still counts. One without a meter is no error."""
+        if not (meter := int(self._meter_of[slot])):
+            return
+        self._closing.append((self._sent + (self._expected is not None), meter))
         self._meter_of[slot] = 0
         self._finish()
 
@@ -156,7 +162,7 @@ class GateMeters:
                 starts = (np.cumsum(counts) - counts)[kept]
                 factors = np.add.reduceat(factors, starts, axis=1, dtype=np.float64)
                 above = np.add.reduceat(above, starts, axis=1, dtype=np.int64)
-            sums = np.empty((len(kept), gates, 3))
+            sums = np.zeros((len(kept), gates, 4))
             sums[..., 0], sums[..., 1], sums[..., 2] = counts[kept, None], factors.T, above.T
             # A request is in a batch once, so no meter but 0 is named twice.
             self._sums[done.meters[kept // 2], kept % 2] += sums
@@ -180,7 +186,8 @@ class GateMeters:
                 self._finished.popitem(last=False)
 
 
-_Names = tuple[tuple[_Named | None, ...], ...]
+_Names = tuple[tuple[_Named | None, ...], ...]  # of (prefill, decode) by place, and of gates that are lowered
+_LOWERED_ONCE = np.array([0.0, 0.0, 0.0, 1.0])
 
 
 def _named(gate: ResolvedGate) -> _Named:
@@ -191,7 +198,7 @@ def _each(names: _Names, sums: Sums) -> Iterator[tuple[_Named, Sums]]:
     for phase, some in enumerate(names):
         for place, named in enumerate(some):
             if named is not None:
-                yield named, sums[phase, place].copy()
+                yield named, (sums[phase, place] if phase < len(sums) else _LOWERED_ONCE).copy()
 
 
 def _count(totals: dict[str, Sums], label: str, sums: Sums) -> None:
@@ -201,5 +208,5 @@ def _count(totals: dict[str, Sums], label: str, sums: Sums) -> None:
 
 
 def _use(probe: str, gate: str, sums: Sums) -> GateUse:
-    tokens, total, above = sums.tolist()
-    return GateUse(probe, gate, int(tokens), total / tokens if tokens else 0.0, int(above))
+    tokens, total, above, lowered = sums.tolist()
+    return GateUse(probe, gate, int(tokens), total / tokens if tokens else 0.0, int(above), int(lowered))

@@ -82,8 +82,11 @@ class RowMonitors:
     """The probes of rows: written when a row gets new content, and removed when it gets content without any."""
 
     def __init__(self, buffers: SteeringBuffers) -> None:
-        """`buffers` were made with `row_monitor=True`."""
-        self._position = {site: position for position, site in enumerate(buffers.sites)}
+        """`buffers` were made with `row_monitor`. Probes at sites that they lack, those of other pipeline stages, are
+        remembered and do nothing here."""
+        self._position = {site: position for position, site in enumerate(buffers.row_monitor_sites)}
+        self._site_position = {site: buffers.sites.index(site) for site in buffers.row_monitor_sites}
+        self._sites = len(buffers.sites)
         self._width = buffers.table.shape[2]
         self._held: dict[int, RowProbes] = {}
         self._unwritten: dict[int, RowProbes] = {}
@@ -102,11 +105,12 @@ class RowMonitors:
         """Bring the device up to date."""
         if not self._unwritten:
             return
-        self._probes.write(self._unwritten)
-        self._params.write(self._unwritten)
+        if self._position:
+            self._probes.write(self._unwritten)
+            self._params.write(self._unwritten)
         self._unwritten.clear()
-        active = np.zeros(len(self._position), np.bool_)
-        active[[self._position[gate.site] for probes in self._held.values() for gate in probes]] = True
+        active = np.zeros(self._sites, np.bool_)
+        active[[self._site_position[gate.site] for probes in self._held.values() for gate in self._here(probes)]] = True
         self._flags.write(active)
 
     def state(self) -> bytes:
@@ -116,23 +120,36 @@ class RowMonitors:
 
     def _directions(self, probes: RowProbes) -> FloatArray:
         block = np.zeros((len(self._position), self._width), np.float32)
-        for gate in probes:
+        for gate in self._here(probes):
             block[self._position[gate.site]] = gate.probe.block[0]
         return block
 
     def _params_of(self, probes: RowProbes) -> FloatArray:
         block = np.tile(np.array([NO_THRESHOLD, 1.0], np.float32), (len(self._position), 1))
-        for gate in probes:
+        for gate in self._here(probes):
             block[self._position[gate.site]] = _numbers(gate)
         return block
+
+    def _here(self, probes: RowProbes) -> Iterator[ResolvedGate]:
+        return (gate for gate in probes if gate.site in self._position)
+
+
+def require_row_monitor(buffers: SteeringBuffers) -> None:
+    """Raise SteeringError where a gate's probe can be read at a site of `buffers` at which no row can have one."""
+    readable = () if buffers.gates is None else buffers.gates.probe_sites
+    if missing := [site for site in readable if site not in buffers.row_monitor_sites]:
+        raise SteeringError("row_monitor", f"rows have no probes at {summary(missing)}, where gates read theirs")
 
 
 def row_probes(gates: Sequence[ResolvedGate], buffers: SteeringBuffers) -> RowProbes:
     """`gates` as the probes of a row. Raises SteeringError at `probes` where these buffers cannot hold them."""
-    if gates and buffers.row_probes.shape != buffers.table.shape:
+    if gates and not buffers.row_monitor_sites:
         raise SteeringError("probes", "these buffers hold none: make them with row_monitor=True")
     for gate in gates:
         check_probe(gate, buffers)
+        if gate.site not in buffers.row_monitor_sites:
+            can = summary(buffers.row_monitor_sites)
+            raise SteeringError("probes", f"one is read at {gate.site}; in these buffers rows have probes at {can}")
     ordered = sorted(gates, key=lambda gate: buffers.sites.index(gate.site))
     for one, other in pairwise(ordered):
         if one.site == other.site:

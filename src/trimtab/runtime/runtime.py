@@ -15,8 +15,9 @@ from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.program.counting import GateUse
 from trimtab.program.gates import ResolvedGate
+from trimtab.program.lowering import placed, row_key
 from trimtab.runtime.gates import GateLanes
-from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, row_probes
+from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
 from trimtab.runtime.plan import TOKEN, RowUse, StepPlanner, as_ints
 from trimtab.runtime.rows import RowAllocator, require_room
 from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
@@ -31,13 +32,16 @@ class SteeringRuntime:
     Nothing is written to the device outside `step`, and `step` writes to the current stream only.
     """
 
-    def __init__(self, buffers: SteeringBuffers, *, max_requests: int) -> None:
-        """`max_requests`: how many steered requests can be admitted at one time.
+    def __init__(self, buffers: SteeringBuffers, *, max_requests: int, lowers: bool = False) -> None:
+        """`max_requests`: how many steered requests can be admitted at one time. `lowers`: run gates as probes of rows
+        where they are no more than that (see `trimtab.program.lowering`).
 
         Raises SteeringError if the tables have fewer rows than these requests can need: a row for each phase, one for
-        each gate of each phase, and row 0.
+        each gate of each phase, and row 0; or if they are to lower gates and rows cannot have the probes.
         """
         require_room(buffers, max_requests)
+        if lowers:
+            require_row_monitor(buffers)
         max_rows = buffers.table.shape[1]
         self._buffers = buffers
         self._max_requests = max_requests
@@ -57,7 +61,8 @@ class SteeringRuntime:
         self._row_uploads = 0
         self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests)
         self._monitors = SiteMonitors(buffers)
-        self._row_monitors = RowMonitors(buffers) if buffers.row_probes.shape == buffers.table.shape else None
+        self._lowers = lowers
+        self._row_monitors = RowMonitors(buffers) if lowers or buffers.row_monitor_sites else None
 
     @property
     def capacity(self) -> int:
@@ -83,12 +88,13 @@ class SteeringRuntime:
         """Let `gate` multiply the rows of all decode tokens at its probe's site, from the next `step` on.
 
         Where the site's module emits across layers (`Emission.cross_layer`), it multiplies them at all later sites too,
-        and what the device holds of a plan is written anew in each step. Sums behind gates are not touched. Replaces
-        the site's monitor. Raises SteeringError for a hard gate, a site that the buffers lack, or another width.
-
-        `elsewhere` says that another pipeline stage has the site: it is noted, so that `digest` agrees, and does
-        nothing here.
+        and what the device holds of a plan is written anew in each step. Sums behind gates are not touched, so where
+        gates are lowered it is refused. Replaces the site's monitor. Raises SteeringError for a hard gate, a site that
+        the buffers lack, or another width. `elsewhere` says that another pipeline stage has the site: it is noted, so
+        that `digest` agrees, and does nothing here.
         """
+        if self._lowers:
+            raise SteeringError("monitor", "would multiply what gates let through that are probes of rows")
         if elsewhere:
             self._monitors.note(gate)
         else:
@@ -109,10 +115,9 @@ class SteeringRuntime:
         """Hold the rows of both phases for `request_id`; replaces what it held. None or empty steering holds nothing.
 
         `owner` is the name under which `gate_report` tells what its gates did, together with all of one owner; by
-        default the request's own id.
-
-        `probes` are the row monitor of its decode tokens: each multiplies their row at its own site, and only there.
-        They need buffers with `row_monitor=True`. Admit again, without them, to clear them.
+        default the request's own id. `probes` are the row monitor of its decode tokens: each multiplies their row at
+        its own site, and only there. They need buffers with `row_monitor=True`, and with them no gate of the request is
+        lowered. Admit again, without them, to clear them.
 
         Raises SteeringError if a vector's width is not the model's, if `max_requests` others are admitted already, or
         if the buffers cannot hold the probes. The request then keeps what it held before.
@@ -123,10 +128,11 @@ class SteeringRuntime:
         self._check(request_id, steering)
         behind = row_probes(probes, self._buffers)
         self.release(request_id)
-        phases = (steering.prefill, steering.decode)
-        slot = self._planner.add(request_id, self._acquire(steering.prefill), self._acquire(steering.decode, behind))
+        prefill, decode = placed(steering, lowers=self._lowers and not behind)
+        gated, behind = (prefill.gated, decode.gated), behind or decode.probes
+        slot = self._planner.add(request_id, self._acquire(prefill.row), self._acquire(decode.row, behind))
         if self._gates is not None:
-            self._gates.add(slot, request_id if owner is None else owner, phases, self._acquire)
+            self._gates.add(slot, request_id if owner is None else owner, gated, decode.probes, self._acquire)
 
     def release(self, request_id: str) -> None:
         """Let go of what `request_id` holds (finished or preempted). An id that holds nothing is no error."""
@@ -270,7 +276,7 @@ class SteeringRuntime:
     def _acquire(self, program: PhaseProgram, probes: RowProbes = ()) -> RowUse:
         if not program.row_key:
             return RowUse(0, 1.0)
-        row, fresh = self._allocator.acquire(program.row_key + b"".join(gate.digest for gate in probes))
+        row, fresh = self._allocator.acquire(row_key(program, probes))
         if fresh and self._row_monitors is not None:
             self._row_monitors.fill(row, probes)
         if fresh:

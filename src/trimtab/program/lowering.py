@@ -1,0 +1,77 @@
+"""Gates that are run as probes of rows, by the row monitor of the operator.
+
+A row may have a probe at a site, by which what decode tokens receive of it there is multiplied. That is all that a gate
+does which opens gradually, is not inverted and lets through a sum at its own probe's site alone. So where an engine
+lowers gates, such a sum of decode tokens joins the ungated one in its row, unless that has content at the site, and the
+row has the probe. The gate then needs no lane and no row of its own; what it does is not metered.
+
+This is how a request is run, not what it is: no identity knows of it. Whoever must know which rows a request will hold
+asks `contents_of`.
+"""
+
+from collections.abc import Sequence, Set
+from typing import NamedTuple
+
+from trimtab.program.gates import ResolvedGate
+from trimtab.program.programs import GatedProgram, PhaseProgram, ResolvedSteering
+from trimtab.sites import Site, site_order
+
+SMALLEST_SHARE = 2.0**-16
+"""Of the size of all that shares a row: less would lose digits in a float16 table, whose rows have one unit each."""
+
+
+class Placed(NamedTuple):
+    """Where the sums of one phase go."""
+
+    row: PhaseProgram  # what its `terms` add is the content of the phase's row
+    probes: tuple[ResolvedGate, ...]  # of that row, in forward order; at most one per site
+    gated: tuple[GatedProgram, ...]  # those that have a lane, and a row, of their own
+
+
+class Contents(NamedTuple):
+    """The keys of all that a request holds on the device at one time."""
+
+    rows: Set[bytes]
+    probes: Set[bytes]  # of lanes; the probes of rows are part of their keys
+
+
+def placed(steering: ResolvedSteering, *, lowers: bool) -> tuple[Placed, Placed]:
+    """Where the sums of (prefill, decode) go in an engine that lowers gates, or does not."""
+    prefill, decode = (Placed(program, (), program.gated) for program in (steering.prefill, steering.decode))
+    return prefill, lowered(steering.decode) if lowers else decode
+
+
+def contents_of(steering: ResolvedSteering, *, lowers: bool) -> Contents:
+    """What a request with `steering` holds on the device, the same in every process and on every rank."""
+    phases = placed(steering, lowers=lowers)
+    lanes = [item for phase in phases for item in phase.gated]
+    rows = {*(row_key(phase.row, phase.probes) for phase in phases), *(row_key(item.total) for item in lanes)}
+    return Contents(frozenset(rows - {b""}), frozenset(item.gate.probe.digest for item in lanes))
+
+
+def row_key(program: PhaseProgram, probes: Sequence[ResolvedGate] = ()) -> bytes:
+    """The key of the row that holds the terms of `program` behind `probes`; b"" for row 0."""
+    return program.row_key and program.row_key + b"".join(gate.digest for gate in probes)
+
+
+def lowered(decode: PhaseProgram) -> Placed:
+    """Where the sums of a program of decode tokens go once its gates are probes of its row as far as they can be."""
+    taken: dict[Site, GatedProgram] = {}
+    steered = {site for term in decode.terms for site in term.vector.sites}
+    for item in decode.gated:
+        gate = item.gate
+        if gate.hard or gate.invert or item.total.sites != (gate.site,) or gate.site in steered:
+            continue
+        taken.setdefault(gate.site, item)
+    ordered = [taken[site] for site in sorted(taken, key=site_order)]
+    parts = [decode, *(item.total for item in ordered)]
+    if not ordered or not _keep_their_digits(parts):
+        return Placed(decode, (), decode.gated)
+    probes = tuple(item.gate for item in ordered)
+    left = tuple(item for item in decode.gated if taken.get(item.gate.site) is not item)
+    return Placed(PhaseProgram.joined(parts), probes, left)
+
+
+def _keep_their_digits(parts: list[PhaseProgram]) -> bool:
+    sizes = [abs(term.scale) * term.vector.max_abs for part in parts for term in part.terms]
+    return min(sizes) >= SMALLEST_SHARE * sum(sizes)
