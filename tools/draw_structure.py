@@ -9,7 +9,7 @@ those of a circle are red.
 import argparse
 import ast
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from html import escape
 from pathlib import Path
 
@@ -42,19 +42,23 @@ def imports(source: Path) -> Graph:
     known = modules(source)
     graph: Graph = {name: set() for name in known}
     for name, path in known.items():
-        for imported in _imported(ast.parse(path.read_text())):
-            if imported in known and imported != name:
-                graph[name].add(imported)
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        graph[name] = set(_imported(ast.parse(path.read_text()), package, known)) - {name}
     return graph
 
 
-def _imported(tree: ast.AST) -> Iterator[str]:
+def _imported(tree: ast.AST, package: str, known: Collection[str]) -> Iterator[str]:
+    """The modules among the `known` that a file of `package` imports, or names in a text for `import_module`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            named = (f"{module}.{alias.name}" for alias in node.names)
+            yield from (name if name in known else module for name in named if name in known or module in known)
+        elif isinstance(node, ast.Constant) and str(node.value).count(".") and node.value in known:
+            yield str(node.value)
 
 
 def room(path: Path) -> str:

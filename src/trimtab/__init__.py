@@ -9,13 +9,13 @@ library.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trimtab.version import __version__
+
 if TYPE_CHECKING:
     from trimtab.engines.transformers import SteeredModel
     from trimtab.errors import SteeringError
     from trimtab.spec import Steering
     from trimtab.vectors import Probe, SteeringVector
-
-__version__ = "0.1.0"
 
 __all__ = ["Probe", "SteeredModel", "Steering", "SteeringError", "SteeringVector", "__version__"]
 

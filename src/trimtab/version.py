@@ -1,4 +1,4 @@
-"""The version of code, for the keys of whatever keeps on disk what was compiled from it.
+"""The version of the package, and that of its code, for the keys of whatever keeps on disk what was compiled from it.
 
 A version number changes with a release, the code with every edit, and what was compiled from other code is wrong in
 silence. So keys hold a digest of the source itself. It changes with comments too, which costs a compilation.
@@ -7,6 +7,8 @@ silence. So keys hold a digest of the source itself. It changes with comments to
 import hashlib
 from functools import cache
 from pathlib import Path
+
+__version__ = "0.1.0"
 
 PACKAGE = Path(__file__).parent
 

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from trimtab import __version__
 from trimtab.cli.demo import demo
 from trimtab.cli.extract import extract
 from trimtab.cli.failure import one_line
 from trimtab.cli.generate import generate
 from trimtab.cli.inspect import inspect
 from trimtab.cli.probe import probe
+from trimtab.version import __version__
 
 app = typer.Typer(
     help="Activation steering per request and per token, in stock vLLM and in Transformers.",

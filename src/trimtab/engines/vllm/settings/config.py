@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-import trimtab
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
 from trimtab.engines.vllm.settings.monitor import MonitorSettings, check_reach
 from trimtab.errors import SteeringError
@@ -19,7 +18,7 @@ from trimtab.program.gates import ResolvedGate, rows_needed
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
-from trimtab.version import code_version
+from trimtab.version import __version__, code_version
 from trimtab.wording import with_suggestions
 
 UNREADABLE = {
@@ -177,7 +176,7 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> dict[str, Any]:
     model = model_sites(vllm_config, settings)
     plain = settings.model_dump(mode="json", exclude={"stamp"}, exclude_none=True)
     plain["stamp"] = {
-        "trimtab": trimtab.__version__,
+        "trimtab": __version__,
         "code": code_version(),
         "layers": sorted({site.layer for site in model.sites}),
         "gates": model.gates.count,

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import trimtab
 from trimtab.engines.vllm.settings.config import SteeringSettings, stamped
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.engines.vllm.settings.refusals import require_steerable
 from trimtab.errors import SteeringError
-from trimtab.version import code_version
+from trimtab.version import __version__, code_version
 
 
 def prepare_config(vllm_config: Any) -> None:
@@ -32,7 +31,7 @@ def stamped_settings(vllm_config: Any) -> SteeringSettings:
         raise SteeringError(
             SETTINGS_KEY,
             f"the configuration was prepared by trimtab {stamp.get('trimtab', 'of no known version')} with code "
-            f"{str(stamp.get('code'))[:12]}, this process has {trimtab.__version__} with code {code_version()[:12]}: "
+            f"{str(stamp.get('code'))[:12]}, this process has {__version__} with code {code_version()[:12]}: "
             "install the same one wherever vLLM runs",
         )
     return settings
