@@ -221,7 +221,7 @@ def test_a_start_prints_vectors_probes_digests_default_monitor_and_who_may_chang
     assert (monitor["probe"], monitor["threshold"]) == ("anger.safetensors", 2.0)
     assert "with the administrator's key" in lines[-1]
     assert KEY not in caplog.text
-    assert KEY not in json.dumps(stamped(vllm_config, SteeringSettings.parse(given)))
+    assert KEY not in stamped(vllm_config, SteeringSettings.parse(given)).model_dump_json()
 
 
 # --- what comes in

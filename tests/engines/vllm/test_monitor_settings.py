@@ -53,12 +53,12 @@ def test_a_monitor_is_its_probe_with_the_numbers_of_a_gate(probe) -> None:
 def test_the_stamp_tells_engines_with_different_monitors_apart(probe) -> None:
     path = probe()
     first = stamped(engine(), settings({"probe": path, "threshold": 2.0}))
-    assert SteeringSettings.parse(first).start_monitor is not None
+    assert SteeringSettings.parse(first.model_dump()).start_monitor is not None
     probe(bias=0.75)  # the same file with another content
     other = stamped(engine(), settings({"probe": path, "threshold": 2.0}))
-    assert first["monitor"] == other["monitor"]
-    assert first["stamp"]["monitor"] != other["stamp"]["monitor"] != ""
-    assert stamped(engine(), SteeringSettings())["stamp"]["monitor"] == ""
+    assert first.monitor == other.monitor
+    assert first.stamp["monitor"] != other.stamp["monitor"] != ""
+    assert stamped(engine(), SteeringSettings()).stamp["monitor"] == ""
 
 
 @pytest.mark.parametrize(

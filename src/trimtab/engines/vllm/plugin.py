@@ -16,7 +16,7 @@ def register() -> None:
     """
     from trimtab.engines.vllm.patches.patching import guarded, install_table
     from trimtab.engines.vllm.patches.tables import TABLES
-    from trimtab.engines.vllm.patches.travelling import Travelling
+    from trimtab.engines.vllm.settings.travelling import Travelling
 
     Travelling.arrive = _arrived
     for process, table in TABLES.items():
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 def _arrived(additional_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    from trimtab.engines.vllm.patches.travelling import Travelling
+    from trimtab.engines.vllm.settings.travelling import Travelling
 
     register()
     return Travelling(additional_config)

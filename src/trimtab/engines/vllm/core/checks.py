@@ -18,7 +18,7 @@ from trimtab.sites import ModelSites
 def check_request(core: Any, request: Any) -> None:
     """Read and check what an `EngineCoreRequest` carries. Raises a `SteeringError` that refuses the request alone."""
     params = request.sampling_params
-    if params is None or (served := _served_by(core)) is None:
+    if params is None or (served := served_by(core)) is None:
         return
     try:
         request.sampling_params = _checked_params(request, params, *served)
@@ -53,7 +53,7 @@ _UNMARKED = (
 
 def check_workers(vllm_config: Any, executor: Any) -> None:
     """Ask each worker whether its model is steered. Raises `SteeringError` if one is not."""
-    if SteeringSettings.of(vllm_config) is None:
+    if not is_configured(vllm_config):
         return
     try:
         attached = executor.collective_rpc("trimtab_attached")
@@ -66,8 +66,8 @@ def check_workers(vllm_config: Any, executor: Any) -> None:
         raise SteeringError(SETTINGS_KEY, f"the models of workers {missing} were loaded without being steered{why}")
 
 
-def _served_by(core: Any) -> tuple[SteeringSettings, ModelSites, Decoded] | None:
-    """What the engine of an `EngineCore` serves, read once, and what it has lately decoded."""
+def served_by(core: Any) -> tuple[SteeringSettings, ModelSites, Decoded] | None:
+    """What the engine of an `EngineCore` serves, read once, and what it has lately decoded. Raises `SteeringError`."""
     if "_trimtab_served" not in core.__dict__:
         core._trimtab_served = None
         if is_configured(core.vllm_config):

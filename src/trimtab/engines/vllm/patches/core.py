@@ -58,15 +58,18 @@ def _check_the_workers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @patch("vllm.v1.engine.core", "EngineCore.__init__", "self", "vllm_config", table=TABLE)
-def _check_the_prefix_cache(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Why: only now does the engine core have the block hasher that it will use, and it has seen no request yet.
-    Until: requests may bring extra keys per block.
+def _check_the_core(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Why: only now does the engine core have the block hasher that it will use, and it has seen no request yet; what
+    requests refer to is read before the first. Until: requests may bring extra keys per block.
     """
 
     @functools.wraps(original)
     def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if is_configured(getattr(self, "vllm_config", None)):
+            from trimtab.engines.vllm.core.checks import served_by
+
+            served_by(self)
             put_on(self, STEERED)
 
     return initialize

@@ -10,7 +10,6 @@ from typing import Any
 
 from trimtab.engines.vllm.patches.patching import Patch, note, patch, put_on
 from trimtab.engines.vllm.patches.supported import require_supported
-from trimtab.engines.vllm.patches.travelling import Travelling
 from trimtab.engines.vllm.settings.flags import add_flags, apply_flags, is_configured
 from trimtab.errors import SteeringError
 from trimtab.serving.registry import share_registry
@@ -36,7 +35,6 @@ def _check_the_configuration(original: Callable[..., Any]) -> Callable[..., Any]
 
             require_supported()
             prepare_config(vllm_config)
-            vllm_config.additional_config = Travelling(vllm_config.additional_config)
         return vllm_config
 
     return create_engine_config

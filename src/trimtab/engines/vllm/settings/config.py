@@ -5,14 +5,16 @@ shapes the compiled graph: an artifact of an unsteered or differently steered ru
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from trimtab.engines.vllm.settings.content import loaded, require_same
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
 from trimtab.engines.vllm.settings.monitor import MonitorSettings, check_reach
+from trimtab.engines.vllm.settings.travelling import Travelling
 from trimtab.errors import SteeringError
 from trimtab.program.gates import ResolvedGate, rows_needed
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
@@ -24,8 +26,6 @@ from trimtab.wording import with_suggestions
 UNREADABLE = {
     HookPoint.POST_ATTN: "vLLM adds what is steered there to the stream only later, so there is no whole stream to read"
 }
-
-Content = TypeVar("Content")
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -75,10 +75,19 @@ class SteeringSettings(BaseModel):
 
     @staticmethod
     def of(vllm_config: Any) -> "SteeringSettings | None":
-        """The settings of an engine; None where steering is not configured. Raises `SteeringError`."""
+        """The settings of an engine; None where steering is not configured. Raises `SteeringError`.
+
+        Of a configuration that was stamped they are one object in all of this process, which reads their files once.
+        """
         if not is_configured(vllm_config):
             return None
-        return SteeringSettings.parse(vllm_config.additional_config[SETTINGS_KEY])
+        given = vllm_config.additional_config
+        if not isinstance(given, Travelling):
+            return SteeringSettings.parse(given[SETTINGS_KEY])
+        if given.settings is None:
+            given.settings = SteeringSettings.parse(given[SETTINGS_KEY])
+        settings: SteeringSettings = given.settings
+        return settings
 
     def chosen_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers to steer in a model of `num_layers`. Raises `SteeringError` for layers that it does not have."""
@@ -105,24 +114,36 @@ class SteeringSettings(BaseModel):
 
     @cached_property
     def start_vectors(self) -> dict[str, SteeringVector]:
-        """The vectors of `vectors`, loaded once. Raises `SteeringError` naming the one whose file is bad."""
-        return _loaded(self.vectors, SteeringVector.load, "vectors")
+        """The vectors of `vectors`, loaded once. Raises `SteeringError` naming the one whose file is bad, or does not
+        hold what the settings were stamped with."""
+        return loaded(self.vectors, SteeringVector.load, "vector", self.stamp)
 
     @cached_property
     def start_probes(self) -> dict[str, Probe]:
-        """The probes of `probes`, loaded once. Raises `SteeringError` naming the one whose file is bad."""
-        return _loaded(self.probes, Probe.load, "probes")
+        """The probes of `probes`, loaded once. Raises `SteeringError` as `start_vectors` does."""
+        return loaded(self.probes, Probe.load, "probe", self.stamp)
 
     @cached_property
     def start_monitor(self) -> ResolvedGate | None:
-        """The monitor of `monitor`, loaded once. Raises `SteeringError`."""
-        return None if self.monitor is None else self.monitor.load()
+        """The monitor of `monitor`, loaded once. Raises `SteeringError` as `start_vectors` does."""
+        if self.monitor is None:
+            return None
+        monitor = self.monitor.load()
+        if self.stamp is not None:
+            fault = f"{self.monitor.probe} holds another probe"
+            require_same(f"{SETTINGS_KEY}.monitor.probe", fault, monitor.digest, self.stamp.get("monitor"))
+        return monitor
 
     @cached_property
     def start_vectors_by_digest(self) -> dict[bytes, SteeringVector]:
         """`start_vectors` and the directions of `start_probes`, as requests refer to them between processes."""
         vectors = [*self.start_vectors.values(), *(probe.vector for probe in self.start_probes.values())]
         return {vector.digest: vector for vector in vectors}
+
+    def read_files(self) -> "SteeringSettings":
+        """These settings, with the content of all files at hand. Raises `SteeringError` as `start_vectors` does."""
+        _ = self.start_vectors_by_digest, self.start_monitor
+        return self
 
 
 def model_sites(vllm_config: Any, settings: SteeringSettings) -> ModelSites:
@@ -168,14 +189,15 @@ def table_rows(vllm_config: Any, settings: SteeringSettings) -> int:
     return settings.max_rows
 
 
-def stamped(vllm_config: Any, settings: SteeringSettings) -> dict[str, Any]:
-    """The settings as plain JSON values, with the stamp that separates compile caches and lets workers compare.
+def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
+    """The settings, and what has been read of them, with the stamp that separates compile caches and lets processes
+    compare. One that they bear already counts for nothing.
 
     Raises `SteeringError` for layers, rows or vector files that cannot be used.
     """
+    settings = settings.model_copy(update={"stamp": None})
     model = model_sites(vllm_config, settings)
-    plain = settings.model_dump(mode="json", exclude={"stamp"}, exclude_none=True)
-    plain["stamp"] = {
+    stamp = {
         "trimtab": __version__,
         "code": code_version(),
         "layers": sorted({site.layer for site in model.sites}),
@@ -186,7 +208,7 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> dict[str, Any]:
         "vectors": {name: vector.digest.hex() for name, vector in settings.start_vectors.items()},
         "probes": {name: probe.digest.hex() for name, probe in settings.start_probes.items()},
     }
-    return plain
+    return settings.model_copy(update={"stamp": stamp})
 
 
 def _check_readable(field: str, site: Site, sites: frozenset[Site]) -> None:
@@ -205,16 +227,6 @@ def _later_stages(vllm_config: Any, num_layers: int) -> tuple[int, ...]:
     from vllm.distributed.utils import get_pp_indices
 
     return tuple(get_pp_indices(num_layers, stage, stages)[0] for stage in range(1, stages))
-
-
-def _loaded(files: Mapping[str, str], load: Callable[[str], Content], what: str) -> dict[str, Content]:
-    loaded = {}
-    for name, path in files.items():
-        try:
-            loaded[name] = load(path)
-        except (OSError, ValueError) as error:
-            raise SteeringError(f"{SETTINGS_KEY}.{what}.{name}", f"{path} cannot be loaded: {error}") from error
-    return loaded
 
 
 def _chosen(layers: str | list[int], num_layers: int, field: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from typing import Any
 from trimtab.engines.vllm.settings.config import SteeringSettings, stamped
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.engines.vllm.settings.refusals import require_steerable
+from trimtab.engines.vllm.settings.travelling import Travelling
 from trimtab.errors import SteeringError
 from trimtab.version import __version__, code_version
 
@@ -14,18 +15,22 @@ def prepare_config(vllm_config: Any) -> None:
 
     Raises `SteeringError` where this engine cannot be steered as asked.
     """
-    settings = SteeringSettings.parse(vllm_config.additional_config[SETTINGS_KEY])
-    require_steerable(vllm_config)
     given = vllm_config.additional_config
-    vllm_config.additional_config = {**given, SETTINGS_KEY: stamped(vllm_config, settings)}
+    settings = SteeringSettings.parse(given[SETTINGS_KEY])
+    require_steerable(vllm_config)
+    settings = stamped(vllm_config, settings)
+    plain = settings.model_dump(mode="json", exclude_none=True)
+    vllm_config.additional_config = Travelling({**given, SETTINGS_KEY: plain})
+    vllm_config.additional_config.settings = settings
 
 
 def stamped_settings(vllm_config: Any) -> SteeringSettings:
-    """The settings of a steered engine whose configuration passed `prepare_config`.
+    """The settings of a steered engine whose configuration passed `prepare_config`, with the content of their files.
 
-    Raises `SteeringError` for one that did not pass, or passed in a process with another trimtab.
+    Raises `SteeringError` for one that did not pass, or passed in a process with another trimtab or other files.
     """
-    settings = SteeringSettings.parse(vllm_config.additional_config[SETTINGS_KEY])
+    settings = SteeringSettings.of(vllm_config)
+    assert settings is not None, "asked of an engine that is not steered"
     stamp = settings.stamp or {}
     if stamp.get("code") != code_version():
         raise SteeringError(
@@ -34,4 +39,4 @@ def stamped_settings(vllm_config: Any) -> SteeringSettings:
             f"{str(stamp.get('code'))[:12]}, this process has {__version__} with code {code_version()[:12]}: "
             "install the same one wherever vLLM runs",
         )
-    return settings
+    return settings.read_files()

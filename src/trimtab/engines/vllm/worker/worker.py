@@ -38,7 +38,6 @@ def attach_worker(worker: Any) -> WorkerSteering:
     """
     settings = stamped_settings(worker.vllm_config)
     require_steerable(worker.vllm_config)
-    _require_same_vectors(settings)
     runner = worker.model_runner
     attachment = attach(runner.get_model(), worker.vllm_config, settings, worker.device)
     runtime, drive = None, None
@@ -119,26 +118,6 @@ def after_warm_up(worker: Any) -> None:
     steering = _steering(worker)
     monitor = None if steering.settings.start_monitor is None else steering.settings.start_monitor.site
     require_live_sites(worker, steering.attachment, is_v2(worker.model_runner), monitor)
-
-
-def _require_same_vectors(settings: SteeringSettings) -> None:
-    """Raise `SteeringError` if a file holds another vector here than where the engine was configured."""
-    vectors = {name: vector.digest for name, vector in settings.start_vectors.items()}
-    probes = {name: probe.digest for name, probe in settings.start_probes.items()}
-    for kind, files, digests in (("vector", settings.vectors, vectors), ("probe", settings.probes, probes)):
-        expected = (settings.stamp or {}).get(f"{kind}s", {})
-        for name, digest in digests.items():
-            if expected.get(name) != digest.hex():
-                raise SteeringError(
-                    f"steering.{kind}s.{name}",
-                    f"{files[name]} holds another {kind} here than where the engine was configured",
-                )
-    monitor = settings.start_monitor
-    if monitor is not None and (settings.stamp or {}).get("monitor") != monitor.digest.hex():
-        raise SteeringError(
-            "steering.monitor.probe",
-            "the file holds another probe here than where the engine was configured",
-        )
 
 
 def unmeasured_bytes(steering: WorkerSteering) -> int:
