@@ -1,4 +1,4 @@
-"""What imports what, at the top of a file or later: no circles, and nothing upwards in the table of CONTRIBUTING.md."""
+"""What imports what, at the top of a file or later: no circles, nothing upwards in architecture.md's table."""
 
 import importlib.util
 import re
@@ -26,7 +26,8 @@ structure = _structure()
 
 def order() -> dict[str, int]:
     """How low each folder stands, as the table has it."""
-    table = (ROOT / "CONTRIBUTING.md").read_text().partition("| where | holds |")[2].partition("\n\n")[0]
+    page = (ROOT / "docs" / "design" / "architecture.md").read_text()
+    table = page.partition("| where | holds |")[2].partition("\n\n")[0]
     rows = [re.findall(r"`([^`]+)`", line.split("|")[1]) for line in table.splitlines()[2:]]
     return {place.removesuffix(".py"): depth for depth, places in enumerate(rows) for place in places}
 
