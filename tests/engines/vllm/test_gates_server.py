@@ -75,14 +75,19 @@ def inline(probe: Probe) -> dict[str, Any]:
 def test_a_gated_request_answers_as_the_embedded_engine_and_says_what_its_gate_did(client, embedded, spec) -> None:
     answer, want = ask(client, spec).json(), expected(embedded, spec)
     assert answer["choices"][0]["text"].split() == want.text.split()
-    (use,), (told,) = want.receipt.gates, answer["steering"]["gates"]
-    assert (told["gate"], told["tokens"], told["above_half"]) == (use.gate, use.tokens, use.above_half)
-    assert told["mean"] == pytest.approx(use.mean, abs=1e-4)
-    assert answer["steering"]["identity"]["decode"] == want.receipt.identity["decode"]
+    check_receipt(answer, want)
     again = client.get(f"/v1/steering/gates/{answer['id']}").json()
     assert again["gates"] == answer["steering"]["gates"]
     (named,) = answer["steering"]["probes"]
     assert named["name"] == (spec["interventions"][0]["gate"]["probe"] if named["name"] else None)
+
+
+def check_receipt(answer: dict[str, Any], want: Any) -> None:
+    """Both engines give the same receipt, but for the last digits of the mean of a gate's factors."""
+    receipt, told = want.receipt.as_json(), dict(answer["steering"])
+    (use,), (gate,) = receipt.pop("gates"), told.pop("gates")
+    assert told == receipt
+    assert gate == use | {"mean": pytest.approx(use["mean"], abs=1e-4)}
 
 
 def test_a_probe_registered_later_is_read_by_name_until_it_is_deleted(client, embedded, folder) -> None:
@@ -95,9 +100,9 @@ def test_a_probe_registered_later_is_read_by_name_until_it_is_deleted(client, em
     listed = client.get("/v1/steering/probes").json()["probes"]
     assert [(one["name"], one["loaded_at_start"]) for one in listed] == [("anger", True), ("joy", False)]
     assert listed[1]["digest"] == JOY.digest.hex()
-    assert (
-        ask(client, gated("joy")).json()["choices"][0]["text"].split() == expected(embedded, gated("joy")).text.split()
-    )
+    answer, want = ask(client, gated("joy")).json(), expected(embedded, gated("joy"))
+    assert answer["choices"][0]["text"].split() == want.text.split()
+    check_receipt(answer, want)
     again = client.post("/v1/steering/probes", json={"name": "joy", "probe": inline(JOY)})
     assert (again.status_code, again.json()["replaced"]) == (200, JOY.digest.hex())
     assert client.delete("/v1/steering/probes/joy").status_code == 200
