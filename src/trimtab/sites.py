@@ -40,13 +40,31 @@ class Phase(StrEnum):
     DECODE = "decode"
 
 
+class OwnGate(NamedTuple):
+    """The monitor of an engine, as far as others must know it (see `trimtab.program.monitor`)."""
+
+    digest: bytes
+    site: Site
+
+
 @dataclass(frozen=True)
 class GateLimits:
-    """Which gates an engine serves; by default none."""
+    """Which gates an engine serves; by default none. Its monitor comes on top of what requests may ask for."""
 
     count: int = 0  # different gates that one phase of a request may have
-    probe_sites: frozenset[Site] = frozenset()  # where a probe can be read
+    probe_sites: frozenset[Site] = frozenset()  # where the probe of a request's gate can be read
     stages: tuple[int, ...] = ()  # the first layer of each pipeline stage but the first
+    monitor: OwnGate | None = None
+
+    @property
+    def per_token(self) -> int:
+        """Different gates that one token may have."""
+        return self.count + (self.monitor is not None)
+
+    @property
+    def read_sites(self) -> frozenset[Site]:
+        """Where probes are read."""
+        return self.probe_sites if self.monitor is None else self.probe_sites | {self.monitor.site}
 
     def stage(self, layer: int) -> int:
         """The pipeline stage that holds `layer`."""
@@ -55,14 +73,12 @@ class GateLimits:
 
 @dataclass(frozen=True)
 class ModelSites:
-    """What an engine can steer: the model's width and depth, the sites that its graph really reads, its gates, and the
-    hex digest of its monitor, if all of it stands behind one (see `trimtab.program.gates.check_monitor`)."""
+    """What an engine can steer: the model's width and depth, the sites that its graph really reads, and its gates."""
 
     hidden_size: int
     num_layers: int
     sites: frozenset[Site]
     gates: GateLimits = GateLimits()
-    monitor: str = ""
 
     @property
     def hook_points(self) -> tuple[HookPoint, ...]:

@@ -3,7 +3,8 @@
     {"version": 1, "vectors": [VECTOR, ...], "gates": [GATE, ...], "prefill": [TERM, ...], "decode": [TERM, ...]}
     TERM = [vector index, scale], or [vector index, scale, gate index]
     GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)]
-    VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector
+    VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector,
+           | {..., "part": [layer, hook, whether before]}                                  on one side of a site
            | {"sites": [[layer, hook], ...], "width": int, "data": bytes}                  little-endian float32 [n, H]
 
 The reader trusts nothing: digests of inline content are computed anew, registered ones are looked up by digest.
@@ -19,7 +20,7 @@ from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.program.gates import ResolvedGate, VectorReference, check_gate
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.values import FloatArray
-from trimtab.vectors.vector import SteeringVector
+from trimtab.vectors.vector import Part, SteeringVector
 from trimtab.wording import shown
 
 VERSION = 1
@@ -83,7 +84,10 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
 def _encode_vector(vector: SteeringVector, reference: VectorReference | None, views: bool) -> dict[str, Any]:
     if reference is not None:
         layers = None if reference.layers is None else list(reference.layers)
-        return {"name": reference.name, "digest": reference.digest, "layers": layers}
+        named: dict[str, Any] = {"name": reference.name, "digest": reference.digest, "layers": layers}
+        if (part := reference.part) is not None:
+            named["part"] = [part.site.layer, part.site.hook.value, part.before]
+        return named
     sites = [[site.layer, site.hook.value] for site in vector.sites]
     data = vector.block.astype("<f4", copy=False).data.cast("B")
     views = views and _sealed(vector.block)  # what is sent must be what was named by its digest
@@ -117,20 +121,27 @@ def _decode_vector(
 def _decode_reference(
     entry: Mapping[str, Any], path: str, vectors_by_digest: Mapping[bytes, SteeringVector]
 ) -> tuple[SteeringVector, VectorReference]:
-    _keys(entry, path, {"name", "digest", "layers"})
+    _keys(entry, path, {"name", "digest", "layers", "part"} if "part" in entry else {"name", "digest", "layers"})
     name, digest, layers = entry["name"], entry["digest"], entry["layers"]
     if not isinstance(name, str):
         raise SteeringError(f"{path}.name", f"got {type(name).__name__}, want a string")
     if not isinstance(digest, bytes) or (vector := vectors_by_digest.get(digest)) is None:
         shown = digest.hex()[:16] if isinstance(digest, bytes) else type(digest).__name__
         raise SteeringError(f"{path}.digest", f"vector {name!r:.80} ({shown}) is not registered in this process")
-    if layers is None:
-        return vector, VectorReference(name, digest)
-    chosen = tuple(_layer(layer, f"{path}.layers[{i}]") for i, layer in enumerate(_list(layers, f"{path}.layers")))
-    try:
-        return vector.at(chosen), VectorReference(name, digest, chosen)
-    except SteeringError as error:
-        raise SteeringError(f"{path}.layers", error.message) from None
+    chosen = None
+    if layers is not None:
+        chosen = tuple(_layer(layer, f"{path}.layers[{i}]") for i, layer in enumerate(_list(layers, f"{path}.layers")))
+        try:
+            vector = vector.at(chosen)
+        except SteeringError as error:
+            raise SteeringError(f"{path}.layers", error.message) from None
+    if "part" not in entry:
+        return vector, VectorReference(name, digest, chosen)
+    part = _part(entry["part"], f"{path}.part")
+    if (kept := vector.part(part)) is None:
+        side = "before it" if part.before else "from it on"
+        raise SteeringError(f"{path}.part", f"vector {name!r:.80} has no site {side}: {part.site}")
+    return kept, VectorReference(name, digest, chosen, part)
 
 
 def _decode_gate(entry: Any, path: str, vectors: list[tuple[SteeringVector, VectorReference | None]]) -> ResolvedGate:
@@ -208,6 +219,13 @@ def _layer(value: Any, path: str) -> int:
     if type(value) is not int or value < 0:
         raise SteeringError(path, f"got {shown(value)}, want a layer, a whole number from 0")
     return value
+
+
+def _part(value: Any, path: str) -> Part:
+    parts = _list(value, path)
+    if len(parts) != 3 or type(parts[2]) is not bool:
+        raise SteeringError(path, f"got {shown(value)}, want [layer, hook, whether before]")
+    return Part(_site(parts[:2], path), parts[2])
 
 
 def _site(value: Any, path: str) -> Site:

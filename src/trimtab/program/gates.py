@@ -18,7 +18,7 @@ import numpy as np
 
 from trimtab.errors import SteeringError
 from trimtab.sites import GateLimits, Site, site_order
-from trimtab.vectors.vector import SteeringVector
+from trimtab.vectors.vector import Part, SteeringVector
 from trimtab.wording import summary
 
 MAX_PROBE_VALUE = 65504.0  # scores of any stream that fits a model dtype then stay finite in float32
@@ -28,11 +28,13 @@ MIN_SHARPNESS = 2.0**-126  # the smallest normal float32; 0 would mean a hard ga
 
 @dataclass(frozen=True)
 class VectorReference:
-    """How a vector can be named instead of sent: a registered vector, narrowed to `layers` if any are given."""
+    """How a vector can be named instead of sent: a registered vector, narrowed to `layers`, and then to `part`, if any
+    are given."""
 
     name: str
     digest: bytes
     layers: tuple[int, ...] | None = None
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ def check_gate(gate: ResolvedGate, vector: SteeringVector) -> None:
 
 def check_served(gate: ResolvedGate, sites: Iterable[Site], limits: GateLimits) -> None:
     """Raise `SteeringError` where an engine with these limits cannot serve `gate` on a vector acting at `sites`."""
+    if limits.monitor is not None and gate.digest == limits.monitor.digest:
+        return
     if not limits.count:
         raise SteeringError("", "this engine serves no gates: leave the gate out")
     if gate.site not in limits.probe_sites:
@@ -146,8 +150,7 @@ def check_served(gate: ResolvedGate, sites: Iterable[Site], limits: GateLimits) 
 def check_monitor(gate: ResolvedGate) -> None:
     """Raise `SteeringError` at `hard` where a gate cannot be a monitor.
 
-    A monitor is a gate of an engine instead of an intervention: on decode tokens, and from its probe's site on, it
-    multiplies all steering that stands behind no gate of its own. It is part of the identity of what it acts on.
+    A monitor belongs to an engine or to a table row instead of an intervention, and acts on decode tokens alone.
     """
     if gate.hard:
         raise SteeringError("hard", "a monitor opens gradually: leave `hard` out, and give a large `sharpness`")

@@ -196,9 +196,16 @@ def fault_of_range(value: float) -> str | None:
 
 
 def _check_range(terms: Sequence[Term]) -> None:
-    """Raise `SteeringError` where the sum may be too large, or a term is too small, to be computed with."""
+    """Raise `SteeringError` where the sum at a site may be too large, or a term is too small, to be computed with."""
     sizes = [abs(term.scale) * term.vector.max_abs for term in terms]
-    if (fault := fault_of_range(sum(sizes)) or fault_of_range(min(sizes))) is not None:
+    most = sum(sizes)
+    if most > MAX_VALUE and len(terms) > 1:  # terms may act at different sites
+        at_sites: dict[Site, float] = {}
+        for term, size in zip(terms, sizes, strict=True):
+            for site in term.vector.sites:
+                at_sites[site] = at_sites.get(site, 0.0) + size
+        most = max(at_sites.values())
+    if (fault := fault_of_range(most) or fault_of_range(min(sizes))) is not None:
         raise SteeringError("", fault)
 
 
@@ -250,14 +257,12 @@ class Origin:
 class ResolvedSteering:
     """A request's steering with every name resolved: one program for prefill tokens, one for decode tokens.
 
-    `monitor` is the hex digest of the engine's monitor, "" where it has none. `vectors` and `probes` are the origins of
-    what the programs hold, in the order of the spec. They are no part of what is done, so they do not travel: a process
-    that decodes steering does not know them.
+    `vectors` and `probes` are the origins of what the spec asked for and the programs hold, in the order of the spec.
+    They are no part of what is done, so they do not travel: a process that decodes steering does not know them.
     """
 
     prefill: PhaseProgram
     decode: PhaseProgram
-    monitor: str = ""
     vectors: tuple[Origin, ...] = field(default=(), compare=False)
     probes: tuple[Origin, ...] = field(default=(), compare=False)
 
@@ -266,20 +271,8 @@ class ResolvedSteering:
         return self.prefill if phase == Phase.PREFILL else self.decode
 
     def identity(self, phase: Phase) -> str:
-        """Hex digest of all that changes the KV of that phase's tokens; "" where they are not steered.
-
-        A monitor acts on decode tokens alone, so behind one equal programs of both phases are not equal steering.
-        """
-        identity = self.program(Phase(phase)).identity
-        if Phase(phase) == Phase.PREFILL or not self.monitored:
-            return identity
-        whole = b"trimtab monitored program 1\0" + bytes.fromhex(self.monitor) + bytes.fromhex(identity)
-        return hashlib.sha256(whole).hexdigest()
-
-    @property
-    def monitored(self) -> bool:
-        """Whether the engine's monitor acts on this: on what decode tokens receive behind no gate of its own."""
-        return bool(self.monitor and self.decode.terms)
+        """Hex digest of all that changes the KV of that phase's tokens; "" where they are not steered."""
+        return self.program(Phase(phase)).identity
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -293,7 +286,8 @@ class ResolvedSteering:
 
     def check_gate_count(self, limits: GateLimits, field: str) -> None:
         """Raise `SteeringError` at `field` where a phase has more gates than an engine with these limits serves."""
-        most = max(len(self.prefill.gated), len(self.decode.gated))
+        own = b"" if limits.monitor is None else limits.monitor.digest
+        most = max(sum(item.gate.digest != own for item in program.gated) for program in (self.prefill, self.decode))
         if most > limits.count:
             raise SteeringError(
                 field,

@@ -7,6 +7,7 @@ from typing import Any
 
 from trimtab.program import Origin, ResolvedSteering
 from trimtab.program.counting import GateUse, steered_tokens
+from trimtab.program.monitor import monitor_of
 from trimtab.sites import Phase, Site
 
 GATES_MISSING = "the workers did not answer in time; ask for them later"
@@ -69,7 +70,7 @@ def receipt_of(
         sites=steering.sites,
         steered_tokens=tokens,
         gates=tuple(gates),
-        monitor=steering.monitor if steering.monitored else "",
+        monitor=monitor_of(steering),
         vectors=steering.vectors,
         probes=steering.probes,
         default_left=default_left,

@@ -97,7 +97,7 @@ class Steering(Model):
             if term.gate is not None:
                 with below(f"interventions[{index}].gate"):
                     check_served(term.gate, term.vector.sites, model.gates)
-        resolved = self._programs(terms, model.monitor)
+        resolved = self._programs(terms)
         resolved.check_gate_count(model.gates, "interventions")
         return self._with_origins(resolved, terms, vectors, probes or {})
 
@@ -109,7 +109,7 @@ class Steering(Model):
     ) -> str:
         """Hex digest of all that changes the KV of that phase's tokens; "" where the spec leaves them unsteered.
 
-        In an engine with a monitor the identity of decode tokens is another: see `ResolvedSteering.identity`.
+        In an engine with a monitor the identity of decode tokens is another: see `trimtab.program.monitor`.
         """
         return self._programs(self._terms(vectors or {}, probes)).identity(Phase(phase))
 
@@ -129,7 +129,7 @@ class Steering(Model):
             terms.append(term)
         return terms
 
-    def _programs(self, terms: list[Term], monitor: str = "") -> ResolvedSteering:
+    def _programs(self, terms: list[Term]) -> ResolvedSteering:
         def program(left_out: str) -> PhaseProgram:
             kept = [term for term, step in zip(terms, self.interventions, strict=True) if step.phase != left_out]
             with below("interventions"):
@@ -137,7 +137,7 @@ class Steering(Model):
 
         prefill = program("decode")
         same = all(step.phase == "all" for step in self.interventions)
-        return ResolvedSteering(prefill, prefill if same else program("prefill"), monitor)
+        return ResolvedSteering(prefill, prefill if same else program("prefill"))
 
     def _with_origins(
         self,

@@ -6,10 +6,11 @@ Only NumPy is needed here, so that a client or a front end need not load torch f
 import hashlib
 import math
 import threading
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +22,17 @@ from trimtab.vectors.files import read_file, reading, write_vector
 from trimtab.vectors.values import FloatArray, as_direction, as_site, largest
 from trimtab.wording import summary
 
-# Selections of layers that one vector remembers, so that requests which narrow it cost nothing: how many at most, and
+# Selections of sites that one vector remembers, so that requests which narrow it cost nothing: how many at most, and
 # how many times its own size they may take together. Callers choose layers, so both are bounded.
 _NARROWED_KEPT, _NARROWED_SIZES = 64, 2
 _NARROWING = threading.Lock()  # one for all vectors, which are pickled and shared between threads
+
+
+class Part(NamedTuple):
+    """The part of a vector before a site, in the order of the forward pass, or the one from that site on."""
+
+    site: Site
+    before: bool
 
 
 class SteeringVector:
@@ -96,7 +104,7 @@ class SteeringVector:
         self._digest: bytes | None = None
         self._directions: Mapping[Site, FloatArray] | None = None
         self._max_abs: float | None = None
-        self._narrowed: dict[tuple[int, ...], SteeringVector] = {}
+        self._narrowed: dict[tuple[int, ...] | Part, SteeringVector] = {}
         self._site_digests: list[bytes] | None = None
 
     # --- what it holds
@@ -208,21 +216,29 @@ class SteeringVector:
         if missing or not wanted:
             given = f"layer {missing[0]} is not among its layers" if missing else "no layer is given; its layers are"
             raise SteeringError("layers", f"{given} {summary(mine)}")
-        kept = [i for i, site in enumerate(self._sites) if site.layer in wanted]
+        return self._narrow(wanted, [i for i, site in enumerate(self._sites) if site.layer in wanted])
+
+    def part(self, part: Part) -> "SteeringVector | None":
+        """The same directions at the sites of `part` alone; None where the vector has none there."""
+        if (known := self._narrowed.get(part)) is not None:
+            return known
+        cut = bisect_left(self._sites, site_order(part.site), key=site_order)
+        kept = range(cut) if part.before else range(cut, len(self._sites))
+        return self._narrow(part, kept) if kept else None
+
+    def _narrow(self, key: tuple[int, ...] | Part, kept: list[int] | range) -> "SteeringVector":
         if len(kept) == len(self._sites):
             return self
-        narrow = self._with_block(self._block[kept], self._metadata, tuple(self._sites[i] for i in kept))
-        digests = self._digests_of_sites()
+        digests, sites = self._digests_of_sites(), tuple(self._sites[i] for i in kept)
+        rows = slice(kept.start, kept.stop) if isinstance(kept, range) else kept  # of a range, nothing is copied
+        narrow = self._with_block(self._block[rows], self._metadata, sites)
         narrow._site_digests = [digests[i] for i in kept]
-        self._remember(wanted, narrow)
-        return narrow
-
-    def _remember(self, layers: tuple[int, ...], narrow: "SteeringVector") -> None:
         with _NARROWING:
-            self._narrowed[layers] = narrow
-            rows = sum(len(kept.sites) for kept in self._narrowed.values())
-            while len(self._narrowed) > _NARROWED_KEPT or rows > _NARROWED_SIZES * len(self._sites):
-                rows -= len(self._narrowed.pop(next(iter(self._narrowed))).sites)
+            self._narrowed[key] = narrow
+            held = sum(len(kept.sites) for kept in self._narrowed.values())
+            while len(self._narrowed) > _NARROWED_KEPT or held > _NARROWED_SIZES * len(self._sites):
+                held -= len(self._narrowed.pop(next(iter(self._narrowed))).sites)
+        return narrow
 
     def with_metadata(self, metadata: VectorMetadata) -> "SteeringVector":
         """The same content under other metadata."""

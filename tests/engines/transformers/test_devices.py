@@ -86,7 +86,7 @@ def test_a_tensor_from_another_device_is_steered_here_and_goes_back(monkeypatch:
 
     monkeypatch.setattr(groups, "emit", lambda _module, _hook, value: value)
     site = Site(0, HookPoint.POST_BLOCK)
-    group = SiteGroup([site], OTHER, dtype=torch.float32, hidden_size=32, gates=0, monitor=None)
+    group = SiteGroup([site], OTHER, dtype=torch.float32, hidden_size=32, gates=0)
     group.steer(site, torch.ones(1, 32).as_subclass(Elsewhere))
     assert moves == [OTHER, ONE]
 

@@ -3,13 +3,12 @@
 import pickle
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trimtab import Steering
+from trimtab import Steering, SteeringVector
 from trimtab.engines.vllm import plugin
 from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.core.cache_keys import steering_keys
@@ -17,18 +16,21 @@ from trimtab.engines.vllm.patches.core import STEERED
 from trimtab.engines.vllm.patches.patching import put_on
 from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
+from trimtab.program.gates import ResolvedGate
+from trimtab.program.monitor import behind
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 
 MODEL = ModelSites(4, 2, frozenset({Site(0, HookPoint.POST_BLOCK), Site(1, HookPoint.POST_BLOCK)}))
 BLOCK = 16
 
 
-def request(phase: str | None, prompt: int = 40, scale: float = 1.0, monitor: str = "") -> Any:
+def request(phase: str | None, prompt: int = 40, scale: float = 1.0, monitor: ResolvedGate | None = None) -> Any:
     extra = None
     if phase is not None:
         vector = {"post_block": {"1": [1.0, 2.0, 3.0, 4.0]}}
         spec = {"interventions": [{"kind": "add", "vector": vector, "phase": phase, "scale": scale}]}
-        steering = Steering.parse(spec).resolve({}, replace(MODEL, monitor=monitor))
+        steering = Steering.parse(spec).resolve({}, MODEL)
+        steering = steering if monitor is None else behind(steering, monitor)
         extra = {"steering": Carried(encode(steering), steering)}
     return SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra), num_prompt_tokens=prompt)
 
@@ -65,14 +67,15 @@ def test_steering_of_both_phases_alike_has_no_boundary() -> None:
 
 
 def test_behind_a_monitor_an_answer_steered_like_its_prompt_is_not_found_as_a_prompt() -> None:
-    monitored = request("all", monitor="ab" * 32)
+    monitor = ResolvedGate.of(SteeringVector({Site(0, HookPoint.POST_BLOCK): [1.0] * 4}), 0.0, 1.0)
+    monitored = request("all", monitor=monitor)
     identity = monitored.sampling_params.extra_args["steering"].steering.identity(Phase.DECODE)
     first, second, boundary, after, *_ = keys(monitored)
     assert first == keys(request("all"))[0]
     assert second == ()
     assert boundary == (("trimtab_decode", f"{identity}@8"),)
     assert after == (("trimtab_decode", f"{identity}@0"),)
-    assert keys(request("prefill", monitor="ab" * 32)) == keys(request("prefill"))
+    assert keys(request("prefill", monitor=monitor)) == keys(request("prefill"))
 
 
 def test_a_prompt_shorter_than_a_block_is_named_in_the_block_that_its_answer_fills() -> None:

@@ -53,11 +53,16 @@ def test_answers_and_receipts_are_those_of_the_embedded_engine_behind_the_same_m
             assert answer["steering"]["identity"] == {p.value: want.receipt.identity[p] for p in Phase}
             assert answer["steering"].get("monitor", "") == want.receipt.monitor
             assert bool(want.receipt.monitor) == (phase != "prefill")
+            ours, theirs = answer["steering"].get("gates", []), want.receipt.gates
+            assert [(use["gate"], use["probe"], use["tokens"]) for use in ours] == [
+                (use.gate, "(monitor)", use.tokens) for use in theirs
+            ]
+            assert [use["mean"] for use in ours] == pytest.approx([use.mean for use in theirs], rel=1e-4)
 
 
-def test_the_status_page_shows_the_monitor_and_which_workers_hold_it(client) -> None:
+def test_the_status_page_shows_the_monitor_and_which_workers_read_its_probe(client) -> None:
     page = client.get("/v1/steering").json()
-    digest = page["monitor"].pop("digest")
+    assert len(page["monitor"].pop("digest")) == 64
     assert page["monitor"] == {"probe": "anger.safetensors", "site": "post_block:1", "invert": False} | MONITOR
-    assert [worker["monitors"] for worker in page["workers"]] == [{"post_block:1": digest}]
+    assert [worker["probe_sites"] for worker in page["workers"]] == [["post_block:1"]]
     assert page["gates"] == {"per_phase": 0, "probe_sites": []}

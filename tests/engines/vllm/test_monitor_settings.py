@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from trimtab import Probe
-from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, stamped
+from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, stamped, table_rows
 from trimtab.engines.vllm.settings.monitor import check_reach
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate
-from trimtab.sites import HookPoint, Site
+from trimtab.program.gates import ResolvedGate, rows_needed
+from trimtab.sites import HookPoint, OwnGate, Site
 
 WIDTH, LAYERS = 4, 6
 SITES = [Site(layer, HookPoint.POST_BLOCK) for layer in range(LAYERS)]
@@ -45,9 +45,21 @@ def test_a_monitor_is_its_probe_with_the_numbers_of_a_gate(probe) -> None:
     given = settings({"probe": probe(), "threshold": 2, "sharpness": 3.0, "invert": True})
     gate = given.start_monitor
     assert (gate.site, gate.threshold, gate.sharpness, gate.invert) == (SITES[2], 1.5, 3.0, True)
-    assert model_sites(engine(), given).monitor == gate.digest.hex()
-    assert not model_sites(engine(), given).gates.count  # of itself it serves no gates
-    assert model_sites(engine(), SteeringSettings()).monitor == ""
+    limits = model_sites(engine(), given).gates
+    assert limits.monitor == OwnGate(gate.digest, SITES[2])
+    assert (limits.count, limits.probe_sites) == (0, frozenset())  # of itself it serves no gates
+    assert (limits.per_token, limits.read_sites) == (1, {SITES[2]})
+    assert model_sites(engine(), SteeringSettings()).gates.monitor is None
+
+
+def test_a_monitor_is_one_gate_more_than_the_setting_and_takes_none_from_requests(probe) -> None:
+    monitor = {"probe": probe(), "threshold": 2.0}
+    for more, count in (({}, 0), ({"probe_layers": [1], "gates": 3}, 3)):
+        plain, given = SteeringSettings.parse(more), settings(monitor, **more)
+        limits = model_sites(engine(), given).gates
+        assert (limits.count, limits.per_token) == (count, count + 1)
+        assert limits.probe_sites == model_sites(engine(), plain).gates.probe_sites
+        assert table_rows(engine(), given) == rows_needed(2, count + 1) > table_rows(engine(), plain)
 
 
 def test_the_stamp_tells_engines_with_different_monitors_apart(probe) -> None:

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from trimtab.engines.vllm.carried import Carried
-from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.engines.vllm.frontend.admission import FrontEnd, Monitor
 from trimtab.errors import SteeringError
+from trimtab.program.gates import ResolvedGate
+from trimtab.program.monitor import LABEL
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
@@ -94,9 +96,17 @@ def test_a_default_behind_a_gate_is_binding_too() -> None:
 
 
 def test_a_monitor_changes_nothing_about_the_promise() -> None:
-    model = ModelSites(WIDTH, LAYERS, SITES, MODEL.gates, monitor="ab" * 32)
+    monitor = Monitor(ResolvedGate.of(ANGER.vector, 0.0, 1.0, label=LABEL), {})
+    vectors, probes = VectorRegistry({"calm": CALM, "joy": JOY}), ProbeRegistry({"anger": ANGER})
+    front = FrontEnd(MODEL, vectors, spec(add("calm", phase="decode")), probes=probes, monitor=monitor)
     with pytest.raises(SteeringError, match="binding"):
-        front_end(spec(add("calm", phase="decode")), model).admit(spec(add("calm", scale=-1.0)))
+        front.admit(spec(add("calm", scale=-1.0)))
+    assert admitted(front, spec(add("calm", scale=-0.5))).receipt["default_left"] == 0.5
+    assert admitted(front, spec(add("calm", scale=3.0))).receipt["default_left"] == 1.0
+    told = admitted(front, None).receipt
+    assert told["monitor"] == monitor.gate.digest.hex()
+    assert told["vectors"] == [{"name": "calm", "digest": CALM.digest.hex()}]
+    assert told["probes"] == []
 
 
 def test_only_the_servers_default_says_whether_it_is_binding() -> None:

@@ -9,8 +9,11 @@ from trimtab.engines.vllm.carried import MARK, Carried, Decoded
 from trimtab.engines.vllm.core import checks
 from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
+from trimtab.program.gates import ResolvedGate
+from trimtab.program.monitor import behind
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.spec import Steering
+from trimtab.vectors import SteeringVector
 
 pytestmark = pytest.mark.vllm  # refusals are vLLM's own errors too
 
@@ -58,7 +61,7 @@ def test_what_another_engine_of_this_process_has_read_is_checked_again() -> None
     read = Steering.parse(spec).resolve({}, ModelSites(4, 8, frozenset({elsewhere})))
     with pytest.raises(SteeringError, match="post_block:7 is not served by this engine"):
         checks.check_request(core(), request(Carried(encode(read), read)))
-    monitored = Steering.parse(SPEC).resolve({}, ModelSites(4, 1, frozenset({SITE}), monitor="ab" * 32))
-    asked = request(Carried(encode(monitored), monitored))
-    checks.check_request(core(), asked)
-    assert asked.sampling_params.extra_args["steering"].steering.monitor == ""
+    monitor = ResolvedGate.of(SteeringVector({SITE: [1.0] * 4}), 0.0, 1.0)
+    monitored = behind(Steering.parse(SPEC).resolve({}, MODEL), monitor)
+    with pytest.raises(SteeringError, match="serves 0 per request"):
+        checks.check_request(core(), request(Carried(encode(monitored), monitored)))

@@ -9,8 +9,6 @@ pytestmark = pytest.mark.vllm
 
 outcome = outcomes_of("monitor", {"V1 eager": 40, "V1 compiled": 30, "V2 eager": 10, "V2 compiled": 10})
 
-ROWS_ONLY = [False, False, False, False]
-
 
 def test_a_mixed_batch_answers_as_the_embedded_engine_does(outcome: dict[str, Any]) -> None:
     assert outcome["differs from unmonitored"] >= outcome["requests"] // 4  # the monitor bites
@@ -30,16 +28,17 @@ def test_an_answer_sent_again_as_a_prompt_has_its_full_strength(outcome: dict[st
 def test_the_worker_says_that_it_is_on(outcome: dict[str, Any]) -> None:
     (status,) = outcome["status"]
     assert status["runner"] == outcome["case"][:2].lower()
-    assert list(status["monitors"]) == ["post_block:1"]
+    assert status["probe_sites"] == ["pre_attn:0", "mlp_out:0", "post_block:0", "post_block:1"]
+    assert [use["probe"] for use in status["gates"]] == ["(inline)", "(monitor)"]
     assert status["rows_in_use"] == status["late_variants"] == 0
 
 
-def test_only_the_monitors_site_is_traced_otherwise(outcome: dict[str, Any]) -> None:
-    plain = [ROWS_ONLY, False, None]
-    for site, mode in outcome["emissions"].items():
-        own = site in ("pre_attn:1", "post_block:1")  # one module holds both; it evaluates the probe at one of them
-        assert mode == ([ROWS_ONLY, True, "post_block"] if own else plain), site
-    assert all(mode == plain for mode in outcome.get("plain emissions", {}).values())
+def test_its_graph_is_that_of_gates_with_one_more_and_one_without_a_monitor_has_none(outcome: dict[str, Any]) -> None:
+    for site, role in outcome["roles"].items():
+        assert role == [5, site in ("pre_attn:0", "mlp_out:0", "post_block:0", "post_block:1")], site
+    for site, role in outcome.get("alone roles", {}).items():
+        assert role == [int(site.endswith((":2", ":3"))), site == "pre_attn:2"], site
+    assert all(role == [0, False] for role in outcome.get("plain roles", {}).values())
 
 
 def test_chunked_prompts_preemption_and_other_sites_change_nothing(outcome: dict[str, Any]) -> None:
@@ -60,9 +59,9 @@ def test_ranks_together_answer_as_the_embedded_engine_does(kind: str) -> None:
     first, second = outcome["status"]
     assert first["digest"] == second["digest"]
     if kind == "tp":
-        assert list(first["monitors"]) == list(second["monitors"]) == ["post_block:1"]
+        assert first["probe_sites"] == second["probe_sites"] == ["post_block:1"]
     else:
-        assert (list(first["monitors"]), list(second["monitors"])) == ([], ["post_block:2"])
+        assert (first["probe_sites"], second["probe_sites"]) == ([], ["post_block:2"])
         told = outcome["across stages"]
         assert "steering.monitor.probe: is read at post_block:1, and post_block:2 is steered" in told
         assert "ends before layer 2" in told

@@ -13,8 +13,10 @@ import pytest
 from trimtab.engines.vllm.carried import Carried, Decoded, checked, held_bytes
 from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
+from trimtab.program.gates import ResolvedGate, VectorReference
+from trimtab.program.monitor import LABEL, behind
 from trimtab.serving import memo
-from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
 
@@ -28,9 +30,19 @@ SETTINGS: Any = SimpleNamespace(
 )
 
 
-def admitted(vector: Any, **step: Any) -> Carried:
+PROBE = SteeringVector({SITES[1]: np.ones(WIDTH)})
+MONITOR = ResolvedGate.of(PROBE, 0.5, 2.0, reference=VectorReference(LABEL, PROBE.digest), label=LABEL)
+MONITORED = replace(MODEL, gates=GateLimits(monitor=OwnGate(MONITOR.digest, SITES[1])))
+WITH_PROBE: Any = SimpleNamespace(
+    start_vectors={"calm": CALM}, start_probes={},
+    start_vectors_by_digest={CALM.digest: CALM, PROBE.digest: PROBE},
+)  # fmt: skip
+
+
+def admitted(vector: Any, monitor: ResolvedGate | None = None, **step: Any) -> Carried:
     spec = {"interventions": [{"kind": "add", "vector": vector, **step}]}
     resolved = Steering.parse(spec).resolve({"calm": CALM}, MODEL)
+    resolved = resolved if monitor is None else behind(resolved, monitor)
     return Carried(encode(resolved, views=True), resolved)
 
 
@@ -57,9 +69,6 @@ def test_what_was_admitted_for_another_engine_is_refused() -> None:
 
 
 def test_what_another_engine_of_this_process_admitted_is_read_anew() -> None:
-    wire = replace_monitor(admitted("calm"), "aa" * 32)
-    here = checked(wire, SETTINGS, replace(MODEL, monitor="bb" * 32))
-    assert here.steering.monitor == "bb" * 32
     nameless: Any = SimpleNamespace(start_vectors={}, start_probes={}, start_vectors_by_digest={})
     with pytest.raises(SteeringError, match="not registered in this process"):
         checked(admitted("calm"), nameless, MODEL)
@@ -78,8 +87,21 @@ def test_what_one_engine_took_over_another_still_checks() -> None:
         checked(by_name, nameless, MODEL)
 
 
-def replace_monitor(wire: Carried, monitor: str) -> Carried:
-    return Carried(wire, replace(wire.steering, monitor=monitor))
+@pytest.mark.parametrize("vector", ["calm", JOY], ids=["name", "content"])
+@pytest.mark.parametrize("through", [lambda wire: wire, sent], ids=["here", "sent"])
+def test_an_engine_takes_what_stands_behind_its_monitor_and_nothing_that_was_admitted_without_it(
+    vector: Any, through: Any
+) -> None:
+    wire = admitted(vector, MONITOR)
+    assert checked(through(wire), WITH_PROBE, MONITORED).steering == wire.steering
+    with pytest.raises(SteeringError, match="admitted without this engine's monitor"):
+        checked(through(admitted(vector)), WITH_PROBE, MONITORED)
+    ends_before_it = admitted("calm", layers=[0]) if vector == "calm" else admitted(JOY.at([0]))
+    assert checked(through(ends_before_it), WITH_PROBE, MONITORED)
+    assert checked(through(admitted(vector, phase="prefill")), WITH_PROBE, MONITORED)
+    other = replace(MONITORED, gates=GateLimits(monitor=OwnGate(b"other", SITES[1])))
+    with pytest.raises(SteeringError, match="serves 0 per request"):
+        checked(through(wire), WITH_PROBE, other)
 
 
 def test_layers_of_a_registered_vector_count_as_content(monkeypatch: pytest.MonkeyPatch) -> None:

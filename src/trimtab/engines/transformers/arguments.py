@@ -8,6 +8,7 @@ from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
 from trimtab.program.gates import ResolvedGate, check_monitor
+from trimtab.program.monitor import LABEL, behind
 from trimtab.sites import GateLimits, ModelSites
 from trimtab.spec import Gate, Steering
 from trimtab.spec.faults import join
@@ -25,9 +26,8 @@ class Names:
     monitor: ResolvedGate | None = None
 
     def served_by(self, hook_map: HookMap) -> ModelSites:
-        """The model's sites, with its gates and its monitor."""
-        limits = GateLimits(self.gates, hook_map.sites.sites)
-        return replace(hook_map.sites, gates=limits, monitor="" if self.monitor is None else self.monitor.digest.hex())
+        """The model's sites, with its gates."""
+        return replace(hook_map.sites, gates=GateLimits(self.gates, hook_map.sites.sites))
 
 
 def resolve_monitor(monitor: Any, probes: Mapping[str, Probe], hook_map: HookMap) -> ResolvedGate | None:
@@ -45,7 +45,7 @@ def resolve_monitor(monitor: Any, probes: Mapping[str, Probe], hook_map: HookMap
         raise SteeringError("monitor.probe", f"is read at {gate.site}: {reason}")
     if gate.probe.hidden_size != (width := hook_map.sites.hidden_size):
         raise SteeringError("monitor.probe", f"has width {gate.probe.hidden_size}; this model needs {width}")
-    return gate
+    return replace(gate, label=LABEL)
 
 
 def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> list[ResolvedSteering | None]:
@@ -69,10 +69,11 @@ def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> l
 
 def _resolve(spec: Any, prefix: str, names: Names, hook_map: HookMap) -> ResolvedSteering:
     try:
-        return Steering.parse(spec).resolve(names.vectors, names.served_by(hook_map), names.probes)
+        resolved = Steering.parse(spec).resolve(names.vectors, names.served_by(hook_map), names.probes)
     except SteeringError as error:
         field = f"{prefix}.{error.field}".strip(".")
         raise SteeringError(field, error.message + _reason(error, hook_map)) from None
+    return resolved if names.monitor is None else behind(resolved, names.monitor)
 
 
 def _reason(error: SteeringError, hook_map: HookMap) -> str:

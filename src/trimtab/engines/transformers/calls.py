@@ -17,7 +17,6 @@ from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.probe import evaluating
 from trimtab.program import ResolvedSteering
-from trimtab.program.gates import ResolvedGate
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,6 @@ def generate_steered(
     call: Call,
     *,
     homes: Mapping[int, torch.device],
-    monitor: ResolvedGate | None = None,
     observe: Callable[[], Any] | None = None,
 ) -> tuple[Outputs, SteeringSession | None]:
     """Run the call. `steering[b]` acts on row b of `batch`; nobody steered needs no session.
@@ -107,7 +105,7 @@ def generate_steered(
     )
     session = None
     if any(item is not None for item in steering):
-        session = SteeringSession(hook_map, batch, steering, progress, dtype=model.dtype, homes=homes, monitor=monitor)
+        session = SteeringSession(hook_map, batch, steering, progress, dtype=model.dtype, homes=homes)
     with evaluating(model), ExitStack() as stack:
         first_layer = next(iter(hook_map.decoder))
         stack.enter_context(progress.watching(first_layer, None if session is None else session.begin))

@@ -11,9 +11,8 @@ from torch import nn
 
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import DecoderLayers
-from trimtab.ops import Emission, SteeringBuffers, emit, set_emission
+from trimtab.ops import SteeringBuffers, emit
 from trimtab.program import ResolvedSteering
-from trimtab.program.gates import ResolvedGate
 from trimtab.runtime import GateUse, SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import Site
 
@@ -49,14 +48,11 @@ class SiteGroup:
         dtype: torch.dtype,
         hidden_size: int,
         gates: int,
-        monitor: ResolvedGate | None,
     ) -> None:
         self.sites = sites
         self._device, self._dtype, self._hidden_size = device, dtype, hidden_size
-        self._gates, self._monitor = gates, monitor
+        self._gates = gates
         self._holders = {site.layer: nn.Module() for site in sites}
-        if monitor is not None:
-            set_emission(self._holders[monitor.site.layer], Emission(cross_layer=True, monitor_at=monitor.site.hook))
         self._runtime: SteeringRuntime | None = None
         self._rows = 0
         self._uses: dict[tuple[int, str], GateUse] = {}  # by row and gate, of runtimes that grew out of use
@@ -82,8 +78,6 @@ class SiteGroup:
         for site in self.sites:
             buffers.attach(self._holders[site.layer], site)
         self._runtime = SteeringRuntime(buffers, max_requests=rows)
-        if self._monitor is not None:
-            self._runtime.set_monitor(self._monitor)
         for row, one in enumerate(steering):
             self._runtime.admit(str(row), one)
 

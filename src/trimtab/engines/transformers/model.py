@@ -109,7 +109,7 @@ class SteeredModel:
 
     @property
     def sites(self) -> ModelSites:
-        """Everything that can be steered and read in this model, and the gates and the monitor that it serves."""
+        """Everything that can be steered and read in this model, and the gates that it serves."""
         return self._names.served_by(self._map)
 
     @property
@@ -168,7 +168,7 @@ class SteeredModel:
         filler = self._pad_token(call.pad_token, call.ends)
         batch = pad(rows, "left", filler, self._device)
         outputs, session = generate_steered(
-            self._model, self._map, batch, resolved, call.padded_with(filler), homes=self._homes, monitor=self._monitor
+            self._model, self._map, batch, resolved, call.padded_with(filler), homes=self._homes
         )
 
         results = []

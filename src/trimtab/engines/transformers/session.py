@@ -14,7 +14,6 @@ from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.taps import Transform
 from trimtab.program import ResolvedSteering
-from trimtab.program.gates import ResolvedGate
 from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
 
@@ -25,8 +24,8 @@ class SteeringSession:
     """Steers the forward passes of one batch. `steering[b]` belongs to row b of `batch`: all its beams or samples.
 
     `progress` says which tokens a pass brings. `homes` says where each layer lives, and so where the buffers of its
-    sites do. `monitor` gates what decode tokens receive, from its site on. What a gate decides at one site acts at
-    others, so a call with gates or a monitor keeps all its buffers where its first site is.
+    sites do. What a gate decides at one site acts at others, so a call with gates keeps all its buffers where its first
+    site is.
     """
 
     def __init__(
@@ -38,7 +37,6 @@ class SteeringSession:
         *,
         dtype: torch.dtype,
         homes: Mapping[int, torch.device],
-        monitor: ResolvedGate | None = None,
     ) -> None:
         self._map, self._progress, self._prompts = hook_map, progress, len(steering)
         copies = progress.rows // len(steering)  # beams or samples of one prompt lie side by side
@@ -46,17 +44,14 @@ class SteeringSession:
         self._padding = progress.padding
         self._lengths = np.repeat(np.repeat(batch.lengths, copies), 3)
         steered = [item for item in steering if item is not None]
-        monitor = monitor if any(item.monitored for item in steered) else None
-        read = () if monitor is None else (monitor.site,)
-        used = {site for item in steered for site in (*item.sites, *(gate.site for gate in item.gates))}
-        self._sites = sorted({*used, *read})
+        self._sites = sorted({site for item in steered for site in (*item.sites, *(gate.site for gate in item.gates))})
         gates = max((len(item.program(phase).gated) for item in steered for phase in Phase), default=0)
         places: dict[torch.device, list[Site]] = {}
         for site in self._sites:
-            first = self._sites[0] if gates or monitor is not None else site
+            first = self._sites[0] if gates else site
             places.setdefault(homes[first.layer], []).append(site)
         self._groups = [
-            SiteGroup(sites, device, dtype=dtype, hidden_size=hook_map.sites.hidden_size, gates=gates, monitor=monitor)
+            SiteGroup(sites, device, dtype=dtype, hidden_size=hook_map.sites.hidden_size, gates=gates)
             for device, sites in places.items()
         ]
         self._names = [name for row in range(progress.rows) for name in (NOT_STEERED, str(row), NOT_STEERED)]

@@ -8,7 +8,6 @@ another process is a plain dict and is not trusted: the engine core reads it onc
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -18,6 +17,7 @@ from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering, Term
 from trimtab.program.codec import decode
 from trimtab.program.gates import check_served
+from trimtab.program.monitor import reaches
 from trimtab.serving.memo import Recent, key_of
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import ModelSites
@@ -80,14 +80,14 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: D
     if isinstance(given, Carried):
         if (taken := given.taken) is not None and taken[0] is settings and taken[1] is model:
             return given
-        if _is_at_home(given, settings, model):
+        if _is_at_home(given, settings):
             _check_served(given.steering, model)  # its content was read and named in this process: not again
             given.taken = settings, model
             return given
     key = None if recent is None else key_of(given)
     if recent is not None and (known := recent.get(key)) is not None:
         return Carried(given, known)
-    steering = replace(decode(given, settings.start_vectors_by_digest), monitor=model.monitor)
+    steering = decode(given, settings.start_vectors_by_digest)
     _check_served(steering, model)
     if recent is not None:
         recent.put(key, steering, held_bytes(steering))
@@ -131,17 +131,22 @@ def _terms(steering: ResolvedSteering) -> tuple[Term, ...]:
     return (*steering.prefill.all_terms, *steering.decode.all_terms)
 
 
-def _is_at_home(given: Carried, settings: SteeringSettings, model: ModelSites) -> bool:
-    """Whether an engine of this process may take over `given` as it is: another's has its own monitor and names."""
+def _is_at_home(given: Carried, settings: SteeringSettings) -> bool:
+    """Whether an engine of this process may take over `given` as it is: another's has its own names."""
     known = settings.start_vectors_by_digest
     named = [vector["digest"] for vector in given["vectors"] if "digest" in vector]
-    return given.steering.monitor == model.monitor and all(digest in known for digest in named)
+    return all(digest in known for digest in named)
 
 
 def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
     if not model.sites.issuperset(steering.sites):
         missing = next(site for site in steering.sites if site not in model.sites)
         raise SteeringError(SETTINGS_KEY, f"{missing} is not served by this engine")
+    monitor = model.gates.monitor
+    if monitor is not None and reaches(steering, monitor.site):
+        raise SteeringError(
+            SETTINGS_KEY, "was admitted without this engine's monitor: give the front end the same steering settings"
+        )
     steering.check_gate_count(model.gates, SETTINGS_KEY)
     for term in _terms(steering):
         if term.vector.hidden_size != model.hidden_size:

@@ -25,7 +25,7 @@ from support import (
     two_ranks,
 )
 from trimtab import Probe
-from trimtab.ops.emission import emission
+from trimtab.ops.gates import decides, gate_count
 from trimtab.sites import HookPoint, Site
 
 HOOKS = ["pre_attn", "mlp_out", "post_block"]
@@ -74,7 +74,7 @@ def main(mode, requests):
         ),
         "next turn": next_turn(llm, model, ours),
         "status": status(llm),
-        "emissions": emissions(llm),
+        "roles": roles(llm),
     }
     if mode == "eager":
         outcome |= others(folder, model, settings, ours)
@@ -105,19 +105,16 @@ def others(folder, model, settings, ours):
         setting, same = monitor(*at, invert=True)
         llm = engine(folder, steering={"monitor": setting, "hook_points": HOOKS})
         kept.append(llm)
+        found.setdefault("alone roles", roles(llm))
         found[at[1]] = differences(generate(llm, long, specs, 12), oracle(model, long, specs, 12, monitor=same))
-    found["plain emissions"] = emissions(engine(folder, steering={"hook_points": HOOKS}))
+    found["plain roles"] = roles(engine(folder, steering={"hook_points": HOOKS}))
     return found
 
 
-def emissions(llm):
-    """What sets apart the emission of each module from that of plain rows."""
-    worker = llm.llm_engine.model_executor.driver_worker.worker
-    found = {}
-    for site, module in worker._trimtab.attachment.modules.items():
-        mode = emission(module)
-        found[str(site)] = [list(mode.terms), mode.cross_layer, mode.monitor_at]
-    return found
+def roles(llm):
+    """How many gates a token may have at each site, and whether a probe is read there."""
+    modules = llm.llm_engine.model_executor.driver_worker.worker._trimtab.attachment.modules
+    return {str(site): [gate_count(module, site.hook), decides(module, site.hook)] for site, module in modules.items()}
 
 
 def parallel(kind, requests, mode="eager"):

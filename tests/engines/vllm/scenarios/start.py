@@ -29,7 +29,7 @@ def main() -> None:
         "gates that never shut": lambda: _with_gates(folder, gate_op_args=_open_all),
     }
     refused = {name: _refusal(start) for name, start in starts.items()}
-    llm = engine(folder, steering={"gates": 2, "probe_layers": [1]})
+    llm = engine(folder, steering=GATES)
     attached = llm.llm_engine.model_executor.driver_worker.worker._trimtab.attachment
     roles = {
         str(site): [gate_count(module, site.hook), decides(module, site.hook)]
@@ -96,27 +96,25 @@ def _without_adding(folder):
 def _without_monitoring(folder):
     """A model that adds, but past its monitor, as one does that was compiled before there was one."""
     from trimtab import Probe
-    from trimtab.engines.vllm.worker import attach
     from trimtab.sites import HookPoint, Site
 
     path = SCRATCH / "monitor.safetensors"
-    Probe.at(Site(1, HookPoint.POST_BLOCK), [1.0] * HIDDEN).save(path)
-    original = attach.set_emission
-    attach.set_emission = lambda module, mode: original(module, mode._replace(cross_layer=False))
-    try:
-        return engine(folder, steering={"monitor": {"probe": str(path), "threshold": 0.0}})
-    finally:
-        attach.set_emission = original
+    Probe.at(Site(2, HookPoint.POST_BLOCK), [1.0] * HIDDEN).save(path)
+    monitor = {"monitor": {"probe": str(path), "threshold": 0.0}}
+    return _with_gates(folder, monitor, gate_count=lambda original: lambda module, hook: 0)
 
 
-def _with_gates(folder, **faults):
+GATES = {"gates": 2, "probe_layers": [1]}
+
+
+def _with_gates(folder, settings=GATES, **faults):
     """A model with gates of which some function of `emit` is not what it should be."""
     emit = importlib.import_module("trimtab.ops.emit")
     originals = {name: getattr(emit, name) for name in faults}
     for name, fault in faults.items():
         setattr(emit, name, fault(originals[name]))
     try:
-        return engine(folder, steering={"gates": 2, "probe_layers": [1]})
+        return engine(folder, steering=settings)
     finally:
         for name, original in originals.items():
             setattr(emit, name, original)

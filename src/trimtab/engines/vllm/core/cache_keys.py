@@ -10,7 +10,7 @@ added to the tokens before, and on which of them counted as prompt. The keys say
 So equal specs share prompt blocks, decode-only steering shares them with unsteered traffic, a steered answer that is
 sent again as a prompt is computed anew, and so are the same tokens with another prompt length. A request whose phases
 are steered alike has no boundary, and its answer's blocks are found again by the next turn. Unsteered keys are vLLM's.
-An engine's monitor acts on decode tokens alone and is in their identity, so behind it no request is steered alike.
+An engine's monitor is a gate of decode tokens alone, so a request that it acts on is not steered alike.
 
 What has no keys would be shared with everyone, so nothing here is silent: a steered engine hashes no request whose
 steering it has not read, and starts only if its own hasher is seen to ask for the keys.

@@ -12,6 +12,8 @@ from trimtab.engines.vllm.carried import Carried, held_bytes
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import encode
+from trimtab.program.gates import ResolvedGate
+from trimtab.program.monitor import behind
 from trimtab.serving.memo import Recent, key_of
 from trimtab.serving.names import check_fixed, check_known
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
@@ -37,6 +39,13 @@ class Catalogue(NamedTuple):
     probes: Mapping[str, Probe]
 
 
+class Monitor(NamedTuple):
+    """A server's monitor, and how its status route shows it."""
+
+    gate: ResolvedGate
+    shown: Mapping[str, Any]
+
+
 class Observer(Protocol):
     """Counts what happens at the doors."""
 
@@ -57,17 +66,18 @@ class FrontEnd:
         default: Any = None,
         observer: Observer | None = None,
         probes: ProbeRegistry | None = None,
-        monitor: Mapping[str, Any] | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         self.model = model
-        self.monitor = monitor  # as the status route shows it
+        self.monitor = monitor
         self.registry = registry
         self.probes = ProbeRegistry({}) if probes is None else probes
         self.default = None if default is None else _parse_default(default)
         self._observer = observer
         self._held = {vector.digest for vector in self.registry.start.values()}  # what workers have from start
         self._held |= {probe.vector.digest for probe in self.probes.start.values()}
-        self._default_admission: tuple[Catalogue, Carried] | None = None
+        self._held |= set() if monitor is None else {monitor.gate.probe.digest}
+        self._default_admission: tuple[Catalogue, Carried, ResolvedSteering] | None = None
         # Admissions of specs that consist of names, and what the names stood for.
         self._recent: tuple[Catalogue | None, Recent[Carried]] = (None, Recent())
         self._last_names = Catalogue({}, {})
@@ -84,7 +94,7 @@ class FrontEnd:
         if given is None and self.default is None:
             return None
         try:
-            admitted = self._admit_default() if given is None else self._admit(given)
+            admitted = self._admit_default()[0] if given is None else self._admit(given)
         except SteeringError as error:
             where = f"{FIELD}.{error.field}" if error.field else FIELD
             self.refuse(error.field, count=count)
@@ -98,20 +108,20 @@ class FrontEnd:
         if count and self._observer is not None:
             self._observer.refused(refusal_reason(field))
 
-    def _admit_default(self) -> Carried:
+    def _admit_default(self) -> tuple[Carried, ResolvedSteering]:
+        """The default, and what it asks for without the monitor."""
         names = self._names()
         if self._default_admission is None or self._default_admission[0] is not names:
             assert self.default is not None
             try:
-                admitted = self._finish(self.default.spec, names, 1.0)
-                if not admitted.steering.sites:
+                asked = self._resolve(self.default.spec, names)
+                if not asked.sites:
                     raise SteeringError("interventions", "adds nothing: leave the default out, or correct it")
             except SteeringError as error:
                 # The operator's spec, not the caller's: say so, with the path in the operator's own file.
                 raise SteeringError("", f"the server's default spec: {error}") from error
-            self._default_admission = (names, admitted)
-            return admitted
-        return self._default_admission[1]
+            self._default_admission = (names, self._carried(asked, 1.0), asked)
+        return self._default_admission[1:]
 
     def _admit(self, given: Any) -> Carried:
         names = self._names()
@@ -129,11 +139,11 @@ class FrontEnd:
 
     def _admit_anew(self, steering: Steering, names: Catalogue) -> Carried:
         if self.default is None:
-            return self._finish(steering, names)
-        default = self._admit_default().steering
+            return self._carried(self._resolve(steering, names))
+        _, default = self._admit_default()
         left = self.default.left_by(steering, lambda part: self._resolve(part, names), default)
         try:
-            return self._finish(merge(self.default.spec, steering), names, left)
+            return self._carried(self._resolve(merge(self.default.spec, steering), names), left)
         except SteeringError as error:
             raise SteeringError("", f"together with the server's default spec: {error}") from error
 
@@ -149,9 +159,9 @@ class FrontEnd:
         check_known(steering, self.registry, self.probes)
         return steering.resolve(names.vectors, self.model, names.probes)
 
-    def _finish(self, steering: Steering, names: Catalogue, default_left: float | None = None) -> Carried:
-        resolved = self._resolve(steering, names)
-        return Carried(encode(resolved, self._held, views=True), resolved, default_left)
+    def _carried(self, asked: ResolvedSteering, default_left: float | None = None) -> Carried:
+        steering = asked if self.monitor is None else behind(asked, self.monitor.gate)
+        return Carried(encode(steering, self._held, views=True), steering, default_left)
 
 
 def _parse_default(given: Any) -> ServerDefault:

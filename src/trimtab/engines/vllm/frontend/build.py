@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from trimtab.engines.vllm.frontend.admission import FrontEnd
+from trimtab.engines.vllm.frontend.admission import FrontEnd, Monitor
 from trimtab.engines.vllm.frontend.start_log import log_start
 from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
 from trimtab.serving.admin import admin_key
@@ -24,8 +24,8 @@ def build_front_end(vllm_config: Any) -> FrontEnd | None:
     probes = ProbeRegistry(settings.start_probes, None if directory is None else directory / "probes")
     counters = metrics()
     counters.vectors(len(registry.vectors()))
-    monitor = settings.start_monitor
-    shown = settings.monitor.describe(monitor) if settings.monitor is not None and monitor is not None else None
-    front_end = FrontEnd(model_sites(vllm_config, settings), registry, settings.default, counters, probes, shown)
+    model, gate = model_sites(vllm_config, settings), settings.start_monitor
+    monitor = Monitor(gate, settings.monitor.describe(gate)) if settings.monitor and gate else None
+    front_end = FrontEnd(model, registry, settings.default, counters, probes, monitor)
     log_start(front_end, settings)
     return front_end

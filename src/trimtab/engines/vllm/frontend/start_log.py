@@ -33,7 +33,7 @@ def start_block(front_end: FrontEnd, settings: SteeringSettings) -> Iterator[str
     yield from _names(front_end.registry, settings.vectors)
     yield from _names(front_end.probes, settings.probes)
     yield f"  default: {'none' if front_end.default is None else json.dumps(_short(front_end.default))}"
-    yield f"  monitor: {'none' if front_end.monitor is None else json.dumps(front_end.monitor)}"
+    yield f"  monitor: {'none' if front_end.monitor is None else json.dumps(front_end.monitor.shown)}"
     if admin_key() is None:
         yield f"  names can be registered and deleted by whoever may send requests; {VARIABLE} sets a key for that"
     else:

@@ -89,7 +89,7 @@ class EndpointPlugin:
                     "per_phase": front_end.model.gates.count,
                     "probe_sites": list(map(str, sorted(front_end.model.gates.probe_sites, key=site_order))),
                 },
-                "monitor": front_end.monitor,
+                "monitor": None if front_end.monitor is None else front_end.monitor.shown,
                 "default": None if front_end.default is None else front_end.default.shown(),
                 "workers": [{"engine": engine, **_shown(worker)} for engine in engines for worker in engines[engine]],
                 "workers_agree": all(len({worker.get("digest") for worker in own}) == 1 for own in engines.values()),

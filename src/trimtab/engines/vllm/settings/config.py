@@ -17,7 +17,7 @@ from trimtab.engines.vllm.settings.monitor import MonitorSettings, check_reach
 from trimtab.engines.vllm.settings.travelling import Travelling
 from trimtab.errors import SteeringError
 from trimtab.program.gates import ResolvedGate, rows_needed
-from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
+from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 from trimtab.version import __version__, code_version
@@ -136,8 +136,10 @@ class SteeringSettings(BaseModel):
 
     @cached_property
     def start_vectors_by_digest(self) -> dict[bytes, SteeringVector]:
-        """`start_vectors` and the directions of `start_probes`, as requests refer to them between processes."""
+        """`start_vectors` and the directions of all probes, as requests refer to them between processes."""
         vectors = [*self.start_vectors.values(), *(probe.vector for probe in self.start_probes.values())]
+        if self.start_monitor is not None:
+            vectors.append(self.start_monitor.probe)
         return {vector.digest: vector for vector in vectors}
 
     def read_files(self) -> "SteeringSettings":
@@ -157,15 +159,16 @@ def model_sites(vllm_config: Any, settings: SteeringSettings) -> ModelSites:
     sites = frozenset(Site(layer, hook) for layer in chosen for hook in settings.hook_points)
     readable = settings.chosen_probe_sites(num_layers, sites)
     stages = _later_stages(vllm_config, num_layers)
-    gates = GateLimits(settings.gates, readable, stages) if readable else GateLimits()
+    count = settings.gates if readable else 0
     if (monitor := settings.start_monitor) is None:
-        return ModelSites(hidden_size, num_layers, sites, gates)
+        return ModelSites(hidden_size, num_layers, sites, GateLimits(count, readable, stages))
     field, width = f"{SETTINGS_KEY}.monitor.probe", monitor.probe.hidden_size
     if width != hidden_size:
         raise SteeringError(field, f"has width {width}, this model has hidden size {hidden_size}")
     _check_readable(field, monitor.site, sites)
     check_reach(monitor, sites, stages)
-    return ModelSites(hidden_size, num_layers, sites, gates, monitor.digest.hex())
+    limits = GateLimits(count, readable, stages, OwnGate(monitor.digest, monitor.site))
+    return ModelSites(hidden_size, num_layers, sites, limits)
 
 
 def table_rows(vllm_config: Any, settings: SteeringSettings) -> int:
@@ -174,7 +177,7 @@ def table_rows(vllm_config: Any, settings: SteeringSettings) -> int:
     Raises `SteeringError` where `max_rows` asks for fewer: admission of a request must never fail.
     """
     requests = int(vllm_config.scheduler_config.max_num_seqs)
-    gates = model_sites(vllm_config, settings).gates.count
+    gates = model_sites(vllm_config, settings).gates.per_token
     needed = rows_needed(requests, gates)
     if settings.max_rows is None:
         return needed
@@ -203,7 +206,7 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
         "layers": sorted({site.layer for site in model.sites}),
         "gates": model.gates.count,
         "probe_sites": sorted(map(str, model.gates.probe_sites)),
-        "monitor": model.monitor,
+        "monitor": "" if settings.start_monitor is None else settings.start_monitor.digest.hex(),
         "rows": table_rows(vllm_config, settings),
         "vectors": {name: vector.digest.hex() for name, vector in settings.start_vectors.items()},
         "probes": {name: probe.digest.hex() for name, probe in settings.start_probes.items()},

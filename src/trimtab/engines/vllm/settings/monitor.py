@@ -1,8 +1,4 @@
-"""The engine's monitor: one probe, from a file, before all steering of decode tokens that stands behind no gate.
-
-It never changes while an engine runs. What requests are told of it, and what keeps their KV apart from that of another
-engine, is its digest in `ModelSites.monitor`.
-"""
+"""The setting of the engine's monitor, which never changes while an engine runs: see `trimtab.program.monitor`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate
+from trimtab.program.gates import ResolvedGate, VectorReference
+from trimtab.program.monitor import LABEL
 from trimtab.sites import GateLimits, Site, site_order
 from trimtab.spec.fields import Number
 from trimtab.vectors.probe import Probe
@@ -36,8 +33,10 @@ class MonitorSettings(BaseModel):
             probe = Probe.load(self.probe)
         except (OSError, ValueError) as error:
             raise SteeringError(f"{FIELD}.probe", f"{self.probe} cannot be loaded: {error}") from error
+        reference = VectorReference(LABEL, probe.vector.digest)  # each process reads the file
+        threshold = self.threshold - probe.bias
         try:
-            return ResolvedGate.of(probe.vector, self.threshold - probe.bias, self.sharpness, self.invert)
+            return ResolvedGate.of(probe.vector, threshold, self.sharpness, self.invert, reference, LABEL)
         except SteeringError as error:
             raise SteeringError(f"{FIELD}.{error.field}", error.message) from None
 

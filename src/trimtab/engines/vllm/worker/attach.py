@@ -13,7 +13,6 @@ from trimtab.engines.vllm.worker.streams import unsupported_reason
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, set_emission
-from trimtab.ops.emission import emission
 from trimtab.runtime import probes_needed
 from trimtab.sites import HookPoint, Site
 
@@ -47,9 +46,9 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
         max_tokens=_max_tokens(vllm_config),
         dtype=vllm_config.model_config.dtype,
         device=device,
-        gates=wanted.gates.count,
-        max_probes=probes_needed(int(vllm_config.scheduler_config.max_num_seqs), wanted.gates.count),
-        probe_sites=wanted.gates.probe_sites,
+        gates=wanted.gates.per_token,
+        max_probes=probes_needed(int(vllm_config.scheduler_config.max_num_seqs), wanted.gates.per_token),
+        probe_sites=wanted.gates.read_sites,
     )
     mode = Emission(traced=settings.backend != "triton", terms=ROWS_ONLY, eager=_runs_eagerly(vllm_config))
     modules: dict[Site, nn.Module] = {}
@@ -59,12 +58,9 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
             site = Site(index, hook)
             buffers.attach(module, site)
             modules[site] = module
-    probe_sites = tuple(site for site in buffers.sites if site in wanted.gates.probe_sites)
+    probe_sites = tuple(site for site in buffers.sites if site in wanted.gates.read_sites)
     for module in modules.values():
         set_emission(module, mode)
-    monitor = settings.start_monitor
-    if monitor is not None and (watched := modules.get(monitor.site)) is not None:
-        set_emission(watched, emission(watched)._replace(cross_layer=True, monitor_at=monitor.site.hook))
     return Attachment(buffers, modules, probe_sites)
 
 

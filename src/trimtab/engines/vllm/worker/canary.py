@@ -3,7 +3,7 @@
 It finds what no reading of the configuration can: a stale compile artifact, a layer whose class was taken for another
 convention, a model that goes around its layers' `forward`. One forward pass tests many sites, since token i of a dummy
 batch is steered at site i alone. Behind a gate that is open the same canaries must change it too; behind one that is
-shut, or a monitor that is, they must change nothing.
+shut they must change nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,17 +23,17 @@ from trimtab.sites import Site, site_order
 _STRENGTH = 64.0  # far above rounding in any dtype, far below float16's range
 
 
-def require_live_sites(worker: Any, attachment: Attachment, is_v2: bool, monitor: Site | None = None) -> None:
-    """Raise `SteeringError` naming each site of this rank whose canary changes nothing, and each that gates, or an
-    engine's monitor, read at the site `monitor`, do not reach. Leaves the buffers as new.
+def require_live_sites(worker: Any, attachment: Attachment, is_v2: bool) -> None:
+    """Raise `SteeringError` naming each site of this rank whose canary changes nothing, and each that gates do not
+    reach. Leaves the buffers as new.
     """
     if not attachment.buffers.sites:
         return
     with awake(attachment.buffers.states):  # warm-up may have run real steps, with nobody steered
-        _require_live_sites(worker, attachment, is_v2, monitor)
+        _require_live_sites(worker, attachment, is_v2)
 
 
-def _require_live_sites(worker: Any, attachment: Attachment, is_v2: bool, monitor: Site | None) -> None:
+def _require_live_sites(worker: Any, attachment: Attachment, is_v2: bool) -> None:
     buffers = attachment.buffers
     forward = _forward_v2(worker) if is_v2 else _forward_v1(worker)
     most = min(int(worker.vllm_config.scheduler_config.max_num_seqs), buffers.table.shape[1] - 1)
@@ -57,11 +57,6 @@ def _require_live_sites(worker: Any, attachment: Attachment, is_v2: bool, monito
         open_ones = found(probed, lambda places: _gated_canaries(buffers, places, probes, shut=True), moving=True)
         if open_ones:
             raise _fault("steering.gates", "a shut gate has no effect", open_ones, "as if it had no gates")
-    if monitor in buffers.sites:
-        behind = buffers.sites.index(monitor)
-        unreached = found(behind, lambda places: _canaries(buffers, places, shut_monitor=monitor), moving=True)
-        if unreached:
-            raise _fault("steering.monitor", "has no effect", unreached, "as if it had none")
 
 
 def _fault(field: str, what: str, sites: list[Site], how: str) -> SteeringError:
@@ -91,12 +86,12 @@ def _moved(
 
 
 @contextmanager
-def _canaries(buffers: SteeringBuffers, places: range, shut_monitor: Site | None = None) -> Iterator[None]:
-    """Steer token i at the i-th of `places`, behind the monitor of a site, shut, if one is given."""
+def _canaries(buffers: SteeringBuffers, places: range) -> Iterator[None]:
+    """Steer token i at the i-th of `places`."""
     count = len(places)
     try:
         buffers.index[:count] = torch.arange(1, count + 1, device=buffers.index.device)
-        with _rows(buffers, places), _shut_monitor(buffers, shut_monitor):
+        with _rows(buffers, places):
             yield
     finally:
         buffers.index[:count] = 0
@@ -137,25 +132,6 @@ def _rows(buffers: SteeringBuffers, places: range) -> Iterator[None]:
     finally:
         buffers.any_active[places.start : places.stop] = False
         buffers.table[places.start : places.stop, 1 : count + 1] = 0
-
-
-@contextmanager
-def _shut_monitor(buffers: SteeringBuffers, site: Site | None) -> Iterator[None]:
-    """Let the monitor of `site` open for no token, and count every token as decode, which it acts on."""
-    if site is None:
-        yield
-        return
-    place, params = buffers.sites.index(site), buffers.monitor_params
-    try:
-        params[place, 0], params[place, 2] = -NO_THRESHOLD, 1.0  # the probe is still zero, and so is each score
-        buffers.monitor_active[place] = True
-        buffers.decode_mask.fill_(1.0)
-        yield
-    finally:
-        params[place, 0], params[place, 2] = 0.0, 0.0
-        buffers.monitor_active[place] = False
-        buffers.decode_mask.zero_()
-        buffers.row_gate.fill_(1.0)
 
 
 def _forward_v1(worker: Any) -> Callable[[int], Tensor]:

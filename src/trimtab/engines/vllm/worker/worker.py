@@ -44,9 +44,6 @@ def attach_worker(worker: Any) -> WorkerSteering:
     if attachment.modules:
         limit = int(worker.vllm_config.scheduler_config.max_num_seqs)
         runtime = SteeringRuntime(attachment.buffers, max_requests=limit)
-        monitor = settings.start_monitor
-        if monitor is not None:
-            runtime.set_monitor(monitor, elsewhere=monitor.site not in attachment.modules)
         drive = (DriveV2 if is_v2(runner) else DriveV1)(runner, runtime, settings, limit)
     steering = worker._trimtab = WorkerSteering(settings, attachment, runtime, drive)
     logger.info(
@@ -88,7 +85,7 @@ def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]
         "warmed_launches": sum(warmed.values()),
         "late_variants": late_variants(),
         "gates": [asdict(use) for use in runtime.gate_totals()] if runtime else [],
-        "monitors": {str(site): gate.digest.hex() for site, gate in runtime.monitors.items()} if runtime else {},
+        "probe_sites": [str(site) for site in steering.attachment.probe_sites],
         "uses": {name: [asdict(use) for use in runtime.gate_report(name)] for name in answers} if runtime else {},
     }
     return status | {"digest": runtime.digest() if runtime else ""} if digest else status
@@ -116,8 +113,7 @@ def before_warm_up(worker: Any) -> None:
 def after_warm_up(worker: Any) -> None:
     """See that the model that will serve is steered. Raises `SteeringError` if it is not."""
     steering = _steering(worker)
-    monitor = None if steering.settings.start_monitor is None else steering.settings.start_monitor.site
-    require_live_sites(worker, steering.attachment, is_v2(worker.model_runner), monitor)
+    require_live_sites(worker, steering.attachment, is_v2(worker.model_runner))
 
 
 def unmeasured_bytes(steering: WorkerSteering) -> int:

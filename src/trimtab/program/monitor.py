@@ -1,0 +1,48 @@
+"""An engine's monitor: one gate of its own before what decode tokens receive behind no gate of theirs.
+
+A monitor is sugar. Admission puts its gate before the part of each ungated decode term that lies at or after its
+probe's site; the part before that site keeps its full strength, and so do prompts. Everything else (identity, rows,
+receipts, meters, checks) is that of gates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from trimtab.program.gates import ResolvedGate
+from trimtab.program.programs import MIN_VALUE, PhaseProgram, ResolvedSteering, Term
+from trimtab.sites import Site, site_order
+from trimtab.vectors.vector import Part
+
+LABEL = "(monitor)"  # under which reports tell of it; no name that can be registered has parentheses
+
+
+def behind(steering: ResolvedSteering, monitor: ResolvedGate) -> ResolvedSteering:
+    """`steering` in an engine with this `monitor`; the same object where the monitor has no part in it."""
+    if not reaches(steering, monitor.site):
+        return steering
+    terms = [part for term in steering.decode.all_terms for part in _parts(term, monitor)]
+    return replace(steering, decode=PhaseProgram.of(terms))
+
+
+def reaches(steering: ResolvedSteering, site: Site) -> bool:
+    """Whether decode tokens receive something at `site` or later that stands behind no gate."""
+    return any(site_order(term.vector.sites[-1]) >= site_order(site) for term in steering.decode.terms)
+
+
+def monitor_of(steering: ResolvedSteering) -> str:
+    """Hex digest of the monitor that stands before what decode tokens receive; "" if none does."""
+    return next((item.gate.digest.hex() for item in steering.decode.gated if item.gate.label == LABEL), "")
+
+
+def _parts(term: Term, monitor: ResolvedGate) -> Iterator[Term]:
+    if term.gate is not None:
+        yield replace(term, gate=monitor) if term.gate == monitor else term
+        return
+    for part in (Part(monitor.site, True), Part(monitor.site, False)):
+        vector = term.vector.part(part)
+        if vector is None or abs(term.scale) * vector.max_abs < MIN_VALUE:  # less than can be computed with
+            continue
+        gate, reference = None if part.before else monitor, term.reference
+        if reference is not None and vector is not term.vector:
+            reference = replace(reference, part=part)
+        yield Term(vector, term.scale, reference, gate)
