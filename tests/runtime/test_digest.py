@@ -1,6 +1,10 @@
 """The state digest: equal on ranks that saw the same calls, and another one as soon as anything differs."""
 
-from dataclasses import dataclass, field, replace
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,7 @@ class Asked:
     scale: float = 1.0
     gate: GateAsked | None = None
     phase: str = "all"
+    owner: str | None = None
 
     @property
     def steering(self) -> ResolvedSteering:
@@ -62,24 +67,46 @@ class Life:
     released: str = "-"
     monitor: GateAsked | None = None
     row_probe: GateAsked | None = None
-    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    after: tuple[str, ...] = ()  # what else happens, by the names in `run`
+    rows: int = rows_needed(REQUESTS, GATES)
+    tokens: int = 32
+    probes: int = probes_needed(REQUESTS, GATES)
+    most: int = REQUESTS
+    lowers: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 def run(life: Life, sites: tuple[Any, ...] = SITES) -> SteeringRuntime:
     buffers = SteeringBuffers(
-        sites, hidden_size=HIDDEN, max_rows=rows_needed(REQUESTS, GATES), max_tokens=32, dtype=torch.float32,
-        gates=GATES, max_probes=probes_needed(REQUESTS, GATES), row_monitor=life.row_probe is not None,
+        sites, hidden_size=HIDDEN, max_rows=life.rows, max_tokens=life.tokens, dtype=life.dtype, gates=GATES,
+        max_probes=life.probes, row_monitor=life.lowers or life.row_probe is not None,
     )  # fmt: skip
-    runtime = SteeringRuntime(buffers, max_requests=REQUESTS)
+    runtime = SteeringRuntime(buffers, max_requests=life.most, lowers=life.lowers)
+
+    def step(batch: tuple[str, ...] = life.batch) -> None:
+        size = len(batch)
+        runtime.step(batch, np.full(size, life.first), np.full(size, life.count), np.full(size, life.prompt))
+
+    def monitor() -> None:
+        gate = (life.monitor or GateAsked()).gate
+        runtime.set_monitor(gate, elsewhere=gate.site not in sites)
+
     for asked in life.requests:
         probes = [life.row_probe.gate] if life.row_probe is not None else []
-        runtime.admit(asked.name, asked.steering, probes=probes)
+        runtime.admit(asked.name, asked.steering, probes=probes, owner=asked.owner)
     if life.monitor is not None:
-        runtime.set_monitor(life.monitor.gate, elsewhere=life.monitor.gate.site not in sites)
+        monitor()
     if life.stepped:
-        size = len(life.batch)
-        runtime.step(life.batch, np.full(size, life.first), np.full(size, life.count), np.full(size, life.prompt))
+        step()
     runtime.release(life.released)
+    for name in life.after:
+        {
+            "step": step,
+            "a step over none of them": lambda: step(("x",)),
+            "all leave": lambda: [runtime.release(request) for request in "abcdef"],
+            "monitor": monitor,
+            "no monitor": lambda: runtime.clear_monitor(life.monitor.gate.site if life.monitor else SITES[0]),
+        }[name]()
     return runtime
 
 
@@ -123,6 +150,18 @@ CHANGES = {
        if gate is not None and name != "hard"},
     "a row probe": replace(BASE, row_probe=GateAsked(3, 2)),
     "another row probe": replace(BASE, row_probe=GateAsked(3, 2, threshold=0.25)),
+    "the owner": with_first(owner="z"),
+    "more rows": replace(BASE, rows=BASE.rows + 1),
+    "more probes": replace(BASE, probes=BASE.probes + 1),
+    "longer passes": replace(BASE, tokens=33),
+    "room for fewer requests": replace(BASE, requests=BASE.requests[:2], most=2),
+    "gates that are lowered": replace(BASE, monitor=None, lowers=True),
+    "another dtype": replace(BASE, dtype=torch.bfloat16),
+    "a step that ran nobody": replace(BASE, after=("a step over none of them",)),
+    "a monitor that the device has yet to see again": replace(BASE, after=("monitor",)),
+    "a monitor that the device has yet to forget": replace(BASE, after=("no monitor",)),
+    "all left": replace(BASE, after=("all leave",)),
+    "all left, and a step saw it": replace(BASE, after=("all leave", "a step over none of them")),
 }  # fmt: skip
 
 
@@ -138,7 +177,7 @@ def test_ranks_that_were_told_anything_else_do_not_agree(change: str) -> None:
 
 
 def test_pipeline_stages_agree_about_gates_and_monitors_at_sites_of_one_of_them() -> None:
-    for life in (BASE, CHANGES["the gate: site"], CHANGES["no step"], CHANGES["one that left"]):
+    for life in [life for life in CHANGES.values() if life.row_probe is None]:
         assert len({run(life, sites).digest() for sites in (SITES, SITES[:1], SITES[1:], ())}) == 1
 
 
@@ -206,3 +245,111 @@ def test_the_digest_reads_and_changes_nothing() -> None:
     before = {name: values.tobytes() for name, values in arrays(runtime).items()}
     assert runtime.digest() == runtime.digest()
     assert {name: values.tobytes() for name, values in arrays(runtime).items()} == before
+
+
+NOT_STATE = {
+    "runtime": {
+        "_buffers": "the device", "_capacity": "the table's", "_rows": "writes the device", "_flags": "below",
+        "_tokens": "below",
+        "_site_position": "the rank's own", "_no_site": "constant", "_allocator": "below", "_planner": "below",
+        "_gates": "below", "_monitors": "below", "_row_monitors": "below", "_row_uploads": "a count, for reports",
+        "_row_sites": "the rank's own: where the content of each row acts", "_used": "follows from batch and rows",
+    },
+    "allocator": {
+        "_key_of": "the keys of `_row_of`, by row", "_unused": "follows from `_row_of` and `_idle`",
+        "_in_use": "counts `_holders`",
+    },
+    "planner": {
+        "_records": "seen by `_record_words`", "_rows": "seen by it", "_coefficients": "seen by it",
+        "_last_ids": "whose slots `_last_slots` are", "_last_steered": "follows from `_last_slots`",
+        "_counts": "room for a step's numbers", "_segments": "room for a step's records",
+    },
+    "gates": {
+        "_buffers": "the device", "_words": "a view of `_records`", "_probes": "an allocator as above",
+        "_read_at": "the rank's own: how it numbers the site of each probe", "_table": "writes the device",
+        "_slab": "an uploader as below", "meters": "below",
+    },
+    "meters": {
+        "_values": "the device", "_on_gpu": "constant", "_free": "depends on when passes end",
+        **dict.fromkeys(
+            ("_expected", "_sums", "_passes", "_sent", "_folded", "_closing", "_staging", "_finished", "_totals"),
+            "what gates were seen to do, and how far that is",
+        ),
+    },
+    "monitors": {"_buffers": "the device", "_position": "the rank's own"},
+    "row monitors": {
+        "_position": "the rank's own", "_site_position": "the rank's own", "_sites": "the rank's own",
+        "_width": "constant", "_probes": "writes the device",
+        "_params": "writes the device", "_flags": "follows from `_held`, as last written",
+    },
+    "tokens": {
+        "_slab_words": "the device", "_idle": "constant", "_staging": "room for a copy",
+    },
+    "flags": {
+        "_device_flags": "the device", "_staging": "room for a copy",
+        "_held": "follows from the rows in use and those that have turned since",
+    },
+}  # fmt: skip
+
+
+def other(attribute: str, value: Any) -> Any:
+    """Another value for an attribute."""
+    if attribute in ("_meter_of", "_idle"):
+        return np.roll(value, 1) if isinstance(value, np.ndarray) else {9: None}
+    if attribute == "_owner":
+        return {meter: ("someone else", gates) for meter, (_, gates) in value.items()}
+    if isinstance(value, np.ndarray):
+        altered = value.copy()
+        whole = altered if altered.dtype.names is None else altered[altered.dtype.names[0]]
+        whole.view(np.uint8)[...] ^= 1
+        return altered
+    if isinstance(value, dict):
+        return dict(list(value.items())[1:]) if value else {SITES[0]: GATED.gate}
+    if isinstance(value, set):
+        return value ^ {SITES[0] if attribute == "_changed" else 1}
+    if isinstance(value, list):
+        return [*value, 9] if attribute == "_free" else [number + 1 for number in value]
+    if isinstance(value, tuple):
+        return (value[0] + 1, *value[1:]) if attribute == "_written" else None
+    return value - 1
+
+
+def test_whatever_an_object_of_the_runtime_holds_is_in_the_digest_or_is_said_to_be_no_state() -> None:
+    """Each attribute alone is exchanged for another."""
+    runtime = run(replace(BASE, row_probe=GateAsked(3, 2)))
+    runtime.admit("a", Asked("a", 8, gate=replace(GATED, probe=8)).steering, probes=[GateAsked(4, 2).gate])
+    assert runtime._gates is not None
+    objects = {
+        "runtime": runtime, "allocator": runtime._allocator, "planner": runtime._planner, "gates": runtime._gates,
+        "meters": runtime._gates.meters, "monitors": runtime._monitors, "row monitors": runtime._row_monitors,
+        "tokens": runtime._tokens, "flags": runtime._flags,
+    }  # fmt: skip
+    before = runtime.digest()
+    for name, part in objects.items():
+        attributes = dict(vars(part))
+        assert set(NOT_STATE[name]) <= set(attributes), "an attribute that is gone needs no reason"
+        for attribute in attributes.keys() - NOT_STATE[name].keys():
+            value = attributes[attribute]
+            setattr(part, attribute, other(attribute, value))
+            assert runtime.digest() != before, f"{name}.{attribute} is neither in the digest nor in NOT_STATE"
+            setattr(part, attribute, value)
+            assert runtime.digest() == before
+
+
+CODE = """
+import json, sys
+from test_digest import CHANGES, run
+from trimtab.sites import HookPoint, Site
+print(json.dumps({"order": [str(site) for site in {Site(layer, hook) for layer in range(9) for hook in HookPoint}],
+                  "digests": {name: run(life).digest() for name, life in CHANGES.items()}}))
+"""
+
+
+def test_processes_that_iterate_sets_in_another_order_agree() -> None:
+    found = []
+    for seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout))
+    assert found[0]["order"] != found[1]["order"]  # else nothing was tried
+    assert found[0]["digests"] == found[1]["digests"] == {name: run(life).digest() for name, life in CHANGES.items()}

@@ -113,6 +113,7 @@ class GateLanes:
 
         Numbers of sites differ from stage to stage, so in their place stands whether each is that of its probe.
         """
+        yield repr((self.count, len(self._read_at))).encode()
         yield from self._probes.state()
         yield repr(sorted((probe, gate.digest.hex()) for probe, gate in self._unwritten.items())).encode()
         yield self._gated.tobytes()
@@ -121,6 +122,7 @@ class GateLanes:
             for field in ("row", "probe", "params"):
                 yield records[field].tobytes()
             yield (records["site"] == self._read_at[records["probe"]]).tobytes()
+        yield self.meters.state()
 
     def _probe(self, gate: ResolvedGate) -> int:
         probe, fresh = self._probes.acquire(gate.probe.digest)

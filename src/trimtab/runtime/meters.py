@@ -146,6 +146,12 @@ class GateMeters:
                 _count(totals, named.label, part)
         return tuple(_use(label, "", sums) for label, sums in sorted(totals.items()))
 
+    def state(self) -> bytes:
+        """For whom each slot is measured, for digests. Not by which meter, nor how far counting has come: that depends
+        on when the device was done, and on who asked."""
+        meters = enumerate(self._meter_of.tolist())
+        return repr([(slot, self._owner[meter][0]) for slot, meter in meters if meter]).encode()
+
     def _new_staging(self) -> Staging:
         with torch.inference_mode(False):  # steps run in it, reports do not: both write here
             tensor = torch.empty(self._values.numel(), dtype=torch.float32, pin_memory=self._on_gpu)

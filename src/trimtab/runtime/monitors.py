@@ -31,13 +31,13 @@ class SiteMonitors:
         self._buffers = buffers
         self._position = {site: position for position, site in enumerate(buffers.sites)}
         self._gates: dict[Site, ResolvedGate] = {}
-        self._elsewhere: ResolvedGate | None = None
+        self._elsewhere: dict[Site, ResolvedGate] = {}
         self._changed: set[Site] = set()
-        self._active = False  # on the device, since the last `write`
+        self._written = (0, 0)  # how many were on here and elsewhere when `write` was called last
 
     @property
     def gates(self) -> Mapping[Site, ResolvedGate]:
-        """What is on, by site; for reading."""
+        """What is on here, by site; for reading."""
         return self._gates
 
     def set(self, gate: ResolvedGate) -> None:
@@ -49,17 +49,18 @@ class SiteMonitors:
     def note(self, gate: ResolvedGate) -> None:
         """Remember that another pipeline stage has this monitor, which changes nothing here."""
         check_monitor(gate)
-        self._elsewhere = gate
+        self._elsewhere[gate.site] = gate
+        self._changed.add(gate.site)
 
     def state(self) -> Iterator[bytes]:
-        """Every monitor of the engine, wherever it is, for digests."""
-        elsewhere = [] if self._elsewhere is None else [self._elsewhere]
-        for gate in sorted((*self._gates.values(), *elsewhere), key=lambda gate: gate.digest):
+        """Every monitor of the engine, wherever it is, and what the device has yet to see of them, for digests."""
+        for gate in sorted((*self._gates.values(), *self._elsewhere.values()), key=lambda gate: gate.digest):
             yield gate.digest
+        yield repr((sorted(map(str, self._changed)), sum(self._written))).encode()
 
     def clear(self, site: Site) -> None:
         """Leave `site` without a monitor. One that has none is no error."""
-        if self._gates.pop(site, None) is not None:
+        if self._gates.pop(site, None) or self._elsewhere.pop(site, None):
             self._changed.add(site)
 
     def write(self) -> bool:
@@ -67,15 +68,15 @@ class SiteMonitors:
 
         If so, they may have multiplied the factors of that plan's tokens, and an equal plan has to be written again.
         """
-        for site in self._changed:
+        for site in self._changed & self._position.keys():
             position, gate = self._position[site], self._gates.get(site)
             if gate is not None:
                 self._buffers.monitor_probe[position].copy_(torch.from_numpy(gate.probe.block[0].copy()))
                 self._buffers.monitor_params[position].copy_(torch.tensor([*_numbers(gate), 1.0]))
             self._buffers.monitor_active[position] = gate is not None
         self._changed.clear()
-        was_active, self._active = self._active, bool(self._gates)
-        return was_active
+        before, self._written = self._written[0], (len(self._gates), len(self._elsewhere))
+        return before > 0
 
 
 class RowMonitors:

@@ -4,7 +4,6 @@ Free of any engine. An engine reports admissions and releases as they happen and
 all that reaches the device are the rows, flags and token records that changed since the last one.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.program.counting import GateUse
 from trimtab.program.gates import ResolvedGate
 from trimtab.program.lowering import placed, row_key
+from trimtab.runtime.digest import digest_of
 from trimtab.runtime.gates import GateLanes
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
 from trimtab.runtime.plan import TOKEN, RowUse, StepPlanner, as_ints
@@ -58,6 +58,7 @@ class SteeringRuntime:
         self._no_site = np.zeros(len(buffers.sites), np.bool_)
         self._used = ~self._no_site  # sites that do not rest: all, until the first step
         self._unwritten: dict[int, PhaseProgram] = {}  # held rows whose content the device has not seen
+        self._turned: set[int] = set()  # rows that are held where the device's flags take them for idle, or the reverse
         self._row_uploads = 0
         self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests)
         self._monitors = SiteMonitors(buffers)
@@ -95,10 +96,7 @@ class SteeringRuntime:
         """
         if self._lowers:
             raise SteeringError("monitor", "would multiply what gates let through that are probes of rows")
-        if elsewhere:
-            self._monitors.note(gate)
-        else:
-            self._monitors.set(gate)
+        (self._monitors.note if elsewhere else self._monitors.set)(gate)
 
     def clear_monitor(self, site: Site) -> None:
         """Leave `site` without a monitor from the next `step` on. One that has none is no error."""
@@ -165,7 +163,7 @@ class SteeringRuntime:
         gates = self._gates
         if gates is not None:
             gates.meters.collect()
-        if not self._planner.slots and not self._tokens.tokens and self._flags.clear and (gates is None or gates.idle):
+        if not self._planner.slots and not self._tokens.tokens and not self._turned and (gates is None or gates.idle):
             self._rest(self._no_site)
             return
         if self._unwritten:
@@ -175,6 +173,7 @@ class SteeringRuntime:
         if self._row_monitors is not None:
             self._row_monitors.write()
         self._flags.write(self._site_rows > 0)
+        self._turned.clear()
         worn = self._monitors.write()
         words = NO_TOKENS
         gated = None
@@ -210,20 +209,17 @@ class SteeringRuntime:
         return () if self._gates is None else self._gates.meters.totals()
 
     def digest(self) -> str:
-        """Hex SHA-256 of the state: rows, requests, gates, monitors and the last plan; not what gates were seen to do.
+        """Hex SHA-256 of all that later choices or the device's content follow from: not of what gates were seen to do.
 
         Equal on ranks that saw the same calls, those of other pipeline stages included.
         """
-        digest = hashlib.sha256()
-        for name, parts in self._state():
-            digest.update(name.encode())
-            for part in parts:
-                digest.update(len(part).to_bytes(8, "little") + part)
-        return digest.hexdigest()
+        return digest_of(self._state())
 
     def _state(self) -> Iterator[tuple[str, Iterable[bytes]]]:
+        table, tokens = self._buffers.table, len(self._buffers.token_slab)
+        yield "made with", (repr((*table.shape[1:], table.dtype, tokens, self._max_requests, self._lowers)).encode(),)
         yield "rows", self._allocator.state()
-        yield "content", (self._units.tobytes(), repr(sorted(self._unwritten)).encode())
+        yield "content", (self._units.tobytes(), repr((sorted(self._unwritten), sorted(self._turned))).encode())
         held = [row for row in range(len(self._row_sites)) if self._allocator.holders(row)]
         in_place = self._site_rows == self._row_sites[held].sum(axis=0)  # sites differ from stage to stage
         yield "sites", (b"as held" if in_place.all() else in_place.tobytes(),)
@@ -286,12 +282,14 @@ class SteeringRuntime:
             self._row_sites[row, list(self._positions(program))] = True
         if self._allocator.holders(row) == 1:
             self._site_rows += self._row_sites[row]
+            self._turned ^= {row}
         return RowUse(row, program.factor * float(self._units[row]))
 
     def _release(self, row: int) -> None:
         if not self._allocator.release(row):
             return
         self._site_rows -= self._row_sites[row]
+        self._turned ^= {row}
         if self._unwritten.pop(row, None) is not None:
             self._allocator.forget(row)  # the device never saw this content, so there is nothing worth keeping
 

@@ -110,11 +110,6 @@ class FlagUploader:
         self._held = np.zeros(len(self._device_flags), np.bool_)
         self._staging = StagingRing((len(self._held),), torch.uint8, any_active.device)
 
-    @property
-    def clear(self) -> bool:
-        """Whether every flag on the device is False."""
-        return not self._held.any()
-
     def write(self, flags: npt.NDArray[np.bool_]) -> None:
         """Make the device's flags equal to `flags` [S]."""
         if np.array_equal(flags, self._held):

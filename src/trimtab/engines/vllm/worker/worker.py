@@ -71,7 +71,7 @@ def worker_status(worker: Any, digest: bool = True, answers: Sequence[str] = ())
 
 def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]:
     steering = _steering(worker)
-    runtime = steering.runtime
+    runtime, gates = steering.runtime, steering.attachment.buffers.gates
     warmed = warmed_launches(steering.attachment.modules.values())  # by kernel; none where the device runs no kernels
     status = {
         "rank": int(worker.rank),
@@ -85,7 +85,7 @@ def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]
         "warmed_launches": sum(warmed.values()),
         "late_variants": late_variants(),
         "gates": [asdict(use) for use in runtime.gate_totals()] if runtime else [],
-        "probe_sites": [str(site) for site in steering.attachment.probe_sites],
+        "probe_sites": [str(site) for site in gates.probe_sites] if gates else [],
         "uses": {name: [asdict(use) for use in runtime.gate_report(name)] for name in answers} if runtime else {},
     }
     return status | {"digest": runtime.digest() if runtime else ""} if digest else status
