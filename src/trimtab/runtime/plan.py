@@ -121,8 +121,8 @@ class StepPlanner:
         return np.repeat(segments.reshape(2 * batch, TOKEN_WORDS), counts.reshape(2 * batch), axis=0)
 
     def state(self) -> bytes:
-        """Who holds which slot with which records, and the slots of the last batch, in a fixed order, for digests."""
-        members = sorted(self._slot_of.items())
+        """Who holds which slot, in order of admission, with which records, and the last batch's slots, for digests."""
+        members = list(self._slot_of.items())
         known = repr((members, self._free, self._last_slots.tolist())).encode()
         # As words: copies of records leave whatever the memory held between their fields.
         return known + self._record_words[[slot for _, slot in members]].tobytes()

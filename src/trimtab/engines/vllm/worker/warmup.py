@@ -6,17 +6,9 @@ model is compiled, and the kernels take a second. On a CPU there are none and th
 
 from typing import Any
 
-import torch
-
 from trimtab.engines.vllm.worker.attach import Attachment
 from trimtab.errors import SteeringError
-from trimtab.ops.emission import emission
-from trimtab.ops.warmup import (
-    unwarmed_sites,
-    warmup_apply_gates_kernel,
-    warmup_apply_steering_kernel,
-    warmup_steering_monitor_kernel,
-)
+from trimtab.ops.warmup import unwarmed_sites, warmup_apply_gates_kernel, warmup_apply_steering_kernel
 
 
 def warm_up_kernels(vllm_config: Any, attachment: Attachment) -> None:
@@ -27,9 +19,6 @@ def warm_up_kernels(vllm_config: Any, attachment: Attachment) -> None:
     modules = list(dict.fromkeys(attachment.modules.values()))
     warmup_apply_steering_kernel(modules, sizes)
     warmup_apply_gates_kernel(modules, sizes)
-    watched = [module for module in modules if emission(module).cross_layer]
-    for dtype in (None, torch.float32):  # the stream in one part, and in two, whose sum is not rounded
-        warmup_steering_monitor_kernel(watched, sizes, dtype=dtype)
 
 
 def require_warm(attachment: Attachment) -> None:
