@@ -110,7 +110,7 @@ def test_an_identity_ignores_the_order_and_naming_of_gates(items: list[dict[str,
             step["gate"] = {**step["gate"], "probe": ANGRY}
     again = resolved(*shuffled, model=roomy)
     assert again == expected
-    assert encode(again)["prefill"] == encode(expected)["prefill"]
+    assert encode(again)["programs"] == encode(expected)["programs"]
 
 
 def test_identities_of_gates_do_not_drift() -> None:
@@ -254,10 +254,10 @@ MALFORMED: dict[str, tuple[list[Any], Any, str]] = {
     "threshold NaN": (["gates", 0, 1], float("nan"), "wire.gates[0][1]"),
     "sharpness negative": (["gates", 0, 2], -1.0, "wire.gates[0]"),
     "invert is a number": (["gates", 0, 3], 1, "wire.gates[0][3]"),
-    "gate index out of range": (["decode", 2, 2], 7, "wire.decode[2][2]"),
-    "gate index true": (["decode", 2, 2], True, "wire.decode[2][2]"),
-    "entry of four": (["decode", 2], [0, 1.0, 0, 0], "wire.decode[2]"),
-    "vector before its probe": (["decode", 2, 0], 0, "wire.decode[2][2]"),
+    "gate index out of range": (["programs", 1, 2, 2], 7, "wire.programs[1][2][2]"),
+    "gate index true": (["programs", 1, 2, 2], True, "wire.programs[1][2][2]"),
+    "entry of four": (["programs", 1, 2], [0, 1.0, 0, 0], "wire.programs[1][2]"),
+    "vector before its probe": (["programs", 1, 2, 0], 0, "wire.programs[1][2][2]"),
 }
 
 
@@ -267,9 +267,9 @@ def test_a_malformed_gate_on_the_wire_is_refused_where_the_fault_stands(case: st
     wire: Any = copy.deepcopy(encode(MIXED))
     if case == "vector before its probe":  # the term behind the late gate made to add the whole vector
         late = next(i for i, g in enumerate(wire["gates"]) if g[2] == 0.0)
-        term = next(i for i, t in enumerate(wire["decode"]) if len(t) == 3 and t[2] == late)
+        term = next(i for i, t in enumerate(wire["programs"][1]) if len(t) == 3 and t[2] == late)
         calm = next(i for i, v in enumerate(wire["vectors"]) if v.get("name") == "calm" and v["layers"] is None)
-        path, value, field = ["decode", term, 0], calm, f"wire.decode[{term}][2]"
+        path, value, field = ["programs", 1, term, 0], calm, f"wire.programs[1][{term}][2]"
     place = wire
     for key in path[:-1]:
         place = place[key]

@@ -98,7 +98,7 @@ def test_the_empty_program_has_no_row_and_widths_do_not_mix() -> None:
 def test_sites_of_both_phases_are_listed_in_forward_order() -> None:
     late = SteeringVector({Site(1, HookPoint.POST_BLOCK): [1.0] * H, Site(1, HookPoint.PRE_ATTN): [1.0] * H})
     early = SteeringVector({Site(0, HookPoint.MLP_OUT): [1.0] * H})
-    steering = ResolvedSteering(PhaseProgram.of([Term(late, 1.0)]), PhaseProgram.of([Term(early, 1.0)]))
+    steering = ResolvedSteering((PhaseProgram.of([Term(late, 1.0)]), PhaseProgram.of([Term(early, 1.0)])))
     assert [str(site) for site in steering.sites] == ["mlp_out:0", "pre_attn:1", "post_block:1"]
     assert steering.program(Phase.PREFILL) is steering.prefill
     assert steering.identity(Phase.DECODE) == steering.decode.identity

@@ -101,7 +101,7 @@ RAW = next(i for i, entry in enumerate(BASE["vectors"]) if len(entry.get("sites"
 MALFORMED: dict[str, tuple[list[Any], Any, str]] = {
     "no object": ([], [], "wire"),
     "text": ([], "wire", "wire"),
-    "unknown version": (["version"], 2, "wire.version"),
+    "unknown version": (["version"], 1, "wire.version"),
     "true as version": (["version"], True, "wire.version"),
     "unknown key": (["more"], 1, "wire"),
     "vectors is no list": (["vectors"], {}, "wire.vectors"),
@@ -128,16 +128,19 @@ MALFORMED: dict[str, tuple[list[Any], Any, str]] = {
     "layer is text": (["vectors", NAMED, "layers"], ["2"], f"wire.vectors[{NAMED}].layers[0]"),
     "layer it lacks": (["vectors", NAMED, "layers"], [3], f"wire.vectors[{NAMED}].layers"),
     "no layers": (["vectors", NAMED, "layers"], [], f"wire.vectors[{NAMED}].layers"),
-    "phase is no list": (["decode"], 0, "wire.decode"),
-    "entry is no pair": (["decode", 0], 0, "wire.decode[0]"),
-    "gate without gates": (["decode", 0], [0, 1.0, 0], "wire.decode[0][2]"),
-    "index out of range": (["decode", 0], [9, 1.0], "wire.decode[0][0]"),
-    "negative index": (["decode", 0], [-1, 1.0], "wire.decode[0][0]"),
-    "index true": (["decode", 0], [True, 1.0], "wire.decode[0][0]"),
-    "scale true": (["decode", 0], [0, True], "wire.decode[0][1]"),
-    "scale NaN": (["decode", 0], [0, float("nan")], "wire.decode[0][1]"),
-    "scale huge": (["decode", 0], [0, 10**400], "wire.decode[0][1]"),
-    "scale text": (["decode", 0], [0, "1"], "wire.decode[0][1]"),
+    "programs are no list": (["programs"], {}, "wire.programs"),
+    "one program": (["programs"], [[]], "wire.programs"),
+    "three programs": (["programs"], [[]] * 3, "wire.programs"),
+    "program is no list": (["programs", 1], 0, "wire.programs[1]"),
+    "entry is no pair": (["programs", 1, 0], 0, "wire.programs[1][0]"),
+    "gate without gates": (["programs", 1, 0], [0, 1.0, 0], "wire.programs[1][0][2]"),
+    "index out of range": (["programs", 1, 0], [9, 1.0], "wire.programs[1][0][0]"),
+    "negative index": (["programs", 1, 0], [-1, 1.0], "wire.programs[1][0][0]"),
+    "index true": (["programs", 1, 0], [True, 1.0], "wire.programs[1][0][0]"),
+    "scale true": (["programs", 1, 0], [0, True], "wire.programs[1][0][1]"),
+    "scale NaN": (["programs", 1, 0], [0, float("nan")], "wire.programs[1][0][1]"),
+    "scale huge": (["programs", 1, 0], [0, 10**400], "wire.programs[1][0][1]"),
+    "scale text": (["programs", 1, 0], [0, "1"], "wire.programs[1][0][1]"),
 }
 
 
@@ -159,8 +162,8 @@ def test_a_malformed_wire_form_is_refused_where_the_fault_stands(case: str) -> N
 
 def test_values_out_of_range_on_the_wire_are_refused() -> None:
     wire = copy.deepcopy(BASE)
-    wire["decode"][0][1] = 1e6
-    with pytest.raises(SteeringError, match=r"wire\.decode: values reach .* more than the 65504"):
+    wire["programs"][1][0][1] = 1e6
+    with pytest.raises(SteeringError, match=r"wire\.programs\[1\]: values reach .* more than the 65504"):
         decode(wire, BY_DIGEST)
 
 

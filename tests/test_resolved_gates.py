@@ -28,7 +28,7 @@ def test_a_probe_at_two_sites_is_none() -> None:
     with pytest.raises(SteeringError, match="probe: a probe is read at one site, this one has 2"):
         ResolvedGate.of(vector(0, 1), 0.0, 1.0)
     one = PhaseProgram.of([Term(vector(0, 1), 1.0), Term(vector(1), 1.0, gate=gate(0))])
-    wire = encode(ResolvedSteering(one, one))
+    wire = encode(ResolvedSteering((one, one)))
     wire["gates"][0][0] = next(i for i, entry in enumerate(wire["vectors"]) if len(entry["sites"]) == 2)
     with pytest.raises(SteeringError, match=r"wire\.gates\[0\]: probe: a probe is read at one site"):
         decode(wire, {})
@@ -50,7 +50,7 @@ def test_gates_are_counted_in_either_phase() -> None:
     many = PhaseProgram.of([Term(vector(1), 1.0, gate=gate(threshold=float(number))) for number in range(3)])
     few = PhaseProgram.of([Term(vector(1), 1.0)])
     for phases in ((many, few), (few, many)):
-        steering = ResolvedSteering(*phases)
+        steering = ResolvedSteering(tuple(phases))
         steering.check_gate_count(GateLimits(count=3), "gates")
         with pytest.raises(SteeringError, match="gates: has 3 different gates in one phase; this engine serves 2"):
             steering.check_gate_count(GateLimits(count=2), "gates")

@@ -92,7 +92,7 @@ class Engine:
         names = [f"r{number}" for number in range(count)]
         for name, asked in zip(names, requests, strict=True):
             one = program(asked)
-            self.runtime.admit(name, ResolvedSteering(one, one))
+            self.runtime.admit(name, ResolvedSteering((one, one)))
         self.runtime.step(names, np.full(count, 5), np.ones(count, int), np.full(count, 3))
 
     @property

@@ -49,7 +49,7 @@ class Request:
 
 def resolved(prefill: Asked, decode: Asked) -> ResolvedSteering:
     programs = [PhaseProgram.of([Term(vector, scale) for vector, scale in asked]) for asked in (prefill, decode)]
-    return ResolvedSteering(*programs)
+    return ResolvedSteering(tuple(programs))
 
 
 def vector(seed: int, sites: tuple[Site, ...] = SITES, hidden: int = HIDDEN) -> SteeringVector:

@@ -50,7 +50,7 @@ class Asked:
         terms = [Term(vector(self.vector, SITES[2:]), self.scale, gate=self.gate and self.gate.gate)]
         program, empty = PhaseProgram.of(terms), PhaseProgram.of([])
         return ResolvedSteering(
-            *(program if self.phase in ("all", phase) else empty for phase in ("prefill", "decode"))
+            tuple(program if self.phase in ("all", phase) else empty for phase in ("prefill", "decode"))
         )
 
 

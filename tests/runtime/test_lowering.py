@@ -33,11 +33,11 @@ def term(seed: int, sites, behind: ResolvedGate | None = None, scale: float = 1.
 
 
 def decode(*terms: Term) -> ResolvedSteering:
-    return ResolvedSteering(PhaseProgram.of([]), PhaseProgram.of(terms))
+    return ResolvedSteering((PhaseProgram.of([]), PhaseProgram.of(terms)))
 
 
 def both(*terms: Term) -> ResolvedSteering:
-    return ResolvedSteering(PhaseProgram.of(terms), PhaseProgram.of(terms))
+    return ResolvedSteering((PhaseProgram.of(terms), PhaseProgram.of(terms)))
 
 
 SOFT = term(1, [MIDDLE], gate())
@@ -56,7 +56,7 @@ STEERINGS = {
     "acts later too": decode(term(1, [MIDDLE, LAST], gate())),
     "not alone at its site": decode(SOFT, term(2, SITES)),
     "two at one site": decode(SOFT, term(5, [MIDDLE], gate(seed=101))),
-    "prompts": ResolvedSteering(PhaseProgram.of([SOFT]), PhaseProgram.of([term(2, SITES)])),
+    "prompts": ResolvedSteering((PhaseProgram.of([SOFT]), PhaseProgram.of([term(2, SITES)]))),
     "no gate": both(term(2, SITES)),
 }
 LOWERED = {  # how many gates become probes of the row, and how many stay; all others: none
@@ -199,7 +199,7 @@ def test_equal_content_behind_another_gate_or_none_never_shares_a_row() -> None:
     engine = Engine(torch.float32, lowers=True)
     asked = {
         "a": decode(SOFT), "b": decode(term(1, [MIDDLE], gate(threshold=0.4))), "c": decode(term(1, [MIDDLE])),
-        "d": decode(SOFT), "e": ResolvedSteering(PhaseProgram.of([term(1, [MIDDLE])]), PhaseProgram.of([SOFT])),
+        "d": decode(SOFT), "e": ResolvedSteering((PhaseProgram.of([term(1, [MIDDLE])]), PhaseProgram.of([SOFT]))),
     }  # fmt: skip
     for name, steering in asked.items():
         engine.runtime.admit(name, steering)

@@ -120,7 +120,7 @@ def test_a_program_that_no_device_can_compute_cannot_be_made(scales: list[float]
     with pytest.raises(SteeringError, match=r"values reach|adds"):
         PhaseProgram.of(Term(vector, scale) for scale in scales)
     wire = encode(Steering.parse({"interventions": [{"kind": "add", "vector": vector}]}).resolve({}, MODEL))
-    wire["decode"] = [[0, scale] for scale in scales]
+    wire["programs"][1] = [[0, scale] for scale in scales]
     with pytest.raises(SteeringError, match=r"wire\.decode"):
         decode(wire, {})
 

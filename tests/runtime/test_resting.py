@@ -56,7 +56,7 @@ def test_sites_that_decide_for_later_ones_are_awake() -> None:
     runtime = SteeringRuntime(buffers, max_requests=2)
     gate = ResolvedGate.of(vector(4, SITES[:1]), 0.0, 1.0)
     behind = PhaseProgram.of([Term(LAST, 1.0, gate=gate)])
-    runtime.admit("gated", ResolvedSteering(behind, behind))
+    runtime.admit("gated", ResolvedSteering((behind, behind)))
     runtime.admit("plain", resolved([(LAST, 1.0)], [(LAST, 1.0)]))
     step(runtime, "gated")
     assert resting(buffers) == [False, False, False]

@@ -94,7 +94,7 @@ class Request:
 
     @property
     def steering(self):
-        return ResolvedSteering(*[program(*asked) for asked in self.phases])
+        return ResolvedSteering(tuple([program(*asked) for asked in self.phases]))
 
 
 class Engine(RuleBasedStateMachine):
@@ -217,7 +217,7 @@ TestGates.settings = settings(
 
 def one_gate(scale=1.0, gate=OPTIONS[0], plain=()):
     both = program(plain, [(VECTORS[0], scale, gate)])
-    return ResolvedSteering(both, both)
+    return ResolvedSteering((both, both))
 
 
 def test_gated_and_ungated_content_share_rows_and_thresholds_share_probes():
@@ -248,7 +248,7 @@ def test_a_full_house_of_distinct_gates_fits():
                 (vector(seed + k), 1.0, ResolvedGate.of(vector(seed + k, SITES[:1]), 0.0, 1.0)) for k in range(GATES)
             ]
             phases.append(program([(vector(seed + 9), 2.0)], asked))
-        runtime.admit(f"r{number}", ResolvedSteering(*phases))
+        runtime.admit(f"r{number}", ResolvedSteering(tuple(phases)))
     runtime.step([f"r{n}" for n in range(MAX_REQUESTS)], [0] * 3, [2] * 3, [1] * 3)
     assert runtime.rows_in_use == rows_needed(MAX_REQUESTS, GATES) - 1
     assert len({gate for token in range(6) for gate in gates_of(buffers, token)}) == 2 * GATES * MAX_REQUESTS
@@ -276,7 +276,7 @@ def test_more_gates_than_the_buffers_hold_are_refused_and_the_old_steering_kept(
     runtime.admit("a", one_gate())
     both = program([], [(VECTORS[0], 1.0, OPTIONS[0]), (VECTORS[0], 1.0, OPTIONS[1])])
     with pytest.raises(SteeringError, match="gates: request 'a' brings 2 in a phase; the buffers hold 1"):
-        runtime.admit("a", ResolvedSteering(both, both))
+        runtime.admit("a", ResolvedSteering((both, both)))
     runtime.step(["a"], [0], [1], [1])
     assert len(gates_of(buffers, 0)) == 1
     plain = SteeringRuntime(

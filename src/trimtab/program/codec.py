@@ -1,6 +1,7 @@
 """The form in which resolved steering travels between processes: plain dicts, lists, bytes and numbers, for msgpack.
 
-    {"version": 1, "vectors": [VECTOR, ...], "gates": [GATE, ...], "prefill": [TERM, ...], "decode": [TERM, ...]}
+    {"version": 2, "vectors": [VECTOR, ...], "gates": [GATE, ...], "programs": [[TERM, ...], ...]}
+    a program for each phase, as `ResolvedSteering.programs` has them
     TERM = [vector index, scale], or [vector index, scale, gate index]
     GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)]
     VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector,
@@ -18,15 +19,16 @@ import numpy as np
 from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.program.gates import ResolvedGate, VectorReference, check_gate
+from trimtab.program.programs import SPANS
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import Part, SteeringVector
 from trimtab.wording import shown
 
-VERSION = 1
+VERSION = 2
 LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
 LONGEST_LABEL = 128  # characters, as of the names that can be registered
-KEYS = frozenset({"version", "vectors", "gates", "prefill", "decode"})
+KEYS = frozenset({"version", "vectors", "gates", "programs"})
 
 
 def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, views: bool = False) -> dict[str, Any]:
@@ -49,15 +51,15 @@ def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, 
     gates = {gate.digest: index for index, gate in enumerate(steering.gates)}
     encoded = [[place(g.probe, g.reference), g.threshold, g.sharpness, g.invert, g.label] for g in steering.gates]
 
-    def phase(program: PhaseProgram) -> list[list[Any]]:
+    def terms(program: PhaseProgram) -> list[list[Any]]:
         entries: list[list[Any]] = []
         for term in program.all_terms:
             gate = [] if term.gate is None else [gates[term.gate.digest]]
             entries.append([place(term.vector, term.reference), term.scale, *gate])
         return entries
 
-    prefill, decode = phase(steering.prefill), phase(steering.decode)
-    return {"version": VERSION, "vectors": vectors, "gates": encoded, "prefill": prefill, "decode": decode}
+    programs = [terms(program) for program in steering.programs]
+    return {"version": VERSION, "vectors": vectors, "gates": encoded, "programs": programs}
 
 
 def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> ResolvedSteering:
@@ -75,10 +77,15 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     gates = [
         _decode_gate(entry, f"wire.gates[{i}]", vectors) for i, entry in enumerate(_list(wire["gates"], "wire.gates"))
     ]
-    prefill = _decode_phase(wire["prefill"], "wire.prefill", vectors, gates)
-    if wire["decode"] == wire["prefill"]:
-        return ResolvedSteering(prefill, prefill)
-    return ResolvedSteering(prefill, _decode_phase(wire["decode"], "wire.decode", vectors, gates))
+    entries = _list(wire["programs"], "wire.programs")
+    if len(entries) != len(SPANS):
+        raise SteeringError("wire.programs", f"has {len(entries)} items, want one for each of {', '.join(SPANS)}")
+    programs: list[PhaseProgram] = []
+    for i, entry in enumerate(entries):
+        first = entries.index(entry)  # mostly all are alike, and then one object
+        known = programs[first] if first < i else None
+        programs.append(known or _decode_program(entry, f"wire.programs[{i}]", vectors, gates))
+    return ResolvedSteering(tuple(programs))
 
 
 def _encode_vector(vector: SteeringVector, reference: VectorReference | None, views: bool) -> dict[str, Any]:
@@ -161,7 +168,7 @@ def _decode_gate(entry: Any, path: str, vectors: list[tuple[SteeringVector, Vect
         raise SteeringError(path, f"{error.field}: {error.message}") from None
 
 
-def _decode_phase(
+def _decode_program(
     entries: Any,
     path: str,
     vectors: list[tuple[SteeringVector, VectorReference | None]],

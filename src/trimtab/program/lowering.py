@@ -13,8 +13,8 @@ from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 from trimtab.program.gates import ResolvedGate
-from trimtab.program.programs import GatedProgram, PhaseProgram, ResolvedSteering
-from trimtab.sites import Site, site_order
+from trimtab.program.programs import SPANS, GatedProgram, PhaseProgram, ResolvedSteering
+from trimtab.sites import Phase, Site, site_order
 
 SMALLEST_SHARE = 2.0**-16
 """Of the size of all that shares a row: less would lose digits in a float16 table, whose rows have one unit each."""
@@ -35,10 +35,12 @@ class Contents(NamedTuple):
     probes: Set[bytes]  # of lanes; the probes of rows are part of their keys
 
 
-def placed(steering: ResolvedSteering, *, lowers: bool) -> tuple[Placed, Placed]:
-    """Where the sums of (prefill, decode) go in an engine that lowers gates, or does not."""
-    prefill, decode = (Placed(program, (), program.gated) for program in (steering.prefill, steering.decode))
-    return prefill, lowered(steering.decode) if lowers else decode
+def placed(steering: ResolvedSteering, *, lowers: bool) -> tuple[Placed, ...]:
+    """Where the sums of each program go in an engine that lowers gates of decode tokens, or does not."""
+    return tuple(
+        lowered(program) if lowers and phase == Phase.DECODE else Placed(program, (), program.gated)
+        for phase, program in zip(SPANS, steering.programs, strict=True)
+    )
 
 
 def contents_of(steering: ResolvedSteering, *, lowers: bool) -> Contents:

@@ -21,7 +21,7 @@ def behind(steering: ResolvedSteering, monitor: ResolvedGate) -> ResolvedSteerin
     if not reaches(steering, monitor.site):
         return steering
     terms = [part for term in steering.decode.all_terms for part in _parts(term, monitor)]
-    return replace(steering, decode=PhaseProgram.of(terms))
+    return replace(steering, programs=(steering.prefill, PhaseProgram.of(terms)))
 
 
 def reaches(steering: ResolvedSteering, site: Site) -> bool:

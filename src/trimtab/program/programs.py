@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -127,7 +128,13 @@ class PhaseProgram:
     @property
     def sites(self) -> tuple[Site, ...]:
         """The sites at which something is or may be added, in the order of the forward pass."""
-        return _together(*{term.vector.sites for term in self.all_terms})
+        return _together(*{vector.sites for vector in self.vectors})
+
+    @property
+    def vectors(self) -> Iterator[SteeringVector]:
+        """The vectors of all terms, in canonical order."""
+        for total in (self, *(item.total for item in self.gated)):
+            yield from (term.vector for term in total.terms)
 
     @property
     def unit(self) -> float:
@@ -239,8 +246,7 @@ def _distinct(gates: Iterable[ResolvedGate]) -> list[ResolvedGate]:
     return [by_digest[digest] for digest in sorted(by_digest)]
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Content that a spec asked for, as reports name it.
 
     `digest` is that of the whole vector, before `layers` narrowed it, or of the probe, its bias included. `name` is the
@@ -253,22 +259,39 @@ class Origin:
     direction: bytes = b""
 
 
+SPANS = tuple(Phase)  # of a request's positions, in their order
+
+
 @dataclass(frozen=True)
 class ResolvedSteering:
-    """A request's steering with every name resolved: one program for prefill tokens, one for decode tokens.
+    """A request's steering with every name resolved: a list of spans of its positions, and what each receives.
 
-    `vectors` and `probes` are the origins of what the spec asked for and the programs hold, in the order of the spec.
-    They are no part of what is done, so they do not travel: a process that decodes steering does not know them.
+    There is one span for each `Phase`, in their order, and `programs` has its program. `vectors` and `probes` are the
+    origins of what the spec asked for and the programs hold, in the order of the spec. They are no part of what is
+    done, so they do not travel: a process that decodes steering does not know them.
     """
 
-    prefill: PhaseProgram
-    decode: PhaseProgram
+    programs: tuple[PhaseProgram, ...]
     vectors: tuple[Origin, ...] = field(default=(), compare=False)
     probes: tuple[Origin, ...] = field(default=(), compare=False)
 
+    def __post_init__(self) -> None:
+        if len(self.programs) != len(Phase):
+            raise ValueError(f"{len(self.programs)} programs; want one for each of {', '.join(Phase)}")
+
+    @property
+    def prefill(self) -> PhaseProgram:
+        """The program of prompt tokens."""
+        return self.program(Phase.PREFILL)
+
+    @property
+    def decode(self) -> PhaseProgram:
+        """The program of the tokens that follow."""
+        return self.program(Phase.DECODE)
+
     def program(self, phase: Phase) -> PhaseProgram:
         """The program of one phase."""
-        return self.prefill if phase == Phase.PREFILL else self.decode
+        return self.programs[SPANS.index(phase)]
 
     def identity(self, phase: Phase) -> str:
         """Hex digest of all that changes the KV of that phase's tokens; "" where they are not steered."""
@@ -276,18 +299,23 @@ class ResolvedSteering:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The sites at which either phase adds something, in the order of the forward pass."""
-        return _together(*{self.prefill.sites, self.decode.sites})
+        """The sites at which any program adds something, in the order of the forward pass."""
+        return _together(*{program.sites for program in self.programs})
 
     @cached_property
     def gates(self) -> tuple[ResolvedGate, ...]:
-        """The different gates of both phases, in canonical order."""
-        return tuple(_distinct(item.gate for program in (self.prefill, self.decode) for item in program.gated))
+        """The different gates of all programs, in canonical order."""
+        return tuple(_distinct(item.gate for program in self.programs for item in program.gated))
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of all programs, those behind gates too."""
+        return tuple(term for program in self.programs for term in program.all_terms)
 
     def check_gate_count(self, limits: GateLimits, field: str) -> None:
         """Raise `SteeringError` at `field` where a phase has more gates than an engine with these limits serves."""
         own = b"" if limits.monitor is None else limits.monitor.digest
-        most = max(sum(item.gate.digest != own for item in program.gated) for program in (self.prefill, self.decode))
+        most = max(sum(item.gate.digest != own for item in program.gated) for program in self.programs)
         if most > limits.count:
             raise SteeringError(
                 field,

@@ -248,15 +248,14 @@ class SteeringRuntime:
 
     def _check(self, request_id: str, steering: ResolvedSteering) -> None:
         width = self._buffers.table.shape[2]
-        programs = (steering.prefill, steering.decode)
-        vectors = [term.vector for program in programs for term in program.all_terms]
+        vectors = [vector for program in steering.programs for vector in program.vectors]
         for vector in (*vectors, *(gate.probe for gate in steering.gates)):
             if vector.hidden_size != width:
                 raise SteeringError(
                     "vector", f"request {request_id!r} brings width {vector.hidden_size}; the model's is {width}"
                 )
         served = 0 if self._gates is None else self._gates.count
-        if (most := max(len(program.gated) for program in programs)) > served:
+        if (most := max(len(program.gated) for program in steering.programs)) > served:
             raise SteeringError("gates", f"request {request_id!r} brings {most} in a phase; the buffers hold {served}")
         admitted = self._planner.slots
         if len(admitted) >= self._max_requests and request_id not in admitted:

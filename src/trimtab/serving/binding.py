@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.program import PhaseProgram, ResolvedSteering
+from trimtab.program import SPANS, PhaseProgram, ResolvedSteering
 from trimtab.sites import HookPoint, Phase, Site, site_order
 
 LEAST_SHARE = 0.5  # of a binding default
@@ -48,12 +48,12 @@ class Share(NamedTuple):
 def least_share(default: ResolvedSteering, own: ResolvedSteering) -> Share | None:
     """The least share that a request's `own` part leaves of the server's `default`; None where they never meet."""
     shares: list[Share] = []
-    for phase in Phase:
-        pushing, taking = default.program(phase), own.program(phase)
-        if phase == Phase.DECODE and pushing is default.prefill and taking is own.prefill:
-            continue  # looked at already
-        if pushing.sites and taking.sites:
+    seen: set[tuple[int, int]] = set()
+    for phase, pushing, taking in zip(SPANS, default.programs, own.programs, strict=True):
+        pair = id(pushing), id(taking)
+        if pair not in seen and pushing.sites and taking.sites:
             shares.extend(_shares(pushing, taking, phase))
+        seen.add(pair)
     return min(shares, key=lambda share: share.left, default=None)
 
 

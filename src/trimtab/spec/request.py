@@ -5,7 +5,7 @@
 `SteeringError`, whose path leads to the fault (`interventions[1].scale`) and whose message says what would be right.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Self
 
@@ -14,7 +14,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
-from trimtab.program import Origin, PhaseProgram, ResolvedSteering, Term
+from trimtab.program import SPANS, Origin, PhaseProgram, ResolvedSteering, Term
 from trimtab.program.gates import check_gate, check_served
 from trimtab.sites import ModelSites, Phase
 from trimtab.spec.base import Model, below, keys_are_text
@@ -97,9 +97,10 @@ class Steering(Model):
             if term.gate is not None:
                 with below(f"interventions[{index}].gate"):
                     check_served(term.gate, term.vector.sites, model.gates)
-        resolved = self._programs(terms)
+        programs = self._programs(terms)
+        resolved = ResolvedSteering(programs, *self._origins(programs, terms, vectors, probes or {}))
         resolved.check_gate_count(model.gates, "interventions")
-        return self._with_origins(resolved, terms, vectors, probes or {})
+        return resolved
 
     def identity(
         self,
@@ -111,7 +112,7 @@ class Steering(Model):
 
         In an engine with a monitor the identity of decode tokens is another: see `trimtab.program.monitor`.
         """
-        return self._programs(self._terms(vectors or {}, probes)).identity(Phase(phase))
+        return self._programs(self._terms(vectors or {}, probes))[SPANS.index(Phase(phase))].identity
 
     def _terms(self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, Probe] | None) -> list[Term]:
         terms: list[Term] = []
@@ -129,31 +130,36 @@ class Steering(Model):
             terms.append(term)
         return terms
 
-    def _programs(self, terms: list[Term]) -> ResolvedSteering:
-        def program(left_out: str) -> PhaseProgram:
-            kept = [term for term, step in zip(terms, self.interventions, strict=True) if step.phase != left_out]
-            with below("interventions"):
-                return PhaseProgram.of(kept)
+    def _programs(self, terms: list[Term]) -> tuple[PhaseProgram, ...]:
+        made: dict[tuple[int, ...], PhaseProgram] = {}
 
-        prefill = program("decode")
-        same = all(step.phase == "all" for step in self.interventions)
-        return ResolvedSteering(prefill, prefill if same else program("prefill"))
+        def program(phase: Phase) -> PhaseProgram:
+            kept = tuple(index for index, step in enumerate(self.interventions) if step.phase in ("all", phase))
+            if kept not in made:
+                with below("interventions"):
+                    made[kept] = PhaseProgram.of(terms[index] for index in kept)
+            return made[kept]
 
-    def _with_origins(
+        return tuple(map(program, SPANS))
+
+    def _origins(
         self,
-        resolved: ResolvedSteering,
-        terms: list[Term],
+        programs: Iterable[PhaseProgram],
+        terms: Iterable[Term],
         vectors: Mapping[str, SteeringVector],
         probes: Mapping[str, Probe],
-    ) -> ResolvedSteering:
-        """`resolved` with the origins of what is in it: not of what other terms, or a scale of 0, have cancelled."""
-        added = {term.vector.digest for phase in Phase for term in resolved.program(phase).all_terms}
-        read = {gate.probe.digest for gate in resolved.gates}
-        pairs = list(zip(self.interventions, terms, strict=True))
-        used = [_origin(step.vector, vectors) for step, term in pairs if term.vector.digest in added]
-        gates = [step.gate for step, term in pairs if term.gate is not None and term.gate.probe.digest in read]
-        decided = [_origin(gate.probe, probes) for gate in gates if gate is not None]
-        return replace(resolved, vectors=tuple(dict.fromkeys(used)), probes=tuple(dict.fromkeys(decided)))
+    ) -> tuple[tuple[Origin, ...], tuple[Origin, ...]]:
+        """Of the vectors and of the probes in `programs`: not of what other terms, or a scale of 0, have cancelled."""
+        added = {vector.digest for program in programs for vector in program.vectors}
+        read = {item.gate.probe.digest for program in programs for item in program.gated}
+        used: dict[Origin, None] = {}
+        decided: dict[Origin, None] = {}
+        for step, term in zip(self.interventions, terms, strict=True):
+            if term.vector.digest in added:
+                used[_origin(step.vector, vectors)] = None
+            if step.gate is not None and term.gate is not None and term.gate.probe.digest in read:
+                decided[_origin(step.gate.probe, probes)] = None
+        return tuple(used), tuple(decided)
 
 
 def _origin(given: str | SteeringVector | Probe, names: Mapping[str, SteeringVector] | Mapping[str, Probe]) -> Origin:

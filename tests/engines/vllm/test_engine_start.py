@@ -44,7 +44,7 @@ def test_an_engine_that_would_not_steer_does_not_start(outcome: dict[str, Any], 
         ("no mark, and a spec", "a front end that never loaded trimtab"),
         ("a spec as users write it", "wire"),
         ("nonsense", "wire"),
-        ("a broken wire form", "prefill[0][0]"),
+        ("a broken wire form", "programs[0][0][0]"),
         ("a wire form for a site that is not served", "mlp_in:0 is not served"),
     ],
 )
@@ -57,7 +57,7 @@ def test_the_engine_core_refuses_what_came_around_the_front_end(outcome: dict[st
 def test_the_engine_core_takes_what_a_front_end_admitted_and_survives_the_rest(outcome: dict[str, Any]) -> None:
     assert outcome["doors"]["refused"]["a wire form"] == "started"
     assert outcome["doors"]["refused"]["a request that ends at once"] == "started"
-    assert {"version", "vectors", "prefill", "decode"} <= set(outcome["doors"]["carried keys"])
+    assert {"version", "vectors", "programs"} <= set(outcome["doors"]["carried keys"])
     assert outcome["doors"]["still answers"] == 8
 
 

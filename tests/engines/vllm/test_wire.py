@@ -153,7 +153,7 @@ def admitted_for(vector: SteeringVector, model: ModelSites) -> Carried:
 def test_a_sender_who_changes_a_wire_form_afterwards_changes_it_for_no_one() -> None:
     recent, wire = Decoded(), sent(admitted("calm", scale=2.0))
     first = checked(wire, SETTINGS, MODEL, recent)
-    wire["prefill"][0][1] = 9.0
+    wire["programs"][0][0][1] = 9.0
     wire["vectors"][0]["name"] = "grim"
     again = checked(sent(admitted("calm", scale=2.0)), SETTINGS, MODEL, recent)
     assert again.steering is first.steering
@@ -162,12 +162,18 @@ def test_a_sender_who_changes_a_wire_form_afterwards_changes_it_for_no_one() -> 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("version", True), ("version", 1.0), ("prefill", [[0, True]]), ("prefill", [[False, 1.0]]), ("vectors", [])],
+    [
+        ("version", True),
+        ("version", 2.0),
+        ("programs", [[[0, True]]] * 2),
+        ("programs", [[[False, 1.0]]] * 2),
+        ("vectors", []),
+    ],
 )
 def test_what_only_equals_a_known_wire_form_is_refused_as_ever(key: str, value: Any) -> None:
     recent = Decoded()
     checked(sent(admitted("calm")), SETTINGS, MODEL, recent)
-    with pytest.raises(SteeringError, match=f"wire.{key}|wire.prefill"):
+    with pytest.raises(SteeringError, match=f"wire.{key}|wire.programs"):
         checked(sent(admitted("calm")) | {key: value}, SETTINGS, MODEL, recent)
 
 

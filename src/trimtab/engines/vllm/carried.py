@@ -14,7 +14,7 @@ from typing import Any, Self
 from trimtab.engines.vllm.settings.config import SteeringSettings
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
-from trimtab.program import ResolvedSteering, Term
+from trimtab.program import ResolvedSteering
 from trimtab.program.codec import decode
 from trimtab.program.gates import check_served
 from trimtab.program.monitor import reaches
@@ -115,7 +115,7 @@ def owner_of(sampling_params: Any, request_id: str) -> str:
 
 def held_bytes(steering: ResolvedSteering) -> int:
     """Bytes of the vectors in `steering` that are not registered ones, but content or some layers of them."""
-    references = {term.vector: term.reference for term in _terms(steering)}
+    references = {term.vector: term.reference for term in steering.terms}
     return sum(
         vector.block.nbytes
         for vector, reference in references.items()
@@ -125,10 +125,6 @@ def held_bytes(steering: ResolvedSteering) -> int:
 
 def _copied(vector: dict[str, Any]) -> dict[str, Any]:
     return vector | {"data": bytes(vector["data"])} if "data" in vector else vector
-
-
-def _terms(steering: ResolvedSteering) -> tuple[Term, ...]:
-    return (*steering.prefill.all_terms, *steering.decode.all_terms)
 
 
 def _is_at_home(given: Carried, settings: SteeringSettings) -> bool:
@@ -148,7 +144,7 @@ def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
             SETTINGS_KEY, "was admitted without this engine's monitor: give the front end the same steering settings"
         )
     steering.check_gate_count(model.gates, SETTINGS_KEY)
-    for term in _terms(steering):
+    for term in steering.terms:
         if term.vector.hidden_size != model.hidden_size:
             raise SteeringError(
                 SETTINGS_KEY, f"a vector of width {term.vector.hidden_size}; the model's is {model.hidden_size}"

@@ -142,7 +142,7 @@ def _doors(llm):
         ("no mark, and a spec", {"steering": good}),
         ("a spec as users write it", {MARK: True, "steering": good}),
         ("nonsense", {MARK: True, "steering": 7}),
-        ("a broken wire form", {MARK: True, "steering": _wire(good) | {"prefill": [[0, 1.0]], "vectors": []}}),
+        ("a broken wire form", {MARK: True, "steering": _wire(good) | {"programs": [[[0, 1.0]]] * 2, "vectors": []}}),
         ("a wire form for a site that is not served", {MARK: True, "steering": _wire(good, "mlp_in")}),
         ("a wire form", {MARK: True, "steering": _wire(good)}),
     ):

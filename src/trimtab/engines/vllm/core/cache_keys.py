@@ -100,7 +100,7 @@ def _hashes(hasher: Hasher, tokens: int, prefill: str, decode: str) -> list[Any]
 
     params = SamplingParams(max_tokens=tokens)
     if prefill or decode:
-        steering = ResolvedSteering(program(prefill), program(decode))
+        steering = ResolvedSteering((program(prefill), program(decode)))
         params.extra_args = {SETTINGS_KEY: Carried(encode(steering), steering)}
     request = Request(
         request_id="trimtab-canary", prompt_token_ids=[1] * (tokens // 2), sampling_params=params, pooling_params=None,
