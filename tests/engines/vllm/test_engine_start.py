@@ -27,6 +27,7 @@ def outcome() -> dict[str, Any]:
         ("model that is not steered", "the models of workers [0] were loaded without being steered"),
         ("prefix cache that passes ours by", "blocks of a steered prompt the keys of an unsteered one"),
         ("site without effect", "steering has no effect at post_block:2:"),
+        ("layer that scales its stream", "LlamaDecoderLayer cannot be steered: layer 2 hands on 0.5 times the stream"),
         ("monitor without effect", "an open gate has no effect at post_block:2, post_block:3:"),
         ("gates without effect", "an open gate has no effect at post_block:1, post_block:2, post_block:3:"),
         ("gates that never shut", "a shut gate has no effect at post_block:1, post_block:2, post_block:3:"),

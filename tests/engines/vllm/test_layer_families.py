@@ -32,3 +32,8 @@ def test_a_family_answers_as_the_embedded_engine_does(outcomes: dict[str, Any], 
     assert outcome["layer"] == LAYERS[family]
     assert outcome["steered differently"] >= outcome["specs"] // 2
     assert outcome["differences"] == []
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_how_much_of_an_addition_arrives_is_measured_at_every_hook_point(outcomes: dict[str, Any], family: str) -> None:
+    assert outcomes[family]["unmeasured"] == []

@@ -31,6 +31,10 @@ def test_rows_are_given_back_when_their_requests_end(outcome: dict[str, Any]) ->
         assert status["late_variants"] == 0
 
 
+def test_how_much_of_an_addition_arrives_is_measured_at_start(outcome: dict[str, Any]) -> None:
+    assert outcome["unmeasured"] == []
+
+
 def test_steering_survives_a_reload_of_the_weights(outcome: dict[str, Any]) -> None:
     assert outcome.get("reloaded", []) == []
 

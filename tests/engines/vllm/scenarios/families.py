@@ -2,7 +2,18 @@
 
 import sys
 
-from support import LAYERS, differences, engine, generate, oracle, random_prompts, random_spec, report, tiny_model
+from support import (
+    LAYERS,
+    differences,
+    engine,
+    generate,
+    oracle,
+    random_prompts,
+    random_spec,
+    report,
+    tiny_model,
+    unmeasured,
+)
 
 ALL = ("pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block")
 OUTER = ("pre_attn", "post_block")
@@ -28,8 +39,10 @@ def _family(family: str, mode: str) -> dict[str, object]:
     prompts = random_prompts([11 + 3 * (i % 7) for i in range(len(specs))], seed=9)
     # The oracle first: vLLM's Transformers backend decorates the class of the model for the whole process.
     expected, plain = oracle(model, prompts, specs), oracle(model, prompts, [None] * len(specs))
+    unmeasured.clear()
     llm = engine(folder, steering={"hook_points": list(hooks)}, mode=mode, **backend)
     return {
+        "unmeasured": list(unmeasured),
         "layer": type(_layer(llm)).__mro__[2].__name__,
         "steered differently": sum(e != p for e, p in zip(expected, plain, strict=True)),
         "specs": len(specs),

@@ -15,6 +15,7 @@ from support import (
     status,
     tight_engine,
     tiny_model,
+    unmeasured,
 )
 
 
@@ -33,6 +34,7 @@ def main(mode: str, requests: int) -> None:
         "unsteered": differences(generate(llm, prompts, [None] * requests, counts), plain),
         "again": differences(generate(llm, prompts, specs, counts), expected),  # prompts now in the prefix cache
         "status": status(llm),
+        "unmeasured": unmeasured,
     }
     long = random_prompts([150, 190, 97, 130], seed=3)
     long_specs = [random_spec(11, phase="prefill"), random_spec(12, phase="decode"), random_spec(13), None]

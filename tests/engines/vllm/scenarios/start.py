@@ -24,6 +24,7 @@ def main() -> None:
         "model that is not steered": lambda: _without_attaching(folder),
         "prefix cache that passes ours by": lambda: _without_keys(folder),
         "site without effect": lambda: _without_adding(folder),
+        "layer that scales its stream": lambda: _scaling_inside(folder),
         "monitor without effect": lambda: _without_monitoring(folder),
         "gates without effect": lambda: _with_gates(folder, gate_count=lambda original: lambda module, hook: 0),
         "gates that never shut": lambda: _with_gates(folder, gate_op_args=_open_all),
@@ -91,6 +92,26 @@ def _without_adding(folder):
         return engine(folder, steering={})
     finally:
         layers.SteeredLayer.forward = original
+
+
+def _scaling_inside(folder):
+    """A layer class that halves its stream where no reading of its source shows it, in layer 2 alone."""
+    from vllm.model_executor.models.llama import LlamaDecoderLayer
+
+    original = LlamaDecoderLayer.forward
+
+    def forward(self, positions, hidden_states, residual):
+        def halved(stream):
+            return stream.mul(0.5) if ".2." in self.self_attn.attn.layer_name else stream
+
+        hidden_states, residual = original(self, positions, hidden_states, residual)
+        return hidden_states, halved(residual)
+
+    LlamaDecoderLayer.forward = forward
+    try:
+        return engine(folder, steering={})
+    finally:
+        LlamaDecoderLayer.forward = original
 
 
 def _without_monitoring(folder):

@@ -1,6 +1,7 @@
 """What scenarios share: tiny random models, specs, an engine, the oracle, and the report."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,6 +127,24 @@ def engine(folder: str, *, steering: Any = None, mode: str = "eager", **options:
     if steering is not None:
         defaults["additional_config"] = {"steering": steering}
     return LLM(model=folder, **(defaults | options))
+
+
+class _Unmeasured(logging.Handler):
+    """What engines of this process say about additions whose size was not measured at their start."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.said: list[str] = []
+        logger = logging.getLogger("vllm.trimtab")
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "was not measured" in record.getMessage():
+            self.said.append(record.getMessage())
+
+
+unmeasured = _Unmeasured().said
 
 
 def two_ranks(kind: str) -> dict[str, Any]:

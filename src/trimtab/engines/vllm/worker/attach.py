@@ -1,12 +1,13 @@
 """Attach steering to a loaded model: allocate the tables, register them, and exchange the layers' classes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, table_rows
+from trimtab.engines.vllm.worker.boundaries import LayerBoundary
 from trimtab.engines.vllm.worker.conventions import branch_taps, convention_of
 from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_layer_class
 from trimtab.engines.vllm.worker.streams import unsupported_reason
@@ -26,6 +27,7 @@ class Attachment:
     buffers: SteeringBuffers
     modules: dict[Site, nn.Module]  # which module holds which site's buffers
     probe_sites: tuple[Site, ...]  # where gates' probes are read, in forward order
+    layers: dict[int, LayerBoundary] = field(default_factory=dict)  # all decoder layers, steered or not
 
 
 def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, device: torch.device) -> Attachment:
@@ -51,6 +53,7 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
         probe_sites=wanted.gates.read_sites,
     )
     mode = Emission(traced=settings.backend != "triton", terms=ROWS_ONLY, eager=_runs_eagerly(vllm_config))
+    boundaries = {index: LayerBoundary.of(layer) for index, layer in layers.items()}  # before classes are exchanged
     modules: dict[Site, nn.Module] = {}
     for index in sorted({site.layer for site in held}):
         hooks = {site.hook for site in held if site.layer == index}
@@ -61,7 +64,7 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
     probe_sites = tuple(site for site in buffers.sites if site in wanted.gates.read_sites)
     for module in modules.values():
         set_emission(module, mode)
-    return Attachment(buffers, modules, probe_sites)
+    return Attachment(buffers, modules, probe_sites, boundaries)
 
 
 def _runs_eagerly(vllm_config: Any) -> bool:

@@ -6,7 +6,7 @@ batch is steered at site i alone. Behind a gate that is open the same canaries m
 shut they must change nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.vllm.worker.attach import Attachment
+from trimtab.engines.vllm.worker.dummy_passes import Forward, dummy_forward
 from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
 from trimtab.ops.args import NO_THRESHOLD
@@ -35,17 +36,17 @@ def require_live_sites(worker: Any, attachment: Attachment, is_v2: bool) -> None
 
 def _require_live_sites(worker: Any, attachment: Attachment, is_v2: bool) -> None:
     buffers = attachment.buffers
-    forward = _forward_v2(worker) if is_v2 else _forward_v1(worker)
+    forward = dummy_forward(worker, is_v2)
     most = min(int(worker.vllm_config.scheduler_config.max_num_seqs), buffers.table.shape[1] - 1)
 
-    def found(first: int, canaries: Callable[[range], AbstractContextManager[None]], *, moving: bool) -> list[Site]:
+    def found(first: int, loud: Callable[[range], AbstractContextManager[None]], *, moving: bool) -> list[Site]:
         """The sites from `first` on whose canary changes the result (`moving`), or whose canary does not."""
         total = len(buffers.sites)
         chunks = [range(start, min(start + most, total)) for start in range(first, total, most)]
-        return [site for places in chunks for site, moved in _moved(buffers, places, forward, canaries(places))
+        return [site for places in chunks for site, moved in _moved(buffers, places, forward, loud(places))
                 if moved is moving]  # fmt: skip
 
-    dead = found(0, lambda places: _canaries(buffers, places), moving=False)
+    dead = found(0, lambda places: canaries(buffers, places), moving=False)
     if dead:
         raise _fault("steering", "steering has no effect", dead, "unsteered")
     if attachment.probe_sites:
@@ -68,7 +69,7 @@ def _fault(field: str, what: str, sites: list[Site], how: str) -> SteeringError:
 
 
 def _moved(
-    buffers: SteeringBuffers, places: range, forward: Callable[[int], Tensor], canaries: AbstractContextManager[None]
+    buffers: SteeringBuffers, places: range, forward: Forward, loudly: AbstractContextManager[None]
 ) -> list[tuple[Site, bool]]:
     """Whether the canary of each site changes what the model returns.
 
@@ -77,7 +78,7 @@ def _moved(
     count = len(places)
     tokens = max(count, 2)  # a batch of one token is a shape of its own to compilers
     quiet, again = forward(tokens), forward(tokens)
-    with canaries:
+    with loudly:
         loud = forward(tokens)
     noise = 4 * (quiet - again).abs().amax(dim=-1)  # kernels may add in another order each time
     moved = (loud - quiet).abs().amax(dim=-1) > noise
@@ -85,13 +86,18 @@ def _moved(
     return [(buffers.sites[place], bool(moved[token])) for token, place in enumerate(places) if finite[token]]
 
 
+def canary_pattern(width: int) -> Tensor:
+    """[H] float32: what is added at strength 1."""
+    return torch.where(torch.arange(width) % 3 == 0, 1.0, -0.25)
+
+
 @contextmanager
-def _canaries(buffers: SteeringBuffers, places: range) -> Iterator[None]:
-    """Steer token i at the i-th of `places`."""
+def canaries(buffers: SteeringBuffers, places: Sequence[int], strengths: Tensor | float = _STRENGTH) -> Iterator[None]:
+    """Steer token i at the i-th of `places`. `strengths` are one for all, or one for each token [n]."""
     count = len(places)
     try:
         buffers.index[:count] = torch.arange(1, count + 1, device=buffers.index.device)
-        with _rows(buffers, places):
+        with _rows(buffers, places, strengths):
             yield
     finally:
         buffers.index[:count] = 0
@@ -120,100 +126,15 @@ def _gated_canaries(
 
 
 @contextmanager
-def _rows(buffers: SteeringBuffers, places: range) -> Iterator[None]:
+def _rows(buffers: SteeringBuffers, places: Sequence[int], strengths: Tensor | float = _STRENGTH) -> Iterator[None]:
     """Row i + 1 holds a canary at the i-th of `places`."""
     count, width = len(places), buffers.table.shape[2]
-    pattern = torch.where(torch.arange(width) % 3 == 0, _STRENGTH, -_STRENGTH / 4).to(buffers.table)
+    at, rows = list(places), list(range(1, count + 1))
+    pattern = canary_pattern(width).to(buffers.table.device)
     try:
-        for token, place in enumerate(places):
-            buffers.table[place, token + 1] = pattern
-            buffers.any_active[place] = True
+        buffers.table[at, rows] = (torch.as_tensor(strengths).to(pattern).reshape(-1, 1) * pattern).to(buffers.table)
+        buffers.any_active[at] = True
         yield
     finally:
-        buffers.any_active[places.start : places.stop] = False
-        buffers.table[places.start : places.stop, 1 : count + 1] = 0
-
-
-def _forward_v1(worker: Any) -> Callable[[int], Tensor]:
-    runner = worker.model_runner
-
-    def forward(tokens: int) -> Tensor:
-        _clear_inputs(runner, runner.inputs_embeds.gpu)
-        with _recorded(runner, "model") as results:
-            # Without attention its result would be whatever the memory holds, which may drown a canary.
-            last = runner._dummy_run(tokens, force_attention=True)[0]
-        return _stream(results[-1] if results else last, tokens)
-
-    return forward
-
-
-def _forward_v2(worker: Any) -> Callable[[int], Tensor]:
-    runner = worker.model_runner
-
-    def forward(tokens: int) -> Tensor:
-        _clear_inputs(runner, _embeddings_v2(runner, tokens))
-        with _recorded(runner, "execute_model") as results:
-            last = runner._dummy_run(tokens)[0]
-        return _stream(results[-1] if last is None else last, tokens)
-
-    return forward
-
-
-def _clear_inputs(runner: Any, embeddings: Tensor | None) -> None:
-    """Zero the buffers that a dummy run starts from: what an earlier pipeline stage would have sent, and `embeddings`.
-
-    Layers that add in place have left the last run's stream there, canary and all: each run would begin where the one
-    before it ended.
-    """
-    received = runner.intermediate_tensors
-    inputs = [] if received is None else list(received.tensors.values())
-    with torch.inference_mode():  # in which the runner may have made them
-        for tensor in inputs if embeddings is None else [*inputs, embeddings]:
-            tensor.zero_()
-
-
-def _embeddings_v2(runner: Any, tokens: int) -> Tensor | None:
-    """Where a dummy run takes embeddings from, if this model is given such in place of token ids."""
-    given = getattr(runner, "uses_inputs_embeds", runner.supports_mm_inputs)  # newer versions have the first too
-    found: Tensor | None = runner.model_state.dummy_inputs_embeds(tokens) if given and runner.is_first_pp_rank else None
-    return found
-
-
-class _Recorder:
-    """Stands in for a callable and keeps what it returns; everything else is the callable's own."""
-
-    def __init__(self, target: Any, results: list[Any]) -> None:
-        self._target, self._results = target, results
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._target(*args, **kwargs)
-        self._results.append(result)
-        return result
-
-
-@contextmanager
-def _recorded(owner: Any, name: str) -> Iterator[list[Any]]:
-    results: list[Any] = []
-    own = name in owner.__dict__
-    target = getattr(owner, name)
-    setattr(owner, name, _Recorder(target, results))
-    try:
-        yield results
-    finally:
-        if own:
-            setattr(owner, name, target)
-        else:
-            delattr(owner, name)
-
-
-def _stream(output: Any, tokens: int) -> Tensor:
-    """What a model returned, as float32 [tokens, ...]: its hidden states, or all it sends to the next stage."""
-    tensors = getattr(output, "tensors", None)
-    if tensors is not None:
-        parts = [tensors[name] for name in sorted(tensors)]
-    else:
-        parts = [output[0] if isinstance(output, (tuple, list)) else output]
-    return torch.cat([part[:tokens].float().reshape(tokens, -1) for part in parts], dim=-1)
+        buffers.any_active[at] = False
+        buffers.table[at, rows] = 0

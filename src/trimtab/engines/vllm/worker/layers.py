@@ -16,6 +16,9 @@ from trimtab.engines.vllm.worker.conventions import Convention
 from trimtab.ops import emit
 from trimtab.sites import HookPoint
 
+Slot = tuple[int, str]
+"""Where `forward` takes an argument: its position, not counting self, and its name."""
+
 _HIDDEN_NAMES = ("hidden_states", "x", "hidden_state", "inputs")
 
 
@@ -23,8 +26,8 @@ class SteeredLayer:
     """Mixed in before a decoder layer's class: adds to the stream that enters and to the stream that leaves."""
 
     steering_convention: Convention
-    steering_hidden: tuple[int, str]  # position and name of the hidden states among forward's arguments
-    steering_residual: tuple[int, str] | None
+    steering_hidden: Slot
+    steering_residual: Slot | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if hasattr(self, "steering_table_pre_attn"):
@@ -42,14 +45,10 @@ class SteeredLayer:
         slot, rest = self.steering_hidden, None
         if self.steering_convention is Convention.SPLIT and self.steering_residual is not None:
             # The first layer of the model is given no residual yet: its hidden states are the stream.
-            residual = _argument(args, kwargs, self.steering_residual)
-            slot, rest = (slot, None) if residual is None else (self.steering_residual, _argument(args, kwargs, slot))
-        stream = _argument(args, kwargs, slot)
-        steered = emit(_module(self), HookPoint.PRE_ATTN, stream, rest=rest)
-        position, name = slot
-        if position < len(args):
-            return (*args[:position], steered, *args[position + 1 :]), kwargs
-        return args, {**kwargs, name: steered}
+            residual = argument(args, kwargs, self.steering_residual)
+            slot, rest = (slot, None) if residual is None else (self.steering_residual, argument(args, kwargs, slot))
+        stream = argument(args, kwargs, slot)
+        return with_argument(args, kwargs, slot, emit(_module(self), HookPoint.PRE_ATTN, stream, rest=rest))
 
 
 class SteeredBranch:
@@ -57,16 +56,12 @@ class SteeredBranch:
 
     steering_input: HookPoint | None
     steering_output: HookPoint | None
-    steering_hidden: tuple[int, str]
+    steering_hidden: Slot
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.steering_input is not None:
-            position, name = self.steering_hidden
-            steered = emit(_module(self), self.steering_input, _argument(args, kwargs, (position, name)))
-            if position < len(args):
-                args = (*args[:position], steered, *args[position + 1 :])
-            else:
-                kwargs = {**kwargs, name: steered}
+            steered = emit(_module(self), self.steering_input, argument(args, kwargs, self.steering_hidden))
+            args, kwargs = with_argument(args, kwargs, self.steering_hidden, steered)
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
         if self.steering_output is None:
             return out
@@ -77,27 +72,47 @@ class SteeredBranch:
 
 def steered_layer_class(base: type, convention: Convention) -> type:
     """The steered subclass of a decoder layer's class: the same object for the same arguments."""
-    names = list(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
-    hidden = next((slot for slot in _HIDDEN_NAMES if slot in names), names[0])
+    hidden, residual = stream_slots(base)
     attributes = {
         "steering_convention": convention,
-        "steering_hidden": (names.index(hidden), hidden),
-        "steering_residual": (names.index("residual"), "residual") if "residual" in names else None,
+        "steering_hidden": hidden,
+        "steering_residual": residual,
     }
     return _subclass(SteeredLayer, base, convention.value, attributes)
 
 
 def steered_branch_class(base: type, steering_input: HookPoint | None, steering_output: HookPoint | None) -> type:
     """The steered subclass of the class of a layer's child: the same object for the same arguments."""
-    names = list(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
-    hidden = next((slot for slot in _HIDDEN_NAMES if slot in names), names[0])
     attributes = {
         "steering_input": steering_input,
         "steering_output": steering_output,
-        "steering_hidden": (names.index(hidden), hidden),
+        "steering_hidden": stream_slots(base)[0],
     }
     label = "_".join(hook.value for hook in (steering_input, steering_output) if hook is not None)
     return _subclass(SteeredBranch, base, label, attributes)
+
+
+def stream_slots(base: type) -> tuple[Slot, Slot | None]:
+    """Where among the arguments of a class's `forward` the hidden states are, and the residual, if it takes one."""
+    names = list(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
+    hidden = next((slot for slot in _HIDDEN_NAMES if slot in names), names[0])
+    return (names.index(hidden), hidden), (names.index("residual"), "residual") if "residual" in names else None
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+    """What a call gives for a slot; None if nothing."""
+    position, name = slot
+    return args[position] if position < len(args) else kwargs.get(name)
+
+
+def with_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with another value in a slot."""
+    position, name = slot
+    if position < len(args):
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
 
 
 def _subclass(mixin: type, base: type, label: str, attributes: dict[str, Any]) -> type:
@@ -109,11 +124,6 @@ def _subclass(mixin: type, base: type, label: str, attributes: dict[str, Any]) -
     made = type(name, (mixin, base), {**attributes, "__module__": __name__, "__qualname__": name})
     globals()[name] = made
     return made
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], slot: tuple[int, str]) -> Any:
-    position, name = slot
-    return args[position] if position < len(args) else kwargs.get(name)
 
 
 def _module(layer: Any) -> nn.Module:

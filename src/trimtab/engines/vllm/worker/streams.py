@@ -2,7 +2,7 @@
 
 What can be read from the layer is read: a `forward` that multiplies the residual it passes on. The layers that vLLM
 keeps under `vllm.models`, and few others, were read by hand, and are refused by package or class with what was found.
-A package that nobody has read is refused, too.
+A package that nobody has read is refused, too. A scale that no source shows is measured at start (`row_sizes`).
 """
 
 import ast
