@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.ops import SteeringBuffers
-from trimtab.ops.gates import gate_op_args
+from trimtab.ops.gate_buffers import gate_op_args
 from trimtab.sites import HookPoint, Site
 
 SITES = tuple(Site(layer, HookPoint.POST_BLOCK) for layer in range(3))

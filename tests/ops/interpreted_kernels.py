@@ -17,7 +17,7 @@ from ops_oracle import assert_steered, monitored, numpy64
 from trimtab.ops import SteeringOpArgs
 from trimtab.ops.kernels.apply_steering import launch_apply_steering
 from trimtab.ops.kernels.launch import Launch
-from trimtab.ops.kernels.steering_monitor import launch_steering_monitor
+from trimtab.ops.seed.steering_monitor import launch_steering_monitor
 
 PROGRAMS = (1, 3, 5, 6, 7)  # for 7 tokens: one takes all, several take several, some take one, each takes one
 

@@ -9,7 +9,8 @@ import torch
 from ops_triton import RecordedKernel, recorded
 
 from trimtab.ops import library, warmup
-from trimtab.ops.kernels import apply_gates, apply_steering, steering_monitor
+from trimtab.ops.kernels import apply_gates, apply_steering
+from trimtab.ops.seed import steering_monitor
 
 
 @dataclass

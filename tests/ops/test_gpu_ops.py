@@ -210,7 +210,7 @@ def test_warm_up_compiles_the_known_variants_and_service_none(
     dtype: torch.dtype, row_monitor: bool, slab: bool
 ) -> None:
     from trimtab.ops.kernels.apply_steering import apply_steering_kernel
-    from trimtab.ops.kernels.steering_monitor import steering_monitor_kernel
+    from trimtab.ops.seed.steering_monitor import steering_monitor_kernel
 
     apply_steering_kernel.device_caches.clear()
     steering_monitor_kernel.device_caches.clear()

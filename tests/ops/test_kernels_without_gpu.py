@@ -17,8 +17,8 @@ from ops_triton import RecordedKernel, loads_before_a_wait, machine_code, record
 
 from trimtab.ops import MonitorOpArgs, SteeringOpArgs
 from trimtab.ops.kernels import apply_steering as apply_module
-from trimtab.ops.kernels import steering_monitor as monitor_module
 from trimtab.ops.kernels.launch import REGISTERS, Launch, steering_launch_sizes
+from trimtab.ops.seed import steering_monitor as monitor_module
 
 HERE = Path(__file__).parent
 ARCHITECTURES = [80, 90, 100]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trimtab.ops import ROWS_ONLY, Emission, GateOpArgs, SteeringBuffers, emit, set_emission
-from trimtab.ops.gates import gate_count, gate_op_args
+from trimtab.ops.gate_buffers import gate_count, gate_op_args
 from trimtab.program.gates import ResolvedGate
 from trimtab.sites import HookPoint
 from trimtab.vectors import SteeringVector

@@ -7,7 +7,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 from magnitude_cases import HALF_STEP, Engine, assorted, check
 
 from trimtab.ops.buffers import steering_op_args
-from trimtab.ops.gates import gate_op_args
+from trimtab.ops.gate_buffers import gate_op_args
 from trimtab.ops.kernels.apply_gates import launch_apply_gates
 from trimtab.ops.kernels.apply_steering import launch_apply_steering
 from trimtab.ops.kernels.launch import Launch

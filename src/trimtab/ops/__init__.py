@@ -15,7 +15,7 @@ from trimtab.ops.buffers import (
 )
 from trimtab.ops.emission import Emission, set_emission
 from trimtab.ops.emit import emit
-from trimtab.ops.gates import GateBuffers
+from trimtab.ops.gate_buffers import GateBuffers
 from trimtab.ops.reference import ALL_TERMS, ROWS_ONLY, Terms
 
 __all__ = [

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from trimtab.ops import reference
 from trimtab.ops.args import SteeringOpArgs
-from trimtab.ops.buffers import has_steering, monitor_op_args, steering_op_args
 from trimtab.ops.emission import emission
-from trimtab.ops.gates import decided_gates, decides, gate_count, gate_op_args
+from trimtab.ops.gate_buffers import decided_gates, decides, gate_count, gate_op_args
 from trimtab.ops.host import rests
+from trimtab.ops.site_buffers import has_steering, monitor_op_args, steering_op_args
 from trimtab.sites import HookPoint
 
 

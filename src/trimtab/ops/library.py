@@ -141,7 +141,7 @@ def _apply_in_place_cuda(*tensors: Tensor) -> None:
 def _monitor_cuda(*tensors: Tensor) -> None:
     if not kernels_serve(tensors[0]):
         return _monitor_any_device(*tensors)
-    from trimtab.ops.kernels.steering_monitor import launch_steering_monitor
+    from trimtab.ops.seed.steering_monitor import launch_steering_monitor
 
     launch_steering_monitor(_checked_monitor(tensors))
 

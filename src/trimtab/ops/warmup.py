@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.ops.args import SteeringOpArgs
-from trimtab.ops.buffers import (
+from trimtab.ops.emission import emission
+from trimtab.ops.gate_buffers import gate_count, gate_op_args
+from trimtab.ops.host import site_state
+from trimtab.ops.library import kernels_serve
+from trimtab.ops.site_buffers import (
     has_steering,
     monitor_op_args,
     row_monitor_dummies,
     row_monitor_tensors,
     steering_op_args,
 )
-from trimtab.ops.emission import emission
-from trimtab.ops.gates import gate_count, gate_op_args
-from trimtab.ops.host import site_state
-from trimtab.ops.library import kernels_serve
 from trimtab.ops.variants import compiled_variants, late_variants, pause, watch
 from trimtab.sites import HookPoint
 
@@ -94,7 +94,7 @@ def warmup_steering_monitor_kernel(
     sites = _served_sites(modules)
     if not sites:
         return 0
-    from trimtab.ops.kernels.steering_monitor import steering_monitor_kernel
+    from trimtab.ops.seed.steering_monitor import steering_monitor_kernel
 
     return _warm(steering_monitor_kernel, sites, sizes, dtype, launches)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.ops.gates import GateBuffers, gate_record
+from trimtab.ops.gate_buffers import GateBuffers, gate_record
 from trimtab.program import PhaseProgram
 from trimtab.program.gates import ResolvedGate
 from trimtab.program.programs import GatedProgram

@@ -25,7 +25,7 @@ from support import (
     two_ranks,
 )
 from trimtab import Probe
-from trimtab.ops.gates import decides, gate_count
+from trimtab.ops.gate_buffers import decides, gate_count
 from trimtab.sites import HookPoint, Site
 
 HOOKS = ["pre_attn", "mlp_out", "post_block"]

@@ -7,7 +7,7 @@ import torch
 
 from support import HIDDEN, SCRATCH, engine, generate, random_prompts, random_spec, report, tiny_model
 from trimtab.engines.vllm.carried import MARK
-from trimtab.ops.gates import decides, gate_count
+from trimtab.ops.gate_buffers import decides, gate_count
 from trimtab.program.codec import encode
 
 
