@@ -111,7 +111,7 @@ class Runner:
         self.connector_off: list[bool] = []
         self.kv_connector = SimpleNamespace(set_disabled=self.connector_off.append)
         self.inputs = torch.randn(MOST, WIDTH, generator=generator).to(dtype)
-        self.model, self.passes = model, 0
+        self.model, self.passes, self.longest = model, 0, MOST
 
     def get_model(self) -> Model:
         return self.model
@@ -123,11 +123,16 @@ class Runner:
     def _dummy_run(self, tokens: int, **options: Any) -> tuple[Tensor]:
         assert options["is_profile"]  # no graph is replayed
         assert options["skip_eplb"]
+        assert tokens <= self.longest
         self.passes += 1
         self.kv_connector.set_disabled(True)
         result = self.execute_model(tokens)
         self.kv_connector.set_disabled(False)
         return (result,)
+
+
+def config(batched_tokens: int) -> Any:
+    return SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batched_tokens))
 
 
 def check(
@@ -139,6 +144,7 @@ def check(
     v2: bool = False,
     first: int = 0,
     spoil: Callable[[Runner], None] = lambda runner: None,
+    batched_tokens: int = MOST,
 ) -> Runner:
     """Steer layers and measure; see that all is as before. `first` is the number of the stage's first layer."""
     held = {first + i: LayerBoundary.of(layer) for i, layer in enumerate(layers)}
@@ -153,8 +159,9 @@ def check(
     for state in buffers.states:
         state.resting = True  # as after a warm-up that ran real steps
     runner = Runner(Model(layers, between), dtype)
+    runner.longest = batched_tokens
     spoil(runner)
-    worker = SimpleNamespace(model_runner=runner)
+    worker = SimpleNamespace(model_runner=runner, vllm_config=config(batched_tokens))
     attachment = Attachment(buffers, {site: held[site.layer].layer for site in sites}, (), held)
     try:
         require_full_size(worker, attachment, v2)
@@ -247,7 +254,8 @@ def test_a_layer_behind_all_that_is_steered_may_do_as_it_likes() -> None:
     buffers.attach(layers[1], Site(1, POST))
     set_emission(layers[1], Emission(eager=True))
     runner = Runner(Model([held[i].layer for i in sorted(held)]), torch.float32)
-    require_full_size(SimpleNamespace(model_runner=runner), Attachment(buffers, {}, (), held), False)
+    worker = SimpleNamespace(model_runner=runner, vllm_config=config(MOST))
+    require_full_size(worker, Attachment(buffers, {}, (), held), False)
     assert runner.passes
 
 
@@ -333,6 +341,12 @@ def test_a_branch_that_answers_in_proportion_is_no_reading_and_no_fault() -> Non
 def test_passes_are_few() -> None:
     runner = check([Whole(seed) for seed in range(LAYERS)])
     assert runner.passes == 6  # of four sites, three rows fit at once
+
+
+def test_a_pass_is_no_longer_than_the_engine_can_run(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="vllm.trimtab"):
+        check(made(Split), batched_tokens=2)
+    assert not caplog.records
 
 
 def test_the_bound_follows_the_rounding_of_the_stream() -> None:

@@ -74,9 +74,9 @@ def require_full_size(worker: Any, attachment: Attachment, is_v2: bool) -> None:
     try:
         forward = dummy_forward(worker, is_v2, eager=True)
         with awake(buffers.states), uncompiled(model):
-            passing = _measured(forward, attachment, through, _TOKENS, _added_by_hooks)
-            rows = buffers.table.shape[1] - 1
-            arriving = _measured(forward, attachment, sites, min(_TOKENS, rows), _added_at_sites)
+            most = min(_TOKENS, int(worker.vllm_config.scheduler_config.max_num_batched_tokens))
+            passing = _measured(forward, attachment, through, most, _added_by_hooks)
+            arriving = _measured(forward, attachment, sites, min(most, buffers.table.shape[1] - 1), _added_at_sites)
     except Exception:  # whatever a model does in a mode that it is not served in, it may serve in its own
         logger.debug("How much of an addition arrives was not measured: the passes for it failed", exc_info=True)
     bound = tolerance(buffers.table.dtype)
