@@ -71,6 +71,15 @@ class GateLimits:
         return sum(first <= layer for first in self.stages)
 
 
+class Room(NamedTuple):
+    """What the tables of an engine hold at one time: so many different rows, and probes of gates; and whether gates
+    are lowered, so that some need neither (see `trimtab.program.lowering`)."""
+
+    rows: int
+    probes: int
+    lowers: bool = False
+
+
 @dataclass(frozen=True)
 class ModelSites:
     """What an engine can steer: the model's width and depth, the sites that its graph really reads, and its gates."""
@@ -79,6 +88,7 @@ class ModelSites:
     num_layers: int
     sites: frozenset[Site]
     gates: GateLimits = GateLimits()
+    room: Room | None = None  # None: for any request
 
     @property
     def hook_points(self) -> tuple[HookPoint, ...]:

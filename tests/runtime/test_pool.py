@@ -5,7 +5,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from trimtab.runtime.pool import Contents, RowPool
+from trimtab.program.lowering import Contents
+from trimtab.runtime.pool import RowPool
 
 ROWS, PROBES = 5, 2
 ROW_KEYS = st.frozensets(st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f", b"g", b"h"]), min_size=1, max_size=ROWS)
@@ -63,7 +64,7 @@ class Waiting(RuleBasedStateMachine):
         urgency = self.asked[name][0][0]
         self._ends(name)
         self.born += 1
-        self.asked[name] = ((urgency, self.born), Contents(rows))
+        self.asked[name] = ((urgency, self.born), Contents(rows, frozenset()))
         return name
 
     @invariant()
@@ -94,14 +95,16 @@ class Waiting(RuleBasedStateMachine):
         room = len(held.rows | need.rows) <= ROWS and len(held.probes | need.probes) <= PROBES
         passes_somebody = any(self.asked[other][0] < order for other in self.sent_away)
         due = name in self.holding or (room and not passes_somebody)
-        assert self.pool.reserve(name, need, order[:1]) is due
+        if name not in self.pool:
+            self.pool.enter(name, need, order[:1])
+        assert self.pool.may_run(name) is due
         (self.holding if due else self.sent_away).add(name)
         if due:
             self.sent_away.discard(name)
         return due
 
     def _ends(self, name: str) -> None:
-        self.pool.release(name)
+        self.pool.leave(name)
         self.asked.pop(name, None)
         for group in (self.holding, self.running, self.sent_away):
             group.discard(name)
@@ -111,41 +114,48 @@ Waiting.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 test_requests_start_in_order_when_there_is_room_and_none_starves = Waiting.TestCase
 
 
+def asks(pool: RowPool, name: str, rows: set[bytes], urgency: float = 0.0) -> bool:
+    if name not in pool:
+        pool.enter(name, Contents(rows, frozenset()), (urgency,))
+    return pool.may_run(name)
+
+
 def test_a_request_whose_content_is_there_does_not_pass_one_that_waits():
     pool = RowPool(2)
-    assert pool.reserve("first", Contents({b"a", b"b"}))
-    assert not pool.reserve("large", Contents({b"c", b"d"}))
-    assert not pool.reserve("free of charge", Contents({b"a"}))
-    pool.release("first")
-    assert pool.reserve("large", Contents({b"c", b"d"}))
-    assert not pool.reserve("free of charge", Contents({b"a"}))
+    assert asks(pool, "first", {b"a", b"b"})
+    assert not asks(pool, "large", {b"c", b"d"})
+    assert not asks(pool, "free of charge", {b"a"})
+    pool.leave("first")
+    assert asks(pool, "large", {b"c", b"d"})
+    assert not asks(pool, "free of charge", {b"a"})
 
 
 def test_the_more_urgent_is_served_first_however_late_it_comes():
     pool = RowPool(1)
-    assert pool.reserve("running", Contents({b"a"}))
-    assert not pool.reserve("patient", Contents({b"b"}), (1.0,))
-    assert not pool.reserve("urgent", Contents({b"c"}), (0.0,))
-    pool.release("running")
-    assert not pool.reserve("patient", Contents({b"b"}), (1.0,))
-    assert pool.reserve("urgent", Contents({b"c"}), (0.0,))
+    assert asks(pool, "running", {b"a"})
+    assert not asks(pool, "patient", {b"b"}, urgency=1.0)
+    assert not asks(pool, "urgent", {b"c"}, urgency=0.0)
+    pool.leave("running")
+    assert not asks(pool, "patient", {b"b"}, urgency=1.0)
+    assert asks(pool, "urgent", {b"c"}, urgency=0.0)
 
 
 def test_what_would_never_fit_is_an_error_and_nobody_waits_behind_it():
     pool = RowPool(2, probes=1)
     with pytest.raises(ValueError, match="more than"):
-        pool.reserve("too many rows", Contents({b"a", b"b", b"c"}))
+        pool.enter("too many rows", Contents({b"a", b"b", b"c"}, set()))
     with pytest.raises(ValueError, match="more than"):
-        pool.reserve("too many probes", Contents({b"a"}, {b"p", b"q"}))
+        pool.enter("too many probes", Contents({b"a"}, {b"p", b"q"}))
     assert pool.waiting == 0
-    assert pool.reserve("next", Contents({b"a", b"b"}, {b"p"}))
+    pool.enter("next", Contents({b"a", b"b"}, {b"p"}))
+    assert pool.may_run("next")
 
 
 def test_a_request_that_ends_leaves_what_others_hold_too():
     pool = RowPool(2)
-    assert pool.reserve("one", Contents({b"a", b"b"}))
-    assert pool.reserve("other", Contents({b"a"}))
-    pool.release("one")
+    assert asks(pool, "one", {b"a", b"b"})
+    assert asks(pool, "other", {b"a"})
+    pool.leave("one")
     assert pool.reserved == 1
-    assert pool.reserve("third", Contents({b"c"}))
-    assert not pool.reserve("fourth", Contents({b"d"}))
+    assert asks(pool, "third", {b"c"})
+    assert not asks(pool, "fourth", {b"d"})

@@ -83,3 +83,24 @@ def test_any_order_of_calls_keeps_one_row_per_held_content_and_never_gives_out_r
         assert rows.in_use == sum(map(bool, holders.values()))
         assert all(content[place[key]] == key for key, count in holders.items() if count)
     assert list(rows.state()) == list(twin.state())
+
+
+@given(
+    calls=st.lists(st.tuples(st.booleans(), st.sampled_from(KEYS)), max_size=40), wanted=st.sets(st.sampled_from(KEYS))
+)
+def test_there_is_room_exactly_for_what_can_then_be_acquired(calls, wanted):
+    rows, held = RowAllocator(6), []
+    for take, key in calls:
+        if take and rows.has_room({key}):
+            held.append(rows.acquire(key)[0])
+        elif held:
+            rows.release(held.pop(0))
+    let_go = held[: len(held) // 2]
+    room = rows.has_room(wanted, let_go)
+    for row in let_go:
+        rows.release(row)
+    kept = {rows._key_of[row] for row in held[len(let_go) :]}
+    assert room is (len(kept | wanted) <= 5)
+    if room:
+        for key in wanted:
+            rows.acquire(key)

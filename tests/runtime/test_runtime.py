@@ -258,11 +258,24 @@ def test_a_full_house_of_distinct_content_fits_the_smallest_table_allowed():
     runtime.admit("unsteered", None)
 
 
-def test_a_table_too_small_for_its_requests_is_refused_at_the_start():
-    with pytest.raises(SteeringError, match=r"max_rows: 9 rows given.*11"):
-        SteeringRuntime(make_buffers(4), max_requests=5)
+def test_a_request_that_finds_no_room_is_refused_and_nothing_of_it_is_held():
+    other = vector(8)
     with pytest.raises(SteeringError, match="max_requests"):
         SteeringRuntime(make_buffers(4), max_requests=0)
+    buffers = make_buffers(1)  # two rows
+    runtime = SteeringRuntime(buffers, max_requests=3)
+    runtime.admit("a", resolved([(CALM, 1.0)], [(other, 1.0)]))
+    runtime.admit("shares", resolved([(other, 2.0)], [(CALM, 3.0)]))
+    new = resolved([(vector(7), 1.0)], [(CALM, 1.0)])
+    for name in ("b", "a"):  # of what "a" holds "shares" lets go of nothing
+        with pytest.raises(SteeringError, match=f"max_rows: request {name!r} finds no room for its rows among 2"):
+            runtime.admit(name, new)
+    assert runtime.rows_in_use == 2
+    decode_step(runtime, "a")
+    np.testing.assert_array_equal(received(buffers)[0], np.stack([other.directions[s] for s in SITES]))
+    runtime.release("shares")
+    runtime.admit("a", new)
+    assert runtime.rows_in_use == 2
 
 
 def test_a_vector_of_another_width_is_refused_and_the_old_steering_kept(runtime, buffers):

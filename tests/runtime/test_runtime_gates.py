@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from runtime_model import HIDDEN, SITES, received, vector
@@ -15,6 +15,7 @@ from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.program.gates import ResolvedGate
+from trimtab.program.lowering import contents_of
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import HookPoint, Site
 
@@ -254,21 +255,31 @@ def test_a_full_house_of_distinct_gates_fits():
     assert len({gate for token in range(6) for gate in gates_of(buffers, token)}) == 2 * GATES * MAX_REQUESTS
 
 
-def test_tables_too_small_for_their_gates_are_refused_at_the_start():
-    with pytest.raises(SteeringError, match="3 requests with a prefill and a decode row and 2 gates each"):
-        SteeringRuntime(
-            SteeringBuffers(
-                SITES, hidden_size=4, max_rows=7, max_tokens=8, dtype=torch.float32, gates=2, max_probes=13
-            ),
-            max_requests=3,
-        )
-    with pytest.raises(SteeringError, match="max_probes: 12 given; at least 13"):
-        SteeringRuntime(
-            SteeringBuffers(
-                SITES, hidden_size=4, max_rows=19, max_tokens=8, dtype=torch.float32, gates=2, max_probes=12
-            ),
-            max_requests=3,
-        )
+def test_a_request_whose_probes_find_no_room_is_refused_and_holds_nothing():
+    buffers = SteeringBuffers(
+        SITES, hidden_size=HIDDEN, max_rows=19, max_tokens=8, dtype=torch.float32, gates=1, max_probes=2
+    )
+    runtime = SteeringRuntime(buffers, max_requests=3)
+    runtime.admit("a", one_gate())
+    other = ResolvedGate.of(vector(77, SITES[:1]), 0.0, 1.0)
+    behind = program([], [(VECTORS[0], 1.0, other)])
+    with pytest.raises(SteeringError, match="max_probes: request 'b' finds no room"):
+        runtime.admit("b", ResolvedSteering((behind, behind)))
+    runtime.admit("c", one_gate())
+    runtime.release("a")
+    runtime.release("c")
+    assert runtime.rows_in_use == 0
+    runtime.admit("b", ResolvedSteering((behind, behind)))
+
+
+@settings(max_examples=60)
+@given(st.tuples(plain, gated, plain, gated))
+def test_a_request_holds_exactly_the_contents_that_are_reserved_for_it(asked):
+    steering = ResolvedSteering((program(*asked[:2]), program(*asked[2:])))
+    _, runtime = make()
+    runtime.admit("a", steering)
+    contents = contents_of(steering, lowers=False)
+    assert (runtime.rows_in_use, runtime._gates.probes_in_use) == (len(contents.rows), len(contents.probes))
 
 
 def test_more_gates_than_the_buffers_hold_are_refused_and_the_old_steering_kept():

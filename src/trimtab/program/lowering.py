@@ -45,7 +45,11 @@ def placed(steering: ResolvedSteering, *, lowers: bool) -> tuple[Placed, ...]:
 
 def contents_of(steering: ResolvedSteering, *, lowers: bool) -> Contents:
     """What a request with `steering` holds on the device, the same in every process and on every rank."""
-    phases = placed(steering, lowers=lowers)
+    return contents(placed(steering, lowers=lowers))
+
+
+def contents(phases: Sequence[Placed]) -> Contents:
+    """The same of a request whose sums are placed."""
     lanes = [item for phase in phases for item in phase.gated]
     rows = {*(row_key(phase.row, phase.probes) for phase in phases), *(row_key(item.total) for item in lanes)}
     return Contents(frozenset(rows - {b""}), frozenset(item.gate.probe.digest for item in lanes))

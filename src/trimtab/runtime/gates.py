@@ -5,7 +5,7 @@ their own, found by content like all rows; threshold, sharpness and options ride
 with one probe at a thousand thresholds share one row.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,6 @@ class GateLanes:
     """The gates of each slot of a `StepPlanner`, and their way to the device. Rows are acquired by the runtime."""
 
     def __init__(self, buffers: GateBuffers, max_requests: int) -> None:
-        """`buffers` hold at least `probes_needed` probes."""
         self._buffers = buffers
         record = gate_record(buffers.count)
         self._records = np.zeros((max_requests + 1, 2), record)
@@ -84,13 +83,21 @@ class GateLanes:
         if not self._gated[slot]:
             return []
         self._gated[slot] = False
-        records = self._records[slot]
-        for probe in records["probe"][records["probe"] > 0].tolist():
+        rows, probes = self.held_by(slot)
+        for probe in probes:
             if self._probes.release(probe) and self._unwritten.pop(probe, None) is not None:
                 self._probes.forget(probe)
-        rows: list[int] = records["row"][records["row"] > 0].tolist()
         self._words[slot] = 0
         return rows
+
+    def held_by(self, slot: int) -> tuple[list[int], list[int]]:
+        """The rows of the gated sums of `slot`, and the probes of its gates: one for each hold."""
+        records = self._records[slot]
+        return records["row"][records["row"] > 0].tolist(), records["probe"][records["probe"] > 0].tolist()
+
+    def has_room(self, probes: Set[bytes], instead_of: Sequence[int]) -> bool:
+        """Whether `probes`, by key, can be held once those of `instead_of` are let go."""
+        return self._probes.has_room(probes, instead_of)
 
     def in_batch(self, slots: npt.NDArray[np.int64]) -> bool:
         """Whether any of `slots` has gates."""

@@ -76,6 +76,10 @@ class StepPlanner:
         """The rows of both phases of `slots` [B], as [2 B]."""
         return self._rows[slots].reshape(-1)
 
+    def held_by(self, slot: int) -> tuple[int, int]:
+        """The rows of `slot` (prefill, decode); row 0 twice for that of all who are not steered."""
+        return int(self._rows[slot, PREFILL]), int(self._rows[slot, DECODE])
+
     def add(self, request_id: str, prefill: RowUse, decode: RowUse) -> int:
         """Give `request_id`, not yet known, a slot with what the tokens of each phase receive."""
         slot = self._free.pop()
@@ -92,7 +96,7 @@ class StepPlanner:
             return None
         self._free.append(slot)
         self._last_ids = None
-        return int(self._rows[slot, PREFILL]), int(self._rows[slot, DECODE])
+        return self.held_by(slot)
 
     def steers(self, request_ids: Sequence[str]) -> bool:
         """Whether anyone in the batch is steered, in either phase. Remembers the batch for `plan`."""

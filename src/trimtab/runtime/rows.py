@@ -6,30 +6,8 @@ content in the order in which they were let go. Every choice follows from the or
 see the same requests agree on every row without talking.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterator
-
-from trimtab.errors import SteeringError
-from trimtab.ops.buffers import SteeringBuffers
-from trimtab.program.gates import probes_needed, rows_needed
-
-
-def require_room(buffers: SteeringBuffers, max_requests: int) -> None:
-    """Raise SteeringError if the tables have fewer rows than any `max_requests` requests can need."""
-    max_rows = buffers.table.shape[1]
-    gates = 0 if buffers.gates is None else buffers.gates.count
-    if max_requests < 1:
-        raise SteeringError("max_requests", f"{max_requests} given; at least 1 is needed")
-    if max_rows < rows_needed(max_requests, gates):
-        each = "a prefill and a decode row each" if not gates else f"a prefill and a decode row and {gates} gates each"
-        raise SteeringError(
-            "max_rows",
-            f"{max_rows} rows given; {max_requests} requests with {each}, and row 0, need "
-            f"{rows_needed(max_requests, gates)}",
-        )
-    if buffers.gates is not None and len(buffers.gates.probe_table) < probes_needed(max_requests, gates):
-        given = len(buffers.gates.probe_table)
-        raise SteeringError("max_probes", f"{given} given; at least {probes_needed(max_requests, gates)} are needed")
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Set
 
 
 class RowAllocator:
@@ -55,7 +33,7 @@ class RowAllocator:
     def acquire(self, key: bytes) -> tuple[int, bool]:
         """The row of `key`, held once more, and whether its content is new (the caller has to write it).
 
-        Raises IndexError when every row is held by other content; `SteeringRuntime` makes that impossible.
+        Raises IndexError when every row is held by other content: ask `has_room` first.
         """
         row = self._row_of.get(key)
         fresh = row is None
@@ -78,6 +56,15 @@ class RowAllocator:
         self._in_use -= 1
         self._idle[row] = None
         return True
+
+    def has_room(self, keys: Set[bytes], instead_of: Iterable[int] = ()) -> bool:
+        """Whether all of `keys` can be held beside what is held, once the rows `instead_of` (one for each hold) are
+        let go."""
+        given = Counter(row for row in instead_of if row)
+        freed = {row for row, times in given.items() if self._holders[row] == times}
+        rows = [self._row_of.get(key, 0) for key in keys]
+        fresh = sum(not self._holders[row] or row in freed for row in rows)
+        return fresh <= len(self._holders) - 1 - self._in_use + len(freed)
 
     def forget(self, row: int) -> None:
         """Drop the content of an idle row that was never written, and make it the first to be reused."""

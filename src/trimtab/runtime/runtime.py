@@ -14,12 +14,12 @@ from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.program.counting import GateUse
 from trimtab.program.gates import ResolvedGate
-from trimtab.program.lowering import placed, row_key
+from trimtab.program.lowering import Contents, contents, placed, row_key
 from trimtab.runtime.digest import digest_of
 from trimtab.runtime.gates import GateLanes
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
-from trimtab.runtime.plan import TOKEN, RowUse, StepPlanner, as_ints
-from trimtab.runtime.rows import RowAllocator, require_room
+from trimtab.runtime.plan import NO_SLOT, TOKEN, RowUse, StepPlanner, as_ints
+from trimtab.runtime.rows import RowAllocator
 from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
 from trimtab.sites import Site
 from trimtab.vectors.values import FloatArray
@@ -33,18 +33,16 @@ class SteeringRuntime:
     """
 
     def __init__(self, buffers: SteeringBuffers, *, max_requests: int, lowers: bool = False) -> None:
-        """`max_requests`: how many steered requests can be admitted at one time. `lowers`: run gates as probes of rows
-        where they are no more than that (see `trimtab.program.lowering`).
-
-        Raises SteeringError if the tables have fewer rows than these requests can need: a row for each phase, one for
-        each gate of each phase, and row 0; or if they are to lower gates and rows cannot have the probes.
+        """`max_requests` steered requests can be admitted at one time, as far as their contents fit the tables. Any do
+        with `rows_needed` rows and `probes_needed` probes; with fewer, those that a `RowPool` of that size lets run.
+        `lowers`: run gates as probes of rows where they are no more than that (see `trimtab.program.lowering`).
         """
-        require_room(buffers, max_requests)
+        if max_requests < 1:
+            raise SteeringError("max_requests", f"{max_requests} given; at least 1 is needed")
         if lowers:
             require_row_monitor(buffers)
+        self._buffers, self._max_requests = buffers, max_requests
         max_rows = buffers.table.shape[1]
-        self._buffers = buffers
-        self._max_requests = max_requests
         self._capacity = max_rows - 1
         self._allocator = RowAllocator(max_rows)
         self._planner = StepPlanner(max_requests)
@@ -117,20 +115,22 @@ class SteeringRuntime:
         its own site, and only there. They need buffers with `row_monitor=True`, and with them no gate of the request is
         lowered. Admit again, without them, to clear them.
 
-        Raises SteeringError if a vector's width is not the model's, if `max_requests` others are admitted already, or
-        if the buffers cannot hold the probes. The request then keeps what it held before.
+        Raises SteeringError if a vector's width is not the model's, if `max_requests` others are admitted already, if
+        the tables have no room, or if the buffers cannot hold the probes. The request then keeps what it held before.
         """
         if steering is None or not (steering.prefill.identity or steering.decode.identity):
             self.release(request_id)
             return
         self._check(request_id, steering)
         behind = row_probes(probes, self._buffers)
-        self.release(request_id)
         prefill, decode = placed(steering, lowers=self._lowers and not behind)
-        gated, behind = (prefill.gated, decode.gated), behind or decode.probes
-        slot = self._planner.add(request_id, self._acquire(prefill.row), self._acquire(decode.row, behind))
+        lowered, decode = decode.probes, decode._replace(probes=behind or decode.probes)
+        self._check_room(request_id, contents((prefill, decode)))
+        self.release(request_id)
+        slot = self._planner.add(request_id, self._acquire(prefill.row), self._acquire(decode.row, decode.probes))
         if self._gates is not None:
-            self._gates.add(slot, request_id if owner is None else owner, gated, decode.probes, self._acquire)
+            gated = prefill.gated, decode.gated
+            self._gates.add(slot, request_id if owner is None else owner, gated, lowered, self._acquire)
 
     def release(self, request_id: str) -> None:
         """Let go of what `request_id` holds (finished or preempted). An id that holds nothing is no error."""
@@ -264,6 +264,14 @@ class SteeringRuntime:
                 f"request {request_id!r} would be steered request {len(admitted) + 1}; the limit is "
                 f"{self._max_requests}",
             )
+
+    def _check_room(self, request_id: str, needed: Contents) -> None:
+        slot, lanes = self._planner.slots.get(request_id, NO_SLOT), self._gates
+        gated, probes = ((), ()) if lanes is None else lanes.held_by(slot)
+        fit = self._allocator.has_room(needed.rows, (*self._planner.held_by(slot), *gated))
+        if not fit or (lanes is not None and not lanes.has_room(needed.probes, probes)):
+            what = "its probes" if fit else f"its rows among {self._capacity}"
+            raise SteeringError("max_probes" if fit else "max_rows", f"request {request_id!r} finds no room for {what}")
 
     def _compose(self, program: PhaseProgram) -> FloatArray:
         return program.row(self._buffers.sites)

@@ -15,6 +15,14 @@ from trimtab.runtime.meters import MOST_LABELS, OTHERS
 WORKER_GAUGES = {
     "trimtab_rows_in_use": ("rows_in_use", "Steering table rows that running requests hold."),
     "trimtab_row_capacity": ("capacity", "Steering table rows that requests can hold."),
+    "trimtab_rows_reserved": (
+        "rows_reserved",
+        "Steering table rows that requests have reserved: those that run, were preempted, or are about to run.",
+    ),
+    "trimtab_requests_waiting_for_rows": (
+        "requests_waiting",
+        "Requests that wait, among those that vLLM counts as waiting, for steering table rows.",
+    ),
     "trimtab_row_uploads_total": ("row_uploads", "Rows written to the steering tables since start."),
     "trimtab_warmed_kernel_launches_total": (
         "warmed_launches",

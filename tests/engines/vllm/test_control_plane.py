@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("fastapi")
 
@@ -183,7 +184,7 @@ def config(settings: dict[str, Any]) -> Any:
     return SimpleNamespace(
         additional_config={"steering": settings},
         model_config=SimpleNamespace(
-            hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS), get_hidden_size=lambda: H
+            hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS), get_hidden_size=lambda: H, dtype=torch.float16
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
@@ -206,11 +207,12 @@ def test_a_start_prints_vectors_probes_digests_default_monitor_and_who_may_chang
         "default": default,
         "monitor": {"probe": str(tmp_path / "anger.safetensors"), "threshold": 2.0},
     }
-    vllm_config = config(given)
-    assert build_front_end(vllm_config) is not None
+    plain = stamped(config(given), SteeringSettings.parse({**given, "table_memory": "1MiB"})).model_dump(mode="json")
+    assert build_front_end(config(plain)) is not None
     (block,) = [record.getMessage() for record in caplog.records if "Steering is on" in record.getMessage()]
     lines = block.splitlines()
     assert lines[0] == "Steering is on at 3 sites: post_block:0, post_block:1, post_block:2"
+    assert lines[1] == "  tables: 48 rows for requests in 0.0 MiB of each device"
     assert f"    calm {CALM.digest.hex()} (calm.safetensors)" in lines
     assert f"    mood {JOY.digest.hex()} (registered at run time)" in lines
     assert f"    anger {ANGER.digest.hex()} (anger.safetensors)" in lines
@@ -221,7 +223,7 @@ def test_a_start_prints_vectors_probes_digests_default_monitor_and_who_may_chang
     assert (monitor["probe"], monitor["threshold"]) == ("anger.safetensors", 2.0)
     assert "with the administrator's key" in lines[-1]
     assert KEY not in caplog.text
-    assert KEY not in stamped(vllm_config, SteeringSettings.parse(given)).model_dump_json()
+    assert KEY not in json.dumps(plain)
 
 
 # --- what comes in

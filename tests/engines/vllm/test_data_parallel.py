@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from trimtab.sites import HookPoint, Site
 pytestmark = pytest.mark.vllm
 
 RNG = np.random.default_rng(23)
-ROWS = RNG.normal(size=(8, WIDTH)).astype(np.float32)
+ROWS = RNG.normal(size=(20, WIDTH)).astype(np.float32)
 ANGER = Probe.at(Site(0, HookPoint.POST_BLOCK), RNG.normal(size=WIDTH))
 
 PROMPT = "w17 w203 w88 w41"
@@ -36,14 +37,14 @@ def folder(tmp_path_factory) -> Path:
 def client(folder: Path) -> Iterator[httpx.Client]:
     with serving(
         folder / "model", "--enable-steering", "--steering-probes", f"anger={folder / 'anger.safetensors'}",
-        "--data-parallel-size", "2", "--api-server-count", "1", log=folder / "server.log",
+        "--data-parallel-size", "2", "--api-server-count", "1", "--steering-max-rows", "9", log=folder / "server.log",
     ) as client:  # fmt: skip
         yield client
 
 
-def ask(client: httpx.Client, engine: int, row: int, **more: Any) -> dict[str, Any]:
+def ask(client: httpx.Client, engine: int, row: int, count: int = COUNT, **more: Any) -> dict[str, Any]:
     step = {"kind": "add", "vector": {"post_block": {"1": ROWS[row].tolist()}}, **more}
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0}
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": count, "temperature": 0}
     answer = client.post(
         "/v1/completions",
         json=body | {"steering": {"interventions": [step]}},
@@ -91,6 +92,30 @@ def test_gates_report_from_the_engine_that_evaluated_them(client, engine: int):
     assert told["tokens"] == len(PROMPT.split()) + COUNT - 1
     assert client.get(f"/v1/steering/gates/{answer['id']}").json()["gates"] == [told]
     assert metric(client, "trimtab_gate_tokens_total") == tokens + told["tokens"]
+
+
+def test_requests_wait_in_the_engine_whose_rows_they_need_and_all_are_answered(client, folder):
+    count, oracle = 60, Oracle(folder / "model")
+    pages: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(2 * len(ROWS)) as pool:
+        asked = [pool.submit(ask, client, i % 2, i // 2, count) for i in range(2 * len(ROWS))]
+        while not all(answer.done() for answer in asked):
+            pages.append(client.get("/v1/steering").json()["tables"])
+    assert {page["rows"] for page in pages} == {8}
+    for engine in (0, 1):
+        told = [next(one for one in page["engines"] if one["engine"] == engine) for page in pages]
+        assert max(one["requests_waiting"] for one in told) > 0
+        assert max(one["rows_reserved"] for one in told) <= 8
+    texts = [answer.result()["choices"][0]["text"].strip() for answer in asked]
+    assert texts[::2] == texts[1::2]
+    assert len(set(texts)) > 10
+    assert texts[2 * 7] == oracle.words(PROMPT, count, {1: ROWS[7]}, {1: ROWS[7]})
+    tables = client.get("/v1/steering").json()["tables"]
+    assert [(one["engine"], one["rows_reserved"], one["requests_waiting"]) for one in tables["engines"]] == [
+        (0, 0, 0), (1, 0, 0)
+    ]  # fmt: skip
+    assert all(one["most_bytes_of_a_device"] > 0 for one in tables["engines"])
+    assert metric(client, "trimtab_requests_waiting_for_rows") == metric(client, "trimtab_rows_reserved") == 0
 
 
 def test_metrics_add_up_over_engines(client):

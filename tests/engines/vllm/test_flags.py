@@ -36,7 +36,8 @@ def test_every_flag_reaches_its_setting(tmp_path: Path):
     args = parse(
         "--enable-steering", "--steering-vectors", "calm=/v/calm.safetensors", "joy=/v/a=b.gguf",
         "--steering-layers", "8-24", "--steering-hook-points", "post_block,pre_attn", "mlp_out",
-        "--steering-max-rows", "64", "--steering-default", str(tmp_path / "spec.json"), "--steering-backend", "traced",
+        "--steering-max-rows", "64", "--steering-table-memory", "64MiB",
+        "--steering-default", str(tmp_path / "spec.json"), "--steering-backend", "traced",
         "--steering-monitor", str(tmp_path / "monitor.json"),
         additional_config={"other": 1},
     )  # fmt: skip
@@ -48,6 +49,7 @@ def test_every_flag_reaches_its_setting(tmp_path: Path):
             "layers": "8-24",
             "hook_points": ["post_block", "pre_attn", "mlp_out"],
             "max_rows": 64,
+            "table_memory": "64MiB",
             "monitor": {"probe": str(tmp_path / "anger.safetensors"), "threshold": 2},
             "default": spec,
             "backend": "traced",

@@ -5,6 +5,7 @@ import copy
 import gc
 import json
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from trimtab.errors import SteeringError
 from trimtab.program.codec import decode
 from trimtab.serving.registry import VectorRegistry
 from trimtab.serving.server_default import merge
-from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.sites import HookPoint, ModelSites, Room, Site
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
 from work import calls, peak_bytes
@@ -268,3 +269,18 @@ def test_admission_is_cheap_at_the_size_of_a_large_model():
     assert calls(lambda: front.admit(given[0])) < 1500
     float16 = 2 * layers * width
     assert peak_bytes(lambda: front.admit(given[1])) < 1.5 * float16  # decoded once, and never copied
+
+
+def test_a_request_for_more_rows_than_there_are_is_refused_with_both_numbers_and_the_remedy():
+    model = replace(MODEL, room=Room(1, 0))
+    counts = Counts()
+    front = FrontEnd(model, VectorRegistry({"calm": CALM}), None, counts)
+    assert front.admit(add("calm")) is not None  # both phases share a row
+    twice = {"interventions": [{**add("calm")["interventions"][0], "phase": "prefill"}]}
+    twice["interventions"] += [{"kind": "add", "vector": packed(np.ones((LAYERS, WIDTH))), "phase": "decode"}]
+    with pytest.raises(SteeringError, match=r"needs 2 table rows .* has 1: .*table_memory") as e:
+        front.admit(twice)
+    assert e.value.field == "steering"
+    assert counts.reasons == ["other"]
+    with pytest.raises(SteeringError, match="the server's default spec: needs 2 table rows"):
+        FrontEnd(model, VectorRegistry({"calm": CALM}), twice)

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from trimtab import Probe
-from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, stamped, table_rows
+from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, stamped
 from trimtab.engines.vllm.settings.monitor import check_reach
+from trimtab.engines.vllm.settings.tables import stamped_tables
 from trimtab.errors import SteeringError
 from trimtab.program.gates import ResolvedGate, rows_needed
 from trimtab.sites import HookPoint, OwnGate, Site
@@ -20,7 +22,7 @@ SITES = [Site(layer, HookPoint.POST_BLOCK) for layer in range(LAYERS)]
 def engine(width: int = WIDTH) -> Any:
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS), get_hidden_size=lambda: width
+            hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS), get_hidden_size=lambda: width, dtype=torch.float32
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=2),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
@@ -59,7 +61,8 @@ def test_a_monitor_is_one_gate_more_than_the_setting_and_takes_none_from_request
         limits = model_sites(engine(), given).gates
         assert (limits.count, limits.per_token) == (count, count + 1)
         assert limits.probe_sites == model_sites(engine(), plain).gates.probe_sites
-        assert table_rows(engine(), given) == rows_needed(2, count + 1) > table_rows(engine(), plain)
+        rows = [stamped_tables(stamped(engine(), one).stamp).rows for one in (given, plain)]
+        assert rows[0] == rows_needed(2, count + 1) > rows[1]
 
 
 def test_the_stamp_tells_engines_with_different_monitors_apart(probe) -> None:

@@ -1,5 +1,6 @@
 """What an engine core does with a request before anything else sees it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
 from trimtab.program.gates import ResolvedGate
 from trimtab.program.monitor import behind
-from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.sites import HookPoint, ModelSites, Room, Site
 from trimtab.spec import Steering
 from trimtab.vectors import SteeringVector
 
@@ -65,3 +66,14 @@ def test_what_another_engine_of_this_process_has_read_is_checked_again() -> None
     monitored = behind(Steering.parse(SPEC).resolve({}, MODEL), monitor)
     with pytest.raises(SteeringError, match="serves 0 per request"):
         checks.check_request(core(), request(Carried(encode(monitored), monitored)))
+
+
+def test_a_request_that_no_waiting_could_bring_its_rows_is_refused() -> None:
+    halves = [{**SPEC["interventions"][0], "phase": "prefill"}, {**SPEC["interventions"][0], "phase": "decode"}]
+    halves[1]["vector"] = {"post_block": {"0": [4.0, 3.0, 2.0, 1.0]}}
+    sent = encode(Steering.parse({"interventions": halves}).resolve({}, MODEL))
+    checks.check_request(core(), request(sent))
+    small = SimpleNamespace(_trimtab_served=(SETTINGS, replace(MODEL, room=Room(1, 0)), Decoded()))
+    with pytest.raises(SteeringError, match="needs 2 table rows at one time, and this engine has 1"):
+        checks.check_request(small, request(sent))
+    checks.check_request(small, request(SENT))

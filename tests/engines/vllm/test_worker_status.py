@@ -25,15 +25,15 @@ class Core:
         self.calls: list[tuple[int, Any]] = []
         self.dead: set[bytes] = set()
 
-    async def _call_utility_async(self, name: str, method: str, timeout: Any, args: Any, kwargs: Any, *, engine: bytes):
-        assert (name, method, timeout, kwargs) == ("collective_rpc", "trimtab_status", None, None)
-        self.calls.append((int.from_bytes(engine, "little"), args))
+    async def _call_utility_async(self, name: str, digest: bool, answers: list[str], *, engine: bytes) -> list[Any]:
+        assert name == "trimtab_status"
+        self.calls.append((int.from_bytes(engine, "little"), (digest, answers)))
         if engine in self.dead:
             raise RuntimeError("EngineCore encountered an issue")
         await self.open[engine].wait()
         rank = int.from_bytes(engine, "little")
         use = {"gate": "g", "probe": "p", "tokens": 3 + rank, "mean": 0.5, "above_half": rank}
-        return [{"rank": 0, "uses": {answer: [use] for answer in args[1]}}, None]
+        return [{"rank": 0, "uses": {answer: [use] for answer in answers}}, None]
 
 
 def workers_of(core: Core) -> Workers:

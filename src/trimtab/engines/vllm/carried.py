@@ -18,6 +18,7 @@ from trimtab.program import ResolvedSteering
 from trimtab.program.codec import decode
 from trimtab.program.gates import check_served
 from trimtab.program.monitor import reaches
+from trimtab.program.room import check_room
 from trimtab.serving.memo import Recent, key_of
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import ModelSites
@@ -144,6 +145,7 @@ def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
             SETTINGS_KEY, "was admitted without this engine's monitor: give the front end the same steering settings"
         )
     steering.check_gate_count(model.gates, SETTINGS_KEY)
+    check_room(steering, model.room, SETTINGS_KEY)
     for term in steering.terms:
         if term.vector.hidden_size != model.hidden_size:
             raise SteeringError(

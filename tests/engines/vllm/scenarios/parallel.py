@@ -1,4 +1,4 @@
-"""Tensor or pipeline parallelism, worker processes of their own. Arguments: "tp" or "pp", requests."""
+"""Tensor or pipeline parallelism, worker processes of their own, eight rows. Arguments: "tp" or "pp", requests."""
 
 import sys
 
@@ -26,7 +26,8 @@ def parallel(kind: str, requests: int, mode: str = "eager") -> None:
     prompts = random_prompts([4 + (5 * i) % 37 for i in range(requests)])
     expected = oracle(model, prompts, specs)
     llm = engine(
-        folder, steering={"hook_points": list(HOOKS)}, mode=mode, max_num_batched_tokens=64, **two_ranks(kind)
+        folder, steering={"hook_points": list(HOOKS), "max_rows": 9}, mode=mode, max_num_batched_tokens=64,
+        **two_ranks(kind),
     )  # fmt: skip
     report(
         {

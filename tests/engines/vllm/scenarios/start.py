@@ -18,7 +18,8 @@ def main() -> None:
         "hook point of another family": lambda: engine(cohere, steering={"hook_points": ["post_block", "post_attn"]}),
         "layer that does not exist": lambda: engine(folder, steering={"layers": "2-9"}),
         "setting that does not exist": lambda: engine(folder, steering={"layer": "2"}),
-        "too few rows": lambda: engine(folder, steering={"max_rows": 9}, max_num_seqs=64),
+        "memory that is no memory": lambda: engine(folder, steering={"table_memory": "a lot"}),
+        "scheduler of another kind": lambda: engine(folder, steering={}, scheduler_cls=_own_scheduler()),
         "missing vector file": lambda: engine(folder, steering={"vectors": {"calm": "/nowhere/calm.safetensors"}}),
         "unsupported mode": lambda: engine(folder, steering={}, cpu_offload_gb=1),
         "model that is not steered": lambda: _without_attaching(folder),
@@ -45,6 +46,17 @@ def _refusal(start):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "started"
+
+
+def _own_scheduler():
+    """A scheduler that may run requests without asking whether they have rows."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    class OwnScheduler(AsyncScheduler):
+        def schedule(self, *args, **kwargs):
+            return super().schedule(*args, **kwargs)
+
+    return OwnScheduler
 
 
 def _without_attaching(folder):

@@ -153,12 +153,12 @@ def two_ranks(kind: str) -> dict[str, Any]:
     return {"distributed_executor_backend": "mp", **sizes[kind]}
 
 
-def tight_engine(folder: str, *, steering: Any) -> Any:
+def tight_engine(folder: str, *, steering: Any, **options: Any) -> Any:
     """An engine whose KV cache is too small for eight growing requests, prefix caching on: some are thrown out."""
     block = 2 * 32 * 2 * 16 * 4 * 4  # keys and values, block size, kv heads, head size, bytes, layers
     return engine(
         folder, steering=steering, kv_cache_memory_bytes=14 * block, max_num_seqs=8, max_model_len=128,
-        enable_prefix_caching=True, disable_log_stats=False,
+        enable_prefix_caching=True, disable_log_stats=False, **options,
     )  # fmt: skip
 
 
@@ -168,13 +168,15 @@ def preemptions(llm: Any) -> int:
 
 
 def generate(
-    llm: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int] = 8
+    llm: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int] = 8, **options: Any
 ) -> list[list[int]]:
     """Greedy continuations of `prompts`, all submitted at once, each under its own spec."""
-    return [list(output.outputs[0].token_ids) for output in outputs_of(llm, prompts, specs, tokens)]
+    return [list(output.outputs[0].token_ids) for output in outputs_of(llm, prompts, specs, tokens, **options)]
 
 
-def outputs_of(llm: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int]) -> list[Any]:
+def outputs_of(
+    llm: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], tokens: int | Sequence[int], **options: Any
+) -> list[Any]:
     """The same as vLLM returns it."""
     from vllm import SamplingParams
 
@@ -187,7 +189,7 @@ def outputs_of(llm: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], to
         for count, spec in zip(counts, specs, strict=True)
     ]  # fmt: skip
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return list(llm.generate(inputs, params, use_tqdm=False))
+    return list(llm.generate(inputs, params, use_tqdm=False, **options))
 
 
 def oracle(

@@ -14,6 +14,7 @@ from trimtab.program import ResolvedSteering
 from trimtab.program.codec import encode
 from trimtab.program.gates import ResolvedGate
 from trimtab.program.monitor import behind
+from trimtab.program.room import check_room
 from trimtab.serving.memo import Recent, key_of
 from trimtab.serving.names import check_fixed, check_known
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
@@ -117,10 +118,11 @@ class FrontEnd:
                 asked = self._resolve(self.default.spec, names)
                 if not asked.sites:
                     raise SteeringError("interventions", "adds nothing: leave the default out, or correct it")
+                admitted = self._carried(asked, 1.0)
             except SteeringError as error:
                 # The operator's spec, not the caller's: say so, with the path in the operator's own file.
                 raise SteeringError("", f"the server's default spec: {error}") from error
-            self._default_admission = (names, self._carried(asked, 1.0), asked)
+            self._default_admission = (names, admitted, asked)
         return self._default_admission[1:]
 
     def _admit(self, given: Any) -> Carried:
@@ -161,6 +163,7 @@ class FrontEnd:
 
     def _carried(self, asked: ResolvedSteering, default_left: float | None = None) -> Carried:
         steering = asked if self.monitor is None else behind(asked, self.monitor.gate)
+        check_room(steering, self.model.room, "")
         return Carried(encode(steering, self._held, views=True), steering, default_left)
 
 

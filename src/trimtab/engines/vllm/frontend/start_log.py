@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.engines.vllm.frontend.admission import FrontEnd
 from trimtab.engines.vllm.settings.config import SteeringSettings
+from trimtab.engines.vllm.settings.tables import described, stamped_tables
 from trimtab.serving.admin import HEADER, VARIABLE, admin_key
 from trimtab.serving.registry import Registry
 from trimtab.serving.server_default import ServerDefault
@@ -30,6 +31,8 @@ def start_block(front_end: FrontEnd, settings: SteeringSettings) -> Iterator[str
     """The lines of the block."""
     sites = [str(site) for site in sorted(front_end.model.sites, key=site_order)]
     yield f"Steering is on at {len(sites)} sites: {summary(sites)}"
+    if settings.stamp is not None:
+        yield f"  tables: {described(stamped_tables(settings.stamp))}"
     yield from _names(front_end.registry, settings.vectors)
     yield from _names(front_end.probes, settings.probes)
     yield f"  default: {'none' if front_end.default is None else json.dumps(_short(front_end.default))}"

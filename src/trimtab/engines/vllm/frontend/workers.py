@@ -17,7 +17,7 @@ from trimtab.engines.vllm.frontend.requests import current_front_end
 from trimtab.program.counting import GateUse
 from trimtab.serving.metrics import metrics
 
-WORKER_METHOD = "trimtab_status"
+CORE_METHOD = "trimtab_status"
 
 State = dict[str, Any]  # of one worker
 
@@ -84,10 +84,8 @@ class Workers:
     def _line(self, core: Any, engine: bytes) -> "_Line":
         async def call(digest: bool, answers: list[str]) -> list[State]:
             # Why not `collective_rpc`: it asks every engine, and returns what the first one answers. Until: it returns
-            # all. The None is the timeout, see above.
-            states = await core._call_utility_async(
-                "collective_rpc", WORKER_METHOD, None, (digest, answers), None, engine=engine
-            )
+            # all.
+            states = await core._call_utility_async(CORE_METHOD, digest, answers, engine=engine)
             return [state for state in states if isinstance(state, dict)]
 
         return _Line(call)

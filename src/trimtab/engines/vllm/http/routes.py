@@ -33,6 +33,8 @@ from trimtab.sites import site_order
 
 logger = logging.getLogger("vllm.trimtab")
 
+OF_POOL = {"rows_reserved", "requests_waiting"}  # of an engine, said with the states of its workers
+
 
 def endpoint_plugin() -> "EndpointPlugin":
     """The factory that vLLM calls."""
@@ -82,6 +84,10 @@ class EndpointPlugin:
             {
                 "model": {"hidden_size": front_end.model.hidden_size, "num_layers": front_end.model.num_layers},
                 "sites": [str(site) for site in sites],
+                "tables": {
+                    "rows": None if front_end.model.room is None else front_end.model.room.rows,
+                    "engines": [{"engine": engine, **_tables(engines[engine])} for engine in engines],
+                },
                 "vectors": VECTOR_ROUTES.described(front_end),
                 "probes": PROBE_ROUTES.described(front_end),
                 "changes_need_admin_key": admin_key() is not None,
@@ -108,8 +114,15 @@ def check_workers(front_end: FrontEnd, engines: Mapping[int, Sequence[Mapping[st
 
 
 def _shown(worker: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of a worker: not what gates did for answers that were asked about in the same call."""
-    return {str(key): _plain(value) for key, value in worker.items() if key != "uses"}
+    """What the page shows of a worker: not what gates did for answers that were asked about in the same call, nor what
+    its engine said."""
+    return {str(key): _plain(value) for key, value in worker.items() if key != "uses" and key not in OF_POOL}
+
+
+def _tables(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the page shows of an engine's tables: the most that one of its devices holds, and who has their rows."""
+    pool = next(({key: worker[key] for key in OF_POOL} for worker in workers if worker.keys() >= OF_POOL), {})
+    return {"most_bytes_of_a_device": max((worker.get("nbytes", 0) for worker in workers), default=0), **pool}
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ was written for, is in `patches.patching`.
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trimtab.engines.vllm.patches.patching import Need, Patch, is_patched, patch, put_on
@@ -16,6 +16,8 @@ from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
 TABLE: list[Patch] = []
 
 STEERED: list[Patch] = []  # put on each engine core that is steered
+
+SCHEDULER: list[Patch] = []  # put on the scheduler of each
 
 
 @patch("vllm.v1.engine.core", "EngineCore.preprocess_add_request", "self", "request", table=TABLE)
@@ -58,9 +60,10 @@ def _check_the_workers(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @patch("vllm.v1.engine.core", "EngineCore.__init__", "self", "vllm_config", table=TABLE)
-def _check_the_core(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Why: only now does the engine core have the block hasher that it will use, and it has seen no request yet; what
-    requests refer to is read before the first. Until: requests may bring extra keys per block.
+def _prepare_the_core(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Why: only now does the engine core have the block hasher and the scheduler that it will use, and it has seen no
+    request yet; what requests refer to is read before the first. Until: requests may bring extra keys per block, and
+    plugins may hold requests back.
     """
 
     @functools.wraps(original)
@@ -68,11 +71,80 @@ def _check_the_core(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, *args, **kwargs)
         if is_configured(getattr(self, "vllm_config", None)):
             from trimtab.engines.vllm.core.checks import served_by
+            from trimtab.engines.vllm.core.row_pool import RowGate
 
-            served_by(self)
+            served = served_by(self)
+            assert served is not None, "it is configured"
             put_on(self, STEERED)
+            self._trimtab_rows = RowGate(self.scheduler, served[0])
+            put_on(self.scheduler, SCHEDULER, self._trimtab_rows)
+            self._trimtab_rows.require_asked(*_QUESTIONS)
 
     return initialize
+
+
+@patch("vllm.v1.engine.core", "EngineCore.trimtab_status", adds=True, table=TABLE)
+def _say_what_is_on(_: None) -> Callable[..., Any]:
+    """Why: a client's utility calls find methods by name on the engine core. Until: plugins may register such."""
+
+    def trimtab_status(self: Any, digest: bool = True, answers: Sequence[str] = ()) -> list[Any]:
+        from trimtab.engines.vllm.core.row_pool import status
+
+        return status(self, digest, answers)
+
+    return trimtab_status
+
+
+# --- the scheduler
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
+_QUESTIONS = ("_handle_blocked_waiting_request", "_try_promote_blocked_waiting_request")
+_ON_SCHEDULER: dict[str, Any] = {"table": SCHEDULER, "on": "each steered scheduler"}
+
+
+@patch(_SCHEDULER, f"Scheduler.{_QUESTIONS[0]}", "self", "request", optional=True, **_ON_SCHEDULER)
+def _hold_back(original: Callable[..., Any], rows: Any) -> Callable[..., Any]:
+    """Why: the one question that the scheduler asks of each waiting request before it runs it; who has no rows waits.
+    Until: plugins may hold requests back.
+    """
+
+    def _handle_blocked_waiting_request(request: Any) -> bool:
+        return bool(original(request)) and rows.may_run(request)
+
+    return _handle_blocked_waiting_request
+
+
+@patch(_SCHEDULER, f"Scheduler.{_QUESTIONS[1]}", "self", "request", optional=True, **_ON_SCHEDULER)
+def _hold_back_before_0_32(original: Callable[..., Any], rows: Any) -> Callable[..., Any]:
+    """Why: here the question comes in two parts, the first by status alone, of which queueing makes use as well. So for
+    the loop every waiting request is taken to be blocked, this part tells, and queueing keeps to the status. Until:
+    0.32 is the oldest vLLM that is supported.
+    """
+    scheduler = rows.scheduler
+    is_blocked = scheduler._is_blocked_waiting_status
+
+    def _try_promote_blocked_waiting_request(request: Any) -> bool:
+        return (not is_blocked(request.status) or bool(original(request))) and rows.may_run(request)
+
+    def _enqueue_waiting_request(request: Any) -> None:
+        (scheduler.skipped_waiting if is_blocked(request.status) else scheduler.waiting).add_request(request)
+
+    scheduler._enqueue_waiting_request = _enqueue_waiting_request
+    scheduler._is_blocked_waiting_status = lambda status: True
+    return _try_promote_blocked_waiting_request
+
+
+@patch(_SCHEDULER, "Scheduler._free_request", "self", "request", **_ON_SCHEDULER)
+def _see_who_ends(original: Callable[..., Any], rows: Any) -> Callable[..., Any]:
+    """Why: whatever ends a request (a stop, an abort, an error, a shutdown) ends it here, whether it ran or waited, and
+    its rows are free. Until: plugins may hold requests back.
+    """
+
+    def _free_request(request: Any, *args: Any, **kwargs: Any) -> Any:
+        rows.ended(request)
+        return original(request, *args, **kwargs)
+
+    return _free_request
 
 
 # --- the prefix cache

@@ -7,7 +7,7 @@ TABLES: dict[str, list[Patch]] = {
     "configuration": [*settings.TABLE, *settings.PARSER],
     "front end": frontend.TABLE,
     "HTTP server": http.TABLE,
-    "engine core": [*core.TABLE, *core.STEERED],
+    "engine core": [*core.TABLE, *core.STEERED, *core.SCHEDULER],
     "worker": [*worker.TABLE, *worker.WORKER, *worker.RUNNER_V1, *worker.RUNNER_V2],
 }
 

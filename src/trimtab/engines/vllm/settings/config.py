@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trimtab.engines.vllm.settings.content import loaded, require_same
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
 from trimtab.engines.vllm.settings.monitor import MonitorSettings, check_reach
+from trimtab.engines.vllm.settings.tables import DEFAULT_SHARE, decide_tables, parse_memory, stamped_tables
 from trimtab.engines.vllm.settings.travelling import Travelling
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate, rows_needed
+from trimtab.program.gates import ResolvedGate
 from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
@@ -38,7 +39,8 @@ class SteeringSettings(BaseModel):
     vectors: dict[str, str] = Field(default_factory=dict)  # name -> file, loaded at start
     layers: str | list[int] | None = None  # "8-24", "0,4,8-11" or numbers; None is all
     hook_points: tuple[HookPoint, ...] = (HookPoint.POST_BLOCK,)
-    max_rows: int | None = Field(default=None, ge=3)  # rows of each table; None is enough for the largest batch
+    table_memory: float | str = DEFAULT_SHARE  # for the tables: a share of the device's memory, or a size: "512MiB"
+    max_rows: int | None = Field(default=None, ge=3)  # rows of each table, row 0 included, whatever that takes
     probes: dict[str, str] = Field(default_factory=dict)  # name -> file, loaded at start; each site is a probe site
     probe_layers: str | list[int] | None = None  # further probe sites: these layers at the hook points
     gates: int = Field(default=4, ge=0, le=16)  # different gates per phase of a request, where there is a probe site
@@ -53,6 +55,12 @@ class SteeringSettings(BaseModel):
         if not hooks:
             raise ValueError("name at least one hook point")
         return tuple(hook for hook in HookPoint if hook in hooks)
+
+    @field_validator("table_memory", mode="after")
+    @classmethod
+    def _some_memory(cls, value: float | str) -> float | str:
+        parse_memory(value)
+        return value
 
     @staticmethod
     def parse(value: Any) -> "SteeringSettings":
@@ -160,36 +168,16 @@ def model_sites(vllm_config: Any, settings: SteeringSettings) -> ModelSites:
     readable = settings.chosen_probe_sites(num_layers, sites)
     stages = _later_stages(vllm_config, num_layers)
     count = settings.gates if readable else 0
+    room = stamped_tables(settings.stamp).room if settings.stamp else None  # not known before
     if (monitor := settings.start_monitor) is None:
-        return ModelSites(hidden_size, num_layers, sites, GateLimits(count, readable, stages))
+        return ModelSites(hidden_size, num_layers, sites, GateLimits(count, readable, stages), room)
     field, width = f"{SETTINGS_KEY}.monitor.probe", monitor.probe.hidden_size
     if width != hidden_size:
         raise SteeringError(field, f"has width {width}, this model has hidden size {hidden_size}")
     _check_readable(field, monitor.site, sites)
     check_reach(monitor, sites, stages)
     limits = GateLimits(count, readable, stages, OwnGate(monitor.digest, monitor.site))
-    return ModelSites(hidden_size, num_layers, sites, limits)
-
-
-def table_rows(vllm_config: Any, settings: SteeringSettings) -> int:
-    """Rows of each steering table for every request of the largest batch: one per phase and for each gate of it.
-
-    Raises `SteeringError` where `max_rows` asks for fewer: admission of a request must never fail.
-    """
-    requests = int(vllm_config.scheduler_config.max_num_seqs)
-    gates = model_sites(vllm_config, settings).gates.per_token
-    needed = rows_needed(requests, gates)
-    if settings.max_rows is None:
-        return needed
-    if settings.max_rows < needed:
-        each = "a prefill and a decode row each" if not gates else f"2 rows and up to {2 * gates} gated ones each"
-        raise SteeringError(
-            f"{SETTINGS_KEY}.max_rows",
-            f"{settings.max_rows} rows cannot hold the largest batch: {requests} requests (max_num_seqs) with {each}, "
-            f"and row 0, need {needed}; leave max_rows out or lower max_num_seqs to "
-            f"{(settings.max_rows - 1) // (2 * (1 + gates))}",
-        )
-    return settings.max_rows
+    return ModelSites(hidden_size, num_layers, sites, limits, room)
 
 
 def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
@@ -207,7 +195,7 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
         "gates": model.gates.count,
         "probe_sites": sorted(map(str, model.gates.probe_sites)),
         "monitor": "" if settings.start_monitor is None else settings.start_monitor.digest.hex(),
-        "rows": table_rows(vllm_config, settings),
+        "tables": decide_tables(vllm_config, model, parse_memory(settings.table_memory), settings.max_rows)._asdict(),
         "vectors": {name: vector.digest.hex() for name, vector in settings.start_vectors.items()},
         "probes": {name: probe.digest.hex() for name, probe in settings.start_probes.items()},
     }

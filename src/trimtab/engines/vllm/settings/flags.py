@@ -22,6 +22,7 @@ _DESTINATIONS = {
     "steering_vectors": "vectors",
     "steering_layers": "layers",
     "steering_hook_points": "hook_points",
+    "steering_table_memory": "table_memory",
     "steering_max_rows": "max_rows",
     "steering_probes": "probes",
     "steering_probe_layers": "probe_layers",
@@ -70,11 +71,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=f"Hook points that can be steered: {', '.join(HookPoint)}. Default: post_block.",
     )
     group.add_argument(
+        "--steering-table-memory",
+        default=None,
+        metavar="SHARE|SIZE",
+        help="Device memory for the steering tables: a share such as 0.01, or a size such as 512MiB. Requests whose "
+        "rows do not fit wait for others to end. Default: 0.01.",
+    )
+    group.add_argument(
         "--steering-max-rows",
         type=int,
         default=None,
         metavar="N",
-        help="Rows of each steering table. Default: enough for the largest batch, so capacity cannot run out.",
+        help="Rows of each steering table, whatever they take. Default: as many as --steering-table-memory holds.",
     )
     group.add_argument(
         "--steering-probes",

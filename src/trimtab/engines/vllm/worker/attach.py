@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, table_rows
+from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
+from trimtab.engines.vllm.settings.tables import stamped_tables
 from trimtab.engines.vllm.worker.boundaries import LayerBoundary
 from trimtab.engines.vllm.worker.conventions import branch_taps, convention_of
 from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_layer_class
@@ -14,7 +15,6 @@ from trimtab.engines.vllm.worker.streams import unsupported_reason
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, set_emission
-from trimtab.runtime import probes_needed
 from trimtab.sites import HookPoint, Site
 
 _LAYER_HOOKS = frozenset({HookPoint.PRE_ATTN, HookPoint.POST_BLOCK})
@@ -41,15 +41,16 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
     held = {site: layers[site.layer] for site in wanted.sites if site.layer in layers}
     for layer in {site.layer for site in held}:
         _check(layers[layer], layer, settings, vllm_config.model_config.dtype)
+    tables = stamped_tables(settings.stamp)
     buffers = SteeringBuffers(
         list(held),
         hidden_size=wanted.hidden_size,
-        max_rows=table_rows(vllm_config, settings),
+        max_rows=tables.rows,
         max_tokens=_max_tokens(vllm_config),
         dtype=vllm_config.model_config.dtype,
         device=device,
         gates=wanted.gates.per_token,
-        max_probes=probes_needed(int(vllm_config.scheduler_config.max_num_seqs), wanted.gates.per_token),
+        max_probes=tables.probes,
         probe_sites=wanted.gates.read_sites,
     )
     mode = Emission(traced=settings.backend != "triton", terms=ROWS_ONLY, eager=_runs_eagerly(vllm_config))

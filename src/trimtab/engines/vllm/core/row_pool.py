@@ -1,0 +1,72 @@
+"""Rows are reserved in the engine core: a request that finds none is left in vLLM's own queues until others end.
+
+The scheduler asks of every waiting request that it is about to run whether it is blocked. A steered request is, until
+the pool has its rows; then it keeps them to its end, through preemption, so one that runs never waits. Nothing is taken
+out of vLLM's queues, so aborts, draining, data parallelism and statistics see such requests as any that wait.
+
+Workers free the rows of requests that have ended before they write those of new ones, within one scheduler output; what
+a pass under way still reads is overwritten behind it, in stream order. So a row that is given back here may be given
+out again in the very next step.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.engines.vllm.carried import steering_of
+from trimtab.engines.vllm.settings.config import SteeringSettings
+from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
+from trimtab.engines.vllm.settings.tables import stamped_tables
+from trimtab.errors import SteeringError
+from trimtab.program.lowering import contents_of
+from trimtab.runtime.pool import RowPool
+
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
+
+
+class RowGate:
+    """What the scheduler of one engine core asks before it runs a request, and tells of one that has ended."""
+
+    def __init__(self, scheduler: Any, settings: SteeringSettings) -> None:
+        """Raises `SteeringError` for a scheduler with a loop of its own, which may run requests without asking."""
+        owner = next(kind for kind in type(scheduler).__mro__ if "schedule" in vars(kind))
+        if owner.__module__ != _SCHEDULER:
+            raise SteeringError(
+                SETTINGS_KEY,
+                f"the scheduler {owner.__module__}.{owner.__qualname__} decides in its own way which requests run, so "
+                "none can be made to wait for rows: leave out scheduler_cls",
+            )
+        self.scheduler, self._settings = scheduler, settings
+        room = stamped_tables(settings.stamp).room
+        self._lowers = room.lowers
+        self.pool = RowPool(room.rows, room.probes)
+        self._by_priority = getattr(getattr(scheduler, "policy", None), "value", None) == "priority"
+
+    def may_run(self, request: Any) -> bool:
+        """Whether a vLLM `Request` that waits for nothing else has its rows, or needs none."""
+        name = request.request_id
+        if name not in self.pool:
+            steering = steering_of(request.sampling_params, self._settings)
+            if steering is None or not (needed := contents_of(steering, lowers=self._lowers)).rows:
+                return True
+            # Under the policy "priority" vLLM's own order of requests, else that in which it asks.
+            urgency = (float(request.priority), float(request.arrival_time)) if self._by_priority else ()
+            self.pool.enter(name, needed, urgency)
+        return self.pool.may_run(name)
+
+    def ended(self, request: Any) -> None:
+        """A request has ended, whether it ran or waited."""
+        self.pool.leave(request.request_id)
+
+    def require_asked(self, *questions: str) -> None:
+        """Raise `SteeringError` if the scheduler has none of the methods that were replaced to ask."""
+        if not any(question in vars(self.scheduler) for question in questions):
+            names = " and no ".join(questions)
+            raise SteeringError(SETTINGS_KEY, f"trimtab does not know this vLLM: Scheduler has no {names}")
+
+
+def status(core: Any, digest: bool, answers: Sequence[str]) -> list[Any]:
+    """What each worker of an engine core says of itself, and what its pool holds, if it is steered."""
+    states = core.collective_rpc("trimtab_status", None, (digest, answers))
+    gate: RowGate | None = getattr(core, "_trimtab_rows", None)
+    held = {} if gate is None else {"rows_reserved": gate.pool.reserved, "requests_waiting": gate.pool.waiting}
+    return [state | held if isinstance(state, dict) else state for state in states]
