@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from trimtab.errors import SteeringError
-from trimtab.sites import GateLimits, Site, site_order
+from trimtab.sites import GateLimits, Phase, Site, site_order
 from trimtab.vectors.vector import Part, SteeringVector
 from trimtab.wording import summary
 
@@ -158,9 +158,9 @@ def check_monitor(gate: ResolvedGate) -> None:
 
 def rows_needed(max_requests: int, gates: int) -> int:
     """Rows of each table for any `max_requests` requests: a row per phase and one per gate and phase, and row 0."""
-    return 1 + 2 * max_requests * (1 + gates)
+    return 1 + len(Phase) * max_requests * (1 + gates)
 
 
 def probes_needed(max_requests: int, gates: int) -> int:
     """Rows of the probe table for any `max_requests` requests, row 0 included."""
-    return 1 + 2 * max_requests * gates
+    return 1 + len(Phase) * max_requests * gates

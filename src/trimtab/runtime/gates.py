@@ -1,6 +1,6 @@
 """The gates of admitted requests: which probes the device holds, and the gate records of a step's tokens.
 
-A request's gates are two rows of G records, one per phase, next to its two token records. Probes are rows of a table of
+A request's gates are a row of G records per span, next to its token records. Probes are rows of a table of
 their own, found by content like all rows; threshold, sharpness and options ride in the record, so a thousand requests
 with one probe at a thousand thresholds share one row.
 """
@@ -15,7 +15,7 @@ from trimtab.program import PhaseProgram
 from trimtab.program.gates import ResolvedGate
 from trimtab.program.programs import GatedProgram
 from trimtab.runtime.meters import GateMeters
-from trimtab.runtime.plan import DECODE, PREFILL, RowUse
+from trimtab.runtime.plan import COLUMNS, RowUse
 from trimtab.runtime.rows import RowAllocator
 from trimtab.runtime.upload import RowUploader, TokenUploader
 from trimtab.vectors.values import FloatArray
@@ -27,7 +27,7 @@ class GateLanes:
     def __init__(self, buffers: GateBuffers, max_requests: int) -> None:
         self._buffers = buffers
         record = gate_record(buffers.count)
-        self._records = np.zeros((max_requests + 1, 2), record)
+        self._records = np.zeros((max_requests + 1, COLUMNS), record)
         self._words = self._records.view(np.int64).reshape(max_requests + 1, -1)
         self._gated = np.zeros(max_requests + 1, np.bool_)
         self._probes = RowAllocator(len(buffers.probe_table))
@@ -56,25 +56,24 @@ class GateLanes:
         self,
         slot: int,
         owner: str,
-        phases: tuple[tuple[GatedProgram, ...], tuple[GatedProgram, ...]],
+        spans: Sequence[Sequence[GatedProgram]],
         lowered: tuple[ResolvedGate, ...],
         acquire: Callable[[PhaseProgram], RowUse],
     ) -> None:
-        """Give `slot`, which has none, the gates of both phases; `acquire` takes the row of a gated sum. What they
+        """Give `slot`, which has none, the gates of all spans; `acquire` takes the row of a gated sum. What they
         do is reported under `owner`, and of those that are `lowered` to probes of its row, that they are."""
-        if not (any(phases) or lowered):
+        if not (any(spans) or lowered):
             return
-        for phase, gated in zip((PREFILL, DECODE), phases, strict=True):
-            record = self._records[slot, phase]
+        for record, gated in zip(self._records[slot], spans, strict=True):
             for place, item in enumerate(gated):
                 gate = item.gate
                 record["row"][place], coefficient = acquire(item.total)
                 record["probe"][place] = probe = self._probe(gate)
                 record["site"][place] = self._read_at[probe]
                 record["params"][place] = coefficient, gate.threshold, gate.sharpness, gate.invert
-        self._gated[slot] = any(phases)
+        self._gated[slot] = any(spans)
         here = self._buffers.number
-        gates = tuple(tuple(g.gate if here(g.gate.site) else None for g in gated) for gated in phases)
+        gates = tuple(tuple(g.gate if here(g.gate.site) else None for g in gated) for gated in spans)
         self.meters.open(slot, owner, gates, [gate for gate in lowered if here(gate.site)])
 
     def remove(self, slot: int) -> list[int]:
@@ -104,14 +103,14 @@ class GateLanes:
         return bool(self._gated[slots].any())
 
     def write(self, slots: npt.NDArray[np.int64], counts: npt.NDArray[np.int64] | None) -> None:
-        """Make the device's gates those of a batch: its slots [B] and their tokens per phase [B, 2]; None for none."""
+        """Make the device's gates those of a batch: its slots [B] and their tokens [B, COLUMNS] per span, or None."""
         if self._unwritten:
             self._table.write(self._unwritten)
             self._unwritten.clear()
         if counts is None:
-            self._slab.write(np.zeros((0, self._words.shape[1] // 2), np.int64))
+            self._slab.write(np.zeros((0, self._words.shape[1] // COLUMNS), np.int64))
             return
-        segments = self._words[slots].reshape(2 * len(slots), -1)
+        segments = self._words[slots].reshape(COLUMNS * len(slots), -1)
         self._slab.write(np.repeat(segments, counts.reshape(-1), axis=0))
         self.meters.expect(slots, counts)
 

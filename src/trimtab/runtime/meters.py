@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trimtab.program.counting import GateUse
 from trimtab.program.gates import ResolvedGate
+from trimtab.runtime.plan import COLUMNS
 from trimtab.runtime.upload import Staging
 
 KEPT_REPORTS = 4096  # owners of requests that are gone; the oldest are forgotten first
@@ -28,10 +29,10 @@ MOST_LABELS = 4096  # names in totals: any number of them can be registered, one
 INLINE, OTHERS = "(inline)", "(others)"
 
 Phases = tuple[tuple[ResolvedGate | None, ...], ...]
-"""The gates of (prefill, decode), None where another rank evaluates it."""
+"""The gates of each span, None where another rank evaluates it."""
 
 IntArray = npt.NDArray[np.int64]
-Sums = npt.NDArray[np.float64]  # [2, G, 4]: tokens, sum of factors, factors above one half, times lowered
+Sums = npt.NDArray[np.float64]  # [COLUMNS, G, 4]: tokens, sum of factors, factors above one half, times lowered
 
 
 class _Named(NamedTuple):
@@ -49,7 +50,7 @@ class _Pass:
     arrived: "torch.cuda.Event | None"
     staged: Staging  # [G * tokens] float32
     meters: IntArray  # [B]
-    counts: IntArray  # [B, 2]: tokens per request and phase
+    counts: IntArray  # [B, COLUMNS]: tokens per request and span
 
     def has_arrived(self) -> bool:
         return self.arrived is None or bool(self.arrived.query())  # type: ignore[no-untyped-call]
@@ -61,7 +62,7 @@ class GateMeters:
     def __init__(self, values: Tensor, max_requests: int) -> None:
         self._values = values
         self._on_gpu = values.is_cuda
-        self._sums = np.zeros((1 + 2 * max_requests, 2, values.shape[0], 4))  # by meter; 0 takes what is not measured
+        self._sums = np.zeros((1 + 2 * max_requests, COLUMNS, values.shape[0], 4))  # by meter; 0 takes the rest
         self._free = list(range(len(self._sums) - 1, 0, -1))
         self._owner: dict[int, tuple[str, _Names]] = {}
         self._meter_of = np.zeros(max_requests + 1, np.int64)  # by slot
@@ -98,7 +99,7 @@ class GateMeters:
         self._finish()
 
     def expect(self, slots: IntArray, counts: IntArray) -> None:
-        """The next forward pass evaluates the gates of `slots` [B] on `counts` [B, 2] tokens."""
+        """The next forward pass evaluates the gates of `slots` [B] on `counts` [B, COLUMNS] tokens."""
         self._expected = self._meter_of[slots], counts.copy()
 
     def collect(self) -> None:
@@ -171,7 +172,7 @@ class GateMeters:
             sums = np.zeros((len(kept), gates, 4))
             sums[..., 0], sums[..., 1], sums[..., 2] = counts[kept, None], factors.T, above.T
             # A request is in a batch once, so no meter but 0 is named twice.
-            self._sums[done.meters[kept // 2], kept % 2] += sums
+            self._sums[done.meters[kept // COLUMNS], kept % COLUMNS] += sums
         self._staging.append(done.staged)
         self._folded += 1
         self._finish()
@@ -192,7 +193,7 @@ class GateMeters:
                 self._finished.popitem(last=False)
 
 
-_Names = tuple[tuple[_Named | None, ...], ...]  # of (prefill, decode) by place, and of gates that are lowered
+_Names = tuple[tuple[_Named | None, ...], ...]  # of each span by place, and of gates that are lowered
 _LOWERED_ONCE = np.array([0.0, 0.0, 0.0, 1.0])
 
 

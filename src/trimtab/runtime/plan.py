@@ -1,6 +1,6 @@
 """Step plans: what each token of one forward pass is routed to, as the bytes that the device will read.
 
-A request's steering is two token records, one per phase. A step is then one gather (request -> its two records) and one
+A request's steering is a token record per span. A step is then one gather (request -> its records) and one
 repeat (record -> its tokens), whatever the mix of chunked prefill, recompute, speculation and decode: the phase of a
 token is decided by its position, so a chunk that straddles the end of the prompt simply repeats both records.
 """
@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.ops.buffers import TOKEN_BYTES
+from trimtab.program import SPANS
+from trimtab.sites import Phase
 
 IntArray = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int64]  # token records seen as 8-byte words: gathering and repeating words is a plain memcpy
@@ -28,7 +30,8 @@ TOKEN = np.dtype(
 )
 TOKEN_WORDS = TOKEN.itemsize // 8
 
-PREFILL, DECODE = 0, 1  # columns of a slot's two records
+PREFILL, DECODE = map(SPANS.index, Phase)  # columns of a slot's records
+COLUMNS = len(SPANS)
 
 NO_SLOT = 0  # the slot of every request that is not steered; its records route to row 0
 
@@ -44,12 +47,12 @@ class StepPlanner:
     """Turns batches into token records. Slots 1 .. max_requests belong to steered requests, slot 0 to all others."""
 
     def __init__(self, max_requests: int) -> None:
-        self._records = np.zeros((max_requests + 1, 2), TOKEN)
+        self._records = np.zeros((max_requests + 1, COLUMNS), TOKEN)
         self._records["row_gate"] = 1.0
         self._records["decode_mask"][:, DECODE] = 1.0
         self._rows = self._records["index"]
         self._coefficients = self._records["row_gate"]
-        self._record_words = self._records.view(np.int64).reshape(max_requests + 1, 2 * TOKEN_WORDS)
+        self._record_words = self._records.view(np.int64).reshape(max_requests + 1, COLUMNS * TOKEN_WORDS)
         self._slot_of: dict[str, int] = {}
         self._free = list(range(max_requests, 0, -1))
         self._last_ids: list[str] | None = None
@@ -69,31 +72,31 @@ class StepPlanner:
 
     @property
     def counts(self) -> IntArray:
-        """Tokens per request of that batch and phase, [B, 2], as `plan` last counted them."""
+        """Tokens per request of that batch and span, [B, COLUMNS], as `plan` last counted them."""
         return self._counts[: len(self._last_slots)]
 
     def rows(self, slots: IntArray) -> IntArray:
-        """The rows of both phases of `slots` [B], as [2 B]."""
+        """The rows of all spans of `slots` [B], as [B * COLUMNS]."""
         return self._rows[slots].reshape(-1)
 
-    def held_by(self, slot: int) -> tuple[int, int]:
-        """The rows of `slot` (prefill, decode); row 0 twice for that of all who are not steered."""
-        return int(self._rows[slot, PREFILL]), int(self._rows[slot, DECODE])
+    def held_by(self, slot: int) -> list[int]:
+        """The row of each span of `slot`: row 0 in that of all who are not steered."""
+        rows: list[int] = self._rows[slot].tolist()
+        return rows
 
-    def add(self, request_id: str, prefill: RowUse, decode: RowUse) -> int:
-        """Give `request_id`, not yet known, a slot with what the tokens of each phase receive."""
+    def add(self, request_id: str, uses: Sequence[RowUse]) -> int:
+        """Give `request_id`, not yet known, a slot with what the tokens of each span receive."""
         slot = self._free.pop()
         self._slot_of[request_id] = slot
-        self._rows[slot] = prefill.row, decode.row
-        self._coefficients[slot] = prefill.coefficient, decode.coefficient
+        self._rows[slot], self._coefficients[slot] = zip(*uses, strict=True)
         self._last_ids = None
         return slot
 
-    def remove(self, request_id: str) -> tuple[int, int] | None:
-        """Free the slot of `request_id` and return its rows (prefill, decode); None if it has none."""
+    def remove(self, request_id: str) -> list[int]:
+        """Free the slot of `request_id` and return the row of each of its spans; none if it has none."""
         slot = self._slot_of.pop(request_id, None)
         if slot is None:
-            return None
+            return []
         self._free.append(slot)
         self._last_ids = None
         return self.held_by(slot)
@@ -122,7 +125,7 @@ class StepPlanner:
         np.subtract(token_counts, prefill, out=counts[:, DECODE])
         # mode="clip" lets numpy write to `out` without a copy; every slot is in range
         np.take(self._record_words, self._last_slots, axis=0, out=segments, mode="clip")
-        return np.repeat(segments.reshape(2 * batch, TOKEN_WORDS), counts.reshape(2 * batch), axis=0)
+        return np.repeat(segments.reshape(-1, TOKEN_WORDS), counts.reshape(-1), axis=0)
 
     def state(self) -> bytes:
         """Who holds which slot, in order of admission, with which records, and the last batch's slots, for digests."""
@@ -132,8 +135,8 @@ class StepPlanner:
         return known + self._record_words[[slot for _, slot in members]].tobytes()
 
     def _resize(self, batch: int) -> None:
-        self._counts = np.zeros((batch, 2), np.int64)
-        self._segments = np.zeros((batch, 2 * TOKEN_WORDS), np.int64)
+        self._counts = np.zeros((batch, COLUMNS), np.int64)
+        self._segments = np.zeros((batch, COLUMNS * TOKEN_WORDS), np.int64)
 
 
 def as_ints(values: Any) -> IntArray:

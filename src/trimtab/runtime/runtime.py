@@ -18,7 +18,7 @@ from trimtab.program.lowering import Contents, contents, placed, row_key
 from trimtab.runtime.digest import digest_of
 from trimtab.runtime.gates import GateLanes
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
-from trimtab.runtime.plan import NO_SLOT, TOKEN, RowUse, StepPlanner, as_ints
+from trimtab.runtime.plan import DECODE, NO_SLOT, TOKEN, RowUse, StepPlanner, as_ints
 from trimtab.runtime.rows import RowAllocator
 from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
 from trimtab.sites import Site
@@ -108,7 +108,7 @@ class SteeringRuntime:
         probes: Sequence[ResolvedGate] = (),
         owner: str | None = None,
     ) -> None:
-        """Hold the rows of both phases for `request_id`; replaces what it held. None or empty steering holds nothing.
+        """Hold the rows of all spans for `request_id`; replaces what it held. None or empty steering holds nothing.
 
         `owner` is the name under which `gate_report` tells what its gates did, together with all of one owner; by
         default the request's own id. `probes` are the row monitor of its decode tokens: each multiplies their row at
@@ -118,18 +118,20 @@ class SteeringRuntime:
         Raises SteeringError if a vector's width is not the model's, if `max_requests` others are admitted already, if
         the tables have no room, or if the buffers cannot hold the probes. The request then keeps what it held before.
         """
-        if steering is None or not (steering.prefill.identity or steering.decode.identity):
+        if steering is None or not any(program.identity for program in steering.programs):
             self.release(request_id)
             return
         self._check(request_id, steering)
         behind = row_probes(probes, self._buffers)
-        prefill, decode = placed(steering, lowers=self._lowers and not behind)
-        lowered, decode = decode.probes, decode._replace(probes=behind or decode.probes)
-        self._check_room(request_id, contents((prefill, decode)))
+        spans = list(placed(steering, lowers=self._lowers and not behind))
+        lowered = spans[DECODE].probes
+        if behind:
+            spans[DECODE] = spans[DECODE]._replace(probes=behind)
+        self._check_room(request_id, contents(spans))
         self.release(request_id)
-        slot = self._planner.add(request_id, self._acquire(prefill.row), self._acquire(decode.row, decode.probes))
+        slot = self._planner.add(request_id, [self._acquire(span.row, span.probes) for span in spans])
         if self._gates is not None:
-            gated = prefill.gated, decode.gated
+            gated = [span.gated for span in spans]
             self._gates.add(slot, request_id if owner is None else owner, gated, lowered, self._acquire)
 
     def release(self, request_id: str) -> None:
@@ -138,7 +140,7 @@ class SteeringRuntime:
         if slot is None:
             return
         gated = [] if self._gates is None else self._gates.remove(slot)
-        for row in (*(self._planner.remove(request_id) or ()), *gated):
+        for row in (*self._planner.remove(request_id), *gated):
             if row:
                 self._release(row)
 
