@@ -52,8 +52,8 @@ def main() -> None:
         measure(f"{what}: resolve", lambda steering=steering: steering.resolve(vectors, MODEL), 20)
     resolved = Steering.parse(spec).resolve(vectors, MODEL)
     wire = encode(resolved)
-    measure("registered name: to_wire", resolved.to_wire, 20)
-    measure("registered name: from_wire", lambda: decode(wire, by_digest), 20)
+    measure("registered name: encode", lambda: encode(resolved), 20)
+    measure("registered name: decode", lambda: decode(wire, by_digest), 20)
     for dtype in ("float16", "float32", "bfloat16"):
         spec = inline(block, dtype)
         measure(f"inline {dtype}: parse and resolve", lambda spec=spec: Steering.parse(spec).resolve({}, MODEL), 1)
@@ -61,8 +61,8 @@ def main() -> None:
     measure("inline float16 in a JSON text: parse and resolve", lambda: Steering.parse(text).resolve({}, MODEL), 1)
     sent = Steering.parse(spec).resolve({}, MODEL)
     sent_wire = encode(sent)
-    measure("inline: to_wire", sent.to_wire, 1)
-    measure("inline: from_wire", lambda: decode(sent_wire, {}), 1)
+    measure("inline: encode", lambda: encode(sent), 1)
+    measure("inline: decode", lambda: decode(sent_wire, {}), 1)
     Console().print(table)
 
 
