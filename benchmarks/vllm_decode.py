@@ -1,6 +1,7 @@
 """What steering costs in vLLM: stock and steered engines on one GPU, interleaved and repeated.
 
     python benchmarks/vllm_decode.py --engines steered second --output benchmarks/results/vllm_decode_h200.json
+    python benchmarks/vllm_decode.py --engines gates row_monitor --trace --output benchmarks/results/row_monitor.json
     python benchmarks/vllm_decode.py --engines steered gates v1 --few --output benchmarks/results/vllm_gates_h200.json
 
 Per batch size, every repeat runs stock, then one other case, then stock again, and so on through the cases; a ratio is
@@ -119,6 +120,14 @@ def gated_cases(engine: str, batch: int, prompt: int, new: int, layers: range) -
     return cases
 
 
+def monitored_cases(engine: str, batch: int, prompt: int, new: int, layer: int) -> list[Case]:
+    """No gate, and one per request at its probe's site alone: a probe of a row, where the engine has the setting."""
+    name = engine.replace("_", " ")
+    specs = tuple(gated(i, 1, range(layer, layer + 1)) for i in range(batch))
+    used = Case(f"{name}, 1 used at its site", batch, prompt, new, specs)
+    return [Case(f"{name}, none used", batch, prompt, new), used] if engine == "row_monitor" else [used]
+
+
 class Comparison:
     """Runs one workload on all engines, `repeats` times, and keeps every measurement."""
 
@@ -132,6 +141,10 @@ class Comparison:
         runs = self._runs(base, steered_cases(batch, prompt, new, self.few))
         for name in (name for name in GATES if name in self.engines):
             runs += [(self.engines[name], case) for case in gated_cases(name, batch, prompt, new, self.layers)]
+        if "row_monitor" in self.engines:
+            for name in (name for name in ("row_monitor", "gates") if name in self.engines):
+                cases = monitored_cases(name, batch, prompt, new, self.layers[0])
+                runs += [(self.engines[name], case) for case in cases]
         if "monitor" in self.engines:
             cases = steered_cases(batch, prompt, new, few=True)
             runs += [(self.engines["monitor"], replace(case, name=f"monitor, {case.name}")) for case in cases]
@@ -244,8 +257,9 @@ def main() -> None:
     parser.add_argument("--throughput", action="store_true", help="256 requests of 96 + 128 tokens, whole run")
     parser.add_argument(
         "--engines", nargs="+", default=["steered"],
-        choices=("steered", "second", "third", "gates", "gates2", "monitor", "v1"),
-        help="beside stock: steered; a second and a third stock one, to see what chance does; with gates, 4 or 2; "
+        choices=("steered", "second", "third", "gates", "gates2", "row_monitor", "monitor", "v1"),
+        help="beside stock: steered; a second and a third stock one, to see what chance does; with gates, 4 or 2, "
+        "or 4 and the row monitor, whose cases run with `gates` too; "
         "behind a monitor; steered and stock on the V1 runner",
     )  # fmt: skip
     parser.add_argument("--few", action="store_true", help="only idle and the most distinct vectors")
@@ -281,6 +295,7 @@ def main() -> None:
         configured: dict[str, tuple[dict[str, Any] | None, dict[str, str]]] = {"stock": (None, v2)}
         choices = {"steered": (steering, v2), "v1": (steering, v1)} | dict.fromkeys(("second", "third"), (None, v2))
         choices |= {name: (probed | {"gates": count}, v2) for name, count in GATES.items()}
+        choices["row_monitor"] = (probed | {"gates": GATES["gates"], "row_monitor": True}, v2)
         monitor = {"probe": probed["probes"]["p0"], "threshold": 0.0, "sharpness": 1.0}
         choices["monitor"] = (steering | {"monitor": monitor}, v2)
         configured |= {name: choices[name] for name in arguments.engines}

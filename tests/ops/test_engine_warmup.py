@@ -33,17 +33,18 @@ CONFIG = SimpleNamespace(
 )
 
 
-def attached(dtype: torch.dtype = torch.bfloat16) -> Attachment:
-    """Three layers; probes of gates are read at layer 1."""
+def attached(dtype: torch.dtype = torch.bfloat16, *, row_monitor: bool = False) -> Attachment:
+    """Three layers; probes of gates are read at layer 1, and there rows may have probes."""
     buffers = SteeringBuffers(
         SITES, hidden_size=WIDTH, max_rows=5, max_tokens=LONGEST, dtype=dtype, gates=2, max_probes=3,
-        probe_sites={SITES[1]},
+        probe_sites={SITES[1]}, row_monitor={SITES[1]} if row_monitor else False,
     )  # fmt: skip
+    terms = ROWS_ONLY._replace(row_monitor=row_monitor)
     modules: dict[Site, nn.Module] = {}
     for site in SITES:
         modules[site] = nn.Module()
         buffers.attach(modules[site], site)
-        set_emission(modules[site], Emission(terms=ROWS_ONLY))
+        set_emission(modules[site], Emission(terms=terms))
     return Attachment(buffers, modules, (SITES[1],))
 
 
@@ -67,6 +68,23 @@ def test_a_warm_engine_compiles_nothing_in_service(kernels: Recorders, dtype: to
     assert [bool(launched) for launched in keys] == [True, False, True]  # no engine uses the operator's site monitor
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_with_the_row_monitor_nothing_is_compiled_late_whether_a_row_has_a_probe_or_none(
+    kernels: Recorders, dtype: torch.dtype
+) -> None:
+    attachment, late = attached(dtype, row_monitor=True), late_variants()
+    warm_up_kernels(CONFIG, attachment)
+    keys = kernels.keys
+    for monitored in (False, True):
+        attachment.buffers.row_monitor_active[1] = monitored
+        launched = len(kernels.apply.launches)
+        serve(attachment, dtype)
+        scored = [launch for launch in kernels.apply.launches[launched:] if launch["ROW_MONITOR"]]
+        assert {launch["p_hidden_states"].dtype for launch in scored} == {dtype, torch.float32}  # one part, and two
+    assert kernels.keys == keys
+    assert late_variants() == late
+
+
 def test_what_was_warmed_is_a_number(kernels: Recorders) -> None:
     attachment = attached()
     assert warmed_launches(attachment.modules.values()) == {}
@@ -75,6 +93,12 @@ def test_what_was_warmed_is_a_number(kernels: Recorders) -> None:
         "apply_gates_kernel": 2 * SIZES * 4,  # from layer 1 on; adding and only deciding, one part and two
         "apply_steering_kernel": 3 * SIZES * 2,  # out of place and in place
     }
+
+
+def test_the_row_monitor_is_warmed_for_a_stream_in_two_parts_too(kernels: Recorders) -> None:
+    attachment = attached(row_monitor=True)
+    warm_up_kernels(CONFIG, attachment)
+    assert warmed_launches(attachment.modules.values())["apply_steering_kernel"] == 3 * SIZES * 2 + 1 * SIZES
 
 
 def test_an_engine_that_is_not_warm_does_not_start(kernels: Recorders) -> None:

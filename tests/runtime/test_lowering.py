@@ -160,6 +160,14 @@ def test_a_lowered_gate_does_what_it_does_in_a_lane(form: str, dtype: torch.dtyp
         assert np.abs(outs[0] - parts.double().numpy()).max() > 0.5  # it does something
 
 
+def test_a_batch_whose_gates_are_all_lowered_has_none_and_sites_without_content_rest() -> None:
+    engine = Engine(torch.float32, lowers=True)
+    engine.runtime.admit("a", STEERINGS["alone"])
+    engine.runtime.step(["a"], [5], [1], [5])
+    assert [state.resting for state in engine.buffers.states] == [True, False, True]
+    assert engine.runtime._gates.idle
+
+
 def small(scale: float, site: Site, behind: ResolvedGate | None = None) -> Term:
     return Term(SteeringVector({site: np.full(HIDDEN, 1.0, np.float32)}), scale, gate=behind)
 
@@ -244,6 +252,7 @@ def test_reports_and_totals_name_a_lowered_gate_and_count_its_prompt_alone() -> 
     for name in "abc":
         engine.runtime.release(name)
     assert [use.lowered for use in engine.runtime.gate_report("answer")] == [1]
+    assert not engine.runtime._gates.meters._owner  # nothing is kept of requests that are gone but their sums
     assert {use.probe: (use.tokens, use.lowered) for use in engine.runtime.gate_totals()} == {
         "anger": (2, 1), "(inline)": (4, 2)
     }  # fmt: skip

@@ -40,6 +40,10 @@ GATE_GAUGES = {
     "trimtab_gate_tokens_total": ("tokens", "Tokens on which gates of a probe were evaluated since start."),
     "trimtab_gate_open_tokens_total": ("above_half", "Of these, tokens whose factor exceeded one half."),
     "trimtab_gate_mean": ("mean", "Mean factor over these tokens."),
+    "trimtab_gate_lowered_total": (
+        "lowered",
+        "Times that a request had such a gate as the probe of a table row, where its new tokens are not counted.",
+    ),
 }
 
 
@@ -106,11 +110,12 @@ class Metrics:
                 known = label in self._labels or len(self._labels) < MOST_LABELS
                 probe = label if known else OTHERS
                 self._labels.add(probe)
-                total = totals.setdefault(probe, {"tokens": 0, "above_half": 0, "mean": 0.0})
+                total = totals.setdefault(probe, {"tokens": 0, "above_half": 0, "mean": 0.0, "lowered": 0})
                 tokens = total["tokens"] + use["tokens"]
                 if tokens:
                     total["mean"] += (use["mean"] - total["mean"]) * use["tokens"] / tokens
                 total["tokens"], total["above_half"] = tokens, total["above_half"] + use["above_half"]
+                total["lowered"] += use["lowered"]
         for probe, total in totals.items():
             for key, gauge in self._gates.items():
                 gauge.labels(probe).set(total[key])
@@ -120,7 +125,8 @@ def _gate_uses(workers: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, A
     """What an engine's gates did, by probe. Ranks of one stage evaluate the same: who counted most is up to date."""
     uses: dict[str, Mapping[str, Any]] = {}
     for use in (use for status in workers for use in status.get("gates") or ()):
-        if use["tokens"] >= uses.get(use["probe"], {"tokens": 0})["tokens"]:
+        known = uses.get(use["probe"])
+        if known is None or (use["tokens"], use["lowered"]) >= (known["tokens"], known["lowered"]):
             uses[use["probe"]] = use
     return uses
 

@@ -46,21 +46,26 @@ class Runner:
         return (self.execute_model(tokens),)
 
 
-def check(v2: bool, first: bool = False, deaf: bool = False) -> None:
+def check(v2: bool, first: bool = False, deaf: bool = False, unmonitored: bool = False) -> None:
     buffers = SteeringBuffers(
         SITES, hidden_size=WIDTH, max_rows=4, max_tokens=MOST, dtype=torch.float32, gates=2, max_probes=3,
-        probe_sites=SITES[:1],
+        probe_sites=SITES[:1], row_monitor=SITES[:1],
     )  # fmt: skip
     layers = [nn.Module() for _ in SITES]
     for layer, site in zip(layers, SITES, strict=True):
         buffers.attach(layer, site)
         set_emission(layer, Emission(eager=True))
+    if unmonitored:  # as a graph without the term, or with a flag of its own
+        layers[0].register_buffer("steering_table_post_block_monitor_row_active", torch.zeros(1, dtype=torch.bool))
+    before = [tensor.clone() for layer in layers for tensor in layer.buffers()]
     for state in buffers.states:
         state.resting = True  # as after a warm-up that ran real steps
     config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MOST))
     worker = SimpleNamespace(model_runner=Runner(layers, first, deaf), vllm_config=config)
     require_live_sites(worker, Attachment(buffers, dict(zip(SITES, layers, strict=True)), tuple(SITES[:1])), v2)
     assert all(state.resting for state in buffers.states)
+    for old, new in zip(before, (tensor for layer in layers for tensor in layer.buffers()), strict=True):
+        assert torch.equal(old, new)
 
 
 @pytest.mark.parametrize("v2", [False, True])
@@ -73,3 +78,9 @@ def test_what_a_run_leaves_in_its_input_does_not_hide_the_next_canary(v2: bool, 
 def test_a_site_whose_result_the_stage_drops_is_named(v2: bool) -> None:
     with pytest.raises(SteeringError, match="no effect at post_block:3"):
         check(v2, deaf=True)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+def test_a_site_at_which_a_rows_probe_does_nothing_is_named(v2: bool) -> None:
+    with pytest.raises(SteeringError, match=r"steering\.row_monitor: a row's probe has no effect at post_block:2"):
+        check(v2, unmonitored=True)

@@ -38,7 +38,7 @@ def test_every_flag_reaches_its_setting(tmp_path: Path):
         "--steering-layers", "8-24", "--steering-hook-points", "post_block,pre_attn", "mlp_out",
         "--steering-max-rows", "64", "--steering-table-memory", "64MiB",
         "--steering-default", str(tmp_path / "spec.json"), "--steering-backend", "traced",
-        "--steering-monitor", str(tmp_path / "monitor.json"),
+        "--steering-row-monitor", "--steering-monitor", str(tmp_path / "monitor.json"),
         additional_config={"other": 1},
     )  # fmt: skip
     assert apply_flags(args) is True
@@ -50,6 +50,7 @@ def test_every_flag_reaches_its_setting(tmp_path: Path):
             "hook_points": ["post_block", "pre_attn", "mlp_out"],
             "max_rows": 64,
             "table_memory": "64MiB",
+            "row_monitor": True,
             "monitor": {"probe": str(tmp_path / "anger.safetensors"), "threshold": 2},
             "default": spec,
             "backend": "traced",

@@ -118,3 +118,13 @@ def test_a_monitor_that_would_miss_later_pipeline_stages_is_refused_with_the_bou
         check_reach(monitor(1), SITES, stages)
     with pytest.raises(SteeringError, match=r"post_block:3, and post_block:4 .* before layer 4"):
         check_reach(monitor(3), SITES, stages)
+
+
+def test_the_row_monitor_is_in_the_stamp_and_refused_where_no_probe_can_be_read() -> None:
+    for more in ({}, {"row_monitor": True}):
+        found = stamped(engine(), SteeringSettings.parse({"probe_layers": [2]} | more))
+        assert found.stamp is not None
+        assert found.stamp["row_monitor"] == bool(more)
+    for given in ({}, {"gates": 0}):
+        with pytest.raises(SteeringError, match=r"steering\.row_monitor: no probe can be read here.* `probe_layers`"):
+            stamped(engine(), SteeringSettings.parse(given | {"row_monitor": True}))

@@ -106,6 +106,22 @@ def test_of_pipeline_stages_the_one_with_most_sites_counts(device) -> None:
     )
 
 
+def test_probes_of_rows_count_at_the_sites_that_have_them(device) -> None:
+    device(80 * GIB)
+    for stages, sites in (((), 80), ((30,), 50), ((79,), 79)):  # the probe is read in the first stage
+        found = decide_tables(engine(), model(80, 8192, 4, stages), 0.01, None, lowers=True)
+        first = stages[0] if stages else 80
+        each = max(
+            row_bytes(first, 8192, torch.bfloat16, probes=True, row_monitor_sites=1),
+            row_bytes(sites, 8192, torch.bfloat16, probes=True, row_monitor_sites=int(sites == first)),
+        )
+        assert found.rows == int(0.8 * GIB) // each
+        assert found.nbytes == found.rows * each
+        assert found.room.lowers
+    given = SteeringSettings.parse({"probe_layers": [0], "row_monitor": True})
+    assert model_sites(engine(), stamped(engine(), given)).room.lowers
+
+
 def test_one_request_always_finds_room_unless_rows_are_given(device) -> None:
     device(1 << 20)
     assert decide_tables(engine(), model(gates=4), 0.01, None)[:2] == (rows_needed(1, 4), rows_needed(1, 4))

@@ -47,6 +47,17 @@ def test_what_the_engine_does_not_serve_is_refused_by_name(outcome: dict[str, An
     assert "interventions[0].gate.probe: there is no probe 'joy'; no probe is registered" in told["unknown probe"]
 
 
+def test_with_the_row_monitor_the_same_requests_get_the_same_answers(outcome: dict[str, Any]) -> None:
+    found = outcome["lowered"]
+    assert found["differs from ungated"] >= outcome["requests"] // 4
+    assert found["on"] == found["off"] == found["again"] == []
+    assert found["identities"] == []
+    lowered, *due = found["gates"]
+    assert lowered == sum(due) > outcome["requests"] // 4
+    (status,) = found["status"]
+    assert status["rows_in_use"] == status["late_variants"] == 0
+
+
 def test_gates_work_in_prompts_that_come_in_chunks_and_after_preemption(outcome: dict[str, Any]) -> None:
     assert ("chunked" in outcome) == outcome["case"].endswith("eager")
     if "chunked" in outcome:
@@ -62,6 +73,9 @@ def test_ranks_together_answer_as_the_embedded_engine_does(kind: str) -> None:
     assert outcome["mixed"] == []
     first, second = outcome["status"]
     assert first["digest"] == second["digest"]
+    lowered = [sum(use["lowered"] for use in status["gates"]) for status in (first, second)]
+    assert lowered == ([outcome["lowered"]] * 2 if kind == "tp" else [0, outcome["lowered"]])
+    assert outcome["lowered"]
     counted = [sum(use["tokens"] for use in status["gates"]) for status in (first, second)]
     if kind == "tp":
         assert counted == [outcome["tokens"]] * 2

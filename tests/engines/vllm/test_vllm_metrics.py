@@ -15,8 +15,8 @@ def status(rows: int, uploads: int, late: int, *gates: dict[str, Any]) -> dict[s
     }  # fmt: skip
 
 
-def gate(probe: str, tokens: int, above_half: int, mean: float) -> dict[str, Any]:
-    return {"probe": probe, "tokens": tokens, "above_half": above_half, "mean": mean}
+def gate(probe: str, tokens: int, above_half: int, mean: float, lowered: int = 0) -> dict[str, Any]:
+    return {"probe": probe, "tokens": tokens, "above_half": above_half, "mean": mean, "lowered": lowered}
 
 
 @pytest.fixture
@@ -50,6 +50,14 @@ def test_gated_tokens_add_up_over_engines_and_means_weigh_by_them(
         for key in ("tokens_total", "open_tokens_total", "mean")
     }
     assert told == {"tokens_total": 40, "open_tokens_total": 17, "mean": pytest.approx(0.4)}
+
+
+def test_gates_that_are_run_as_probes_of_rows_are_counted_as_such(
+    metrics: Metrics, registry: CollectorRegistry
+) -> None:
+    behind, ahead = gate("anger", 0, 0, 0.0, lowered=2), gate("anger", 0, 0, 0.0, lowered=3)
+    metrics.workers([[status(0, 0, 0, ahead), status(0, 0, 0, behind)], [status(0, 0, 0, ahead)]])
+    assert registry.get_sample_value("trimtab_gate_lowered_total", {"probe": "anger"}) == 6
 
 
 def test_without_an_answer_the_last_values_stay(metrics: Metrics, registry: CollectorRegistry) -> None:

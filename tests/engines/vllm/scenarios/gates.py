@@ -14,6 +14,7 @@ from support import (
     engine,
     generate,
     oracle,
+    outputs_of,
     preemptions,
     random_prompts,
     random_spec,
@@ -60,6 +61,42 @@ def gated_specs():
     ]
 
 
+def lowered_specs():
+    """Gates that the row monitor can stand in for: alone, beside steering at other sites, two at once; and some that
+    only look like it: hard, inverted, and beside steering at their own site."""
+    soft = gated(11, [0], sharpness=0.2)
+    return [
+        {"interventions": [soft]},
+        {"interventions": [{**soft, "phase": "decode"}, *random_spec(12, layers=[1, 3])["interventions"]]},
+        None,
+        {
+            "interventions": [
+                gated(13, [1], probe=(1, "pre_attn"), hook="pre_attn", sharpness=0.3),
+                gated(14, [1], probe=(1, "mlp_out"), hook="mlp_out", phase="decode", sharpness=2.0),
+            ]
+        },
+        {"interventions": [gated(15, [0], hard=True, phase="decode"), soft]},
+        {"interventions": [gated(16, [1], probe=(1, "post_block"), invert=True, sharpness=0.2)]},
+        {"interventions": [{**soft, "scale": 2.0}, *random_spec(17, layers=[0, 2])["interventions"]]},
+        {"interventions": [gated(18, [1], probe=(1, "post_block"), phase="decode", sharpness=0.1)]},
+    ]
+
+
+def lowered_gates(spec):
+    """How many gates of a spec become probes of rows: at most one per site, where nothing else is steered."""
+    free, steps = set(), (spec or {"interventions": []})["interventions"]
+    steered = {site for step in steps if "gate" not in step and step["phase"] != "prefill" for site in sites(step)}
+    for step in (step for step in steps if "gate" in step and step["phase"] != "prefill"):
+        gate, (probe, *_) = step["gate"], sites({"vector": step["gate"]["probe"]})
+        if not (gate.get("hard") or gate.get("invert") or probe in steered) and sites(step) == [probe]:
+            free.add(probe)
+    return len(free)
+
+
+def sites(step):
+    return [(layer, hook) for hook, layers in step["vector"].items() for layer in layers]
+
+
 def main(mode, requests):
     folder, model = tiny_model()
     prompts = random_prompts([3 + (7 * i) % 61 for i in range(requests)])
@@ -82,10 +119,37 @@ def main(mode, requests):
         "receipts": receipts(llm, model, prompts[:8], specs[:8], [1, 2, 5, 1, 1, 3, 4, 2]),
         "status": status(llm),
         "refusals": refusals(llm),
+        "lowered": lowered(llm, folder, model, mode, requests),
     }
     if mode == "eager":
         outcome |= chunked(folder, model) | preempted(folder, model)
     report(outcome)
+
+
+def lowered(plain, folder, model, mode, requests):
+    """The same requests in an engine with the setting `row_monitor` and in one without."""
+    prompts = random_prompts([3 + (5 * i) % 67 for i in range(requests)], seed=7)
+    specs = [(lowered_specs() if i % 3 else gated_specs())[i % 8] for i in range(requests)]
+    counts = [6 + i % 5 for i in range(requests)]
+    expected = oracle(model, prompts, specs, counts)
+    ungated = oracle(model, prompts, [without_gates(spec) for spec in specs], counts)
+    few = {"max_rows": 20}  # requests wait for rows, which the engine core counts as the worker does
+    llm = engine(folder, steering=SETTINGS | {"row_monitor": True} | few, mode=mode)
+    found = generate(llm, prompts, specs, counts)
+    outputs = outputs_of(llm, prompts[:8], specs[:8], 4)  # prompts now in the prefix cache
+    return {
+        "differs from ungated": sum(e != u for e, u in zip(expected, ungated, strict=True)),
+        "on": differences(found, expected),
+        "off": differences(generate(plain, prompts, specs, counts), expected),
+        "again": differences([list(output.outputs[0].token_ids) for output in outputs], [e[:4] for e in expected[:8]]),
+        "gates": [sum(use["lowered"] for use in status(llm)[0]["gates"]), *map(lowered_gates, specs + specs[:8])],
+        "identities": differences(identities(outputs), identities(outputs_of(plain, prompts[:8], specs[:8], 4))),
+        "status": status(llm),
+    }
+
+
+def identities(outputs):
+    return [output.steering["identity"] if hasattr(output, "steering") else None for output in outputs]
 
 
 def parallel(kind, requests, mode="eager"):
@@ -94,11 +158,12 @@ def parallel(kind, requests, mode="eager"):
     early = [gated(1, [0, 1], sharpness=0.2)]
     late = [gated(2, [2, 3], probe=(2, "post_block"), hard=True), gated(3, [3], probe=(2, "pre_attn"), invert=True)]
     both = [*early, *late, *random_spec(4, layers=[1, 3])["interventions"]]
+    both.append(gated(5, [2], probe=(2, "post_block"), phase="decode", sharpness=0.2))
     specs = [{"interventions": steps} if steps else None for steps in (early, late, both, [])]
     specs = [specs[i % 4] for i in range(requests)]
     prompts = random_prompts([4 + (5 * i) % 37 for i in range(requests)])
     expected = oracle(model, prompts, specs)
-    settings = SETTINGS | {"probe_layers": [0, 2]}
+    settings = SETTINGS | {"gates": 4, "probe_layers": [0, 2], "row_monitor": True}
     llm = engine(folder, steering=settings, mode=mode, max_num_batched_tokens=64, **two_ranks(kind))
     outcome = {
         "differs from unsteered": sum(
@@ -107,6 +172,7 @@ def parallel(kind, requests, mode="eager"):
         "mixed": differences(generate(llm, prompts, specs), expected),
         "status": status(llm),
         "tokens": evaluated(prompts, specs, [8] * requests),
+        "lowered": sum(map(lowered_gates, specs)),
     }
     try:
         generate(llm, [[5, 6]], [{"interventions": [gated(1, [0, 1, 2])]}], 1)
@@ -127,7 +193,7 @@ def evaluated(prompts, specs, counts):
     total = 0
     for prompt, spec, count in zip(prompts, specs, counts, strict=True):
         for step in (spec or {"interventions": []})["interventions"]:
-            phase = step["phase"] if "gate" in step else "none"
+            phase = step["phase"] if "gate" in step and not lowered_gates({"interventions": [step]}) else "none"
             total += len(prompt) * (phase in ("all", "prefill")) + (count - 1) * (phase in ("all", "decode"))
     return total
 
@@ -162,10 +228,10 @@ def chunked(folder, model):
 def preempted(folder, model):
     """A batch that the KV cache has no room for: requests are thrown out and computed anew."""
     prompts = random_prompts([60 + i for i in range(8)], seed=5)
-    llm = tight_engine(folder, steering=SETTINGS)
-    found = generate(llm, prompts, gated_specs(), 40)
+    specs = [(lowered_specs() if i % 2 else gated_specs())[i] for i in range(8)]
+    llm = tight_engine(folder, steering=SETTINGS | {"row_monitor": True})
     return {
-        "preempted": differences(found, oracle(model, prompts, gated_specs(), 40)),
+        "preempted": differences(generate(llm, prompts, specs, 40), oracle(model, prompts, specs, 40)),
         "preemptions": preemptions(llm),
     }
 

@@ -140,7 +140,8 @@ def _of_one_engine(states: Iterable[State], answer: str) -> dict[str, GateUse]:
     """By gate, from the worker that evaluated it; ranks that share one count the same, if none is a step behind."""
     uses: dict[str, GateUse] = {}
     for use in (GateUse(**use) for state in states for use in state["uses"].get(answer, ())):
-        if use.gate not in uses or use.tokens >= uses[use.gate].tokens:
+        known = uses.get(use.gate)
+        if known is None or (use.tokens, use.lowered) >= (known.tokens, known.lowered):
             uses[use.gate] = use
     return uses
 

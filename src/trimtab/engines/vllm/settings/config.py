@@ -44,6 +44,7 @@ class SteeringSettings(BaseModel):
     probes: dict[str, str] = Field(default_factory=dict)  # name -> file, loaded at start; each site is a probe site
     probe_layers: str | list[int] | None = None  # further probe sites: these layers at the hook points
     gates: int = Field(default=4, ge=0, le=16)  # different gates per phase of a request, where there is a probe site
+    row_monitor: bool = False  # gates of new tokens are run as probes of table rows where they are no more than that
     monitor: MonitorSettings | None = None  # before all steering of decode tokens that stands behind no gate
     default: dict[str, Any] | None = None  # a spec that the front end adds to every request
     backend: Literal["auto", "traced", "triton"] = "auto"
@@ -188,14 +189,19 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
     """
     settings = settings.model_copy(update={"stamp": None})
     model = model_sites(vllm_config, settings)
+    if settings.row_monitor and not model.gates.read_sites:
+        reason = "no probe can be read here, so there is no gate to run in this way: name `probes` or `probe_layers`"
+        raise SteeringError(f"{SETTINGS_KEY}.row_monitor", reason)
+    memory = parse_memory(settings.table_memory)
     stamp = {
         "trimtab": __version__,
         "code": code_version(),
         "layers": sorted({site.layer for site in model.sites}),
         "gates": model.gates.count,
         "probe_sites": sorted(map(str, model.gates.probe_sites)),
+        "row_monitor": settings.row_monitor,
         "monitor": "" if settings.start_monitor is None else settings.start_monitor.digest.hex(),
-        "tables": decide_tables(vllm_config, model, parse_memory(settings.table_memory), settings.max_rows)._asdict(),
+        "tables": decide_tables(vllm_config, model, memory, settings.max_rows, settings.row_monitor)._asdict(),
         "vectors": {name: vector.digest.hex() for name, vector in settings.start_vectors.items()},
         "probes": {name: probe.digest.hex() for name, probe in settings.start_probes.items()},
     }

@@ -27,6 +27,7 @@ _DESTINATIONS = {
     "steering_probes": "probes",
     "steering_probe_layers": "probe_layers",
     "steering_gates": "gates",
+    "steering_row_monitor": "row_monitor",
     "steering_monitor": "monitor",
     "steering_default": "default",
     "steering_backend": "backend",
@@ -103,6 +104,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="N",
         help="Different gates per phase of a request, where probes can be read. Default: 4; 0 serves none.",
+    )
+    group.add_argument(
+        "--steering-row-monitor",
+        action="store_true",
+        default=None,
+        help="Run gates of new tokens as probes of table rows where they come to no more than that.",
     )
     group.add_argument(
         "--steering-monitor",

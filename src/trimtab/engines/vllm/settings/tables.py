@@ -30,7 +30,6 @@ class Tables(NamedTuple):
     rows: int
     probes: int
     nbytes: int
-
     lowers: bool = False  # whether gates are probes of rows where they are no more than that
 
     @property
@@ -52,20 +51,29 @@ def parse_memory(value: float | str) -> float | int:
     return share
 
 
-def decide_tables(vllm_config: Any, model: ModelSites, memory: float | int, max_rows: int | None) -> Tables:
+def decide_tables(
+    vllm_config: Any, model: ModelSites, memory: float | int, max_rows: int | None, lowers: bool = False
+) -> Tables:
     """The tables of an engine that serves `model`, in a share of memory or a size (`parse_memory`), or of `max_rows`.
 
-    Never more than the largest batch can need; without `max_rows` never less than one request can.
+    Never more than the largest batch can need; without `max_rows` never less than one request can. One that `lowers`
+    gates has probes of rows beside them, wherever probes are read.
     """
     dtype, gates = vllm_config.model_config.dtype, model.gates.per_token
-    stages = Counter(model.gates.stage(site.layer) for site in model.sites)
-    each = row_bytes(max(stages.values()), model.hidden_size, dtype, probes=gates > 0)
+    stages, monitored = (
+        Counter(model.gates.stage(site.layer) for site in sites)
+        for sites in (model.sites, model.gates.read_sites if lowers else ())
+    )
+    each = max(
+        row_bytes(sites, model.hidden_size, dtype, probes=gates > 0, row_monitor_sites=monitored[stage])
+        for stage, sites in stages.items()
+    )
     requests = int(vllm_config.scheduler_config.max_num_seqs)
     rows = max_rows
     if rows is None:
         least, most = rows_needed(1, gates), rows_needed(requests, gates)
         rows = rows_within(_budget(memory, most * each), each, least=least, most=most)
-    return Tables(rows, min(rows, probes_needed(requests, gates)), rows * each)
+    return Tables(rows, min(rows, probes_needed(requests, gates)), rows * each, lowers)
 
 
 def described(tables: Tables) -> str:

@@ -52,8 +52,10 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
         gates=wanted.gates.per_token,
         max_probes=tables.probes,
         probe_sites=wanted.gates.read_sites,
+        row_monitor=wanted.gates.read_sites if settings.row_monitor else False,
     )
-    mode = Emission(traced=settings.backend != "triton", terms=ROWS_ONLY, eager=_runs_eagerly(vllm_config))
+    terms = ROWS_ONLY._replace(row_monitor=settings.row_monitor)  # at sites without its tensors it is in no graph
+    mode = Emission(traced=settings.backend != "triton", terms=terms, eager=_runs_eagerly(vllm_config))
     boundaries = {index: LayerBoundary.of(layer) for index, layer in layers.items()}  # before classes are exchanged
     modules: dict[Site, nn.Module] = {}
     for index in sorted({site.layer for site in held}):

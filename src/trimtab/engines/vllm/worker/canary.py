@@ -2,12 +2,13 @@
 
 It finds what no reading of the configuration can: a stale compile artifact, a layer whose class was taken for another
 convention, a model that goes around its layers' `forward`. One forward pass tests many sites, since token i of a dummy
-batch is steered at site i alone. Behind a gate that is open the same canaries must change it too; behind one that is
-shut they must change nothing.
+batch is steered at site i alone. Behind a gate that is open, or an open probe of a row, the same canaries must change
+it too; behind one that is shut they must change nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,6 +59,15 @@ def _require_live_sites(worker: Any, attachment: Attachment, is_v2: bool) -> Non
         open_ones = found(probed, lambda places: _gated_canaries(buffers, places, probes, shut=True), moving=True)
         if open_ones:
             raise _fault("steering.gates", "a shut gate has no effect", open_ones, "as if it had no gates")
+    if buffers.row_monitor_sites:
+        first = buffers.sites.index(buffers.row_monitor_sites[0])
+        for shut, what, how in (
+            (False, "steering behind an open probe of a row has no effect", "unsteered"),
+            (True, "a row's probe has no effect", "as if it had no gates"),
+        ):
+            faulty = found(first, partial(_monitored_canaries, buffers, shut=shut), moving=shut)
+            if wrong := [site for site in faulty if site in buffers.row_monitor_sites]:
+                raise _fault("steering.row_monitor", what, wrong, how)
 
 
 def _fault(field: str, what: str, sites: list[Site], how: str) -> SteeringError:
@@ -123,6 +133,26 @@ def _gated_canaries(
         gates.slab[:count] = 0
         gates.values.zero_()
         gates.gains.zero_()
+
+
+@contextmanager
+def _monitored_canaries(buffers: SteeringBuffers, places: range, *, shut: bool) -> Iterator[None]:
+    """The same with a probe of each row where rows can have them, and every token counted as decode, where it acts."""
+    monitored = {site: place for place, site in enumerate(buffers.row_monitor_sites)}
+    behind = [(monitored[site], row) for row, site in enumerate(map(buffers.sites.__getitem__, places), 1)
+              if site in monitored]  # fmt: skip
+    threshold = 0.5 * NO_THRESHOLD  # not quite: a row with that has no probe to read
+    try:
+        for place, row in behind:
+            buffers.row_params[place, row, 0] = -threshold if shut else threshold  # a probe is zero, and so its score
+        buffers.row_monitor_active.fill_(True)
+        buffers.decode_mask.fill_(1.0)
+        with canaries(buffers, places):
+            yield
+    finally:
+        buffers.row_params[..., 0] = NO_THRESHOLD
+        buffers.row_monitor_active.zero_()
+        buffers.decode_mask.zero_()
 
 
 @contextmanager

@@ -6,6 +6,8 @@ model is compiled, and the kernels take a second. On a CPU there are none and th
 
 from typing import Any
 
+import torch
+
 from trimtab.engines.vllm.worker.attach import Attachment
 from trimtab.errors import SteeringError
 from trimtab.ops.warmup import unwarmed_sites, warmup_apply_gates_kernel, warmup_apply_steering_kernel
@@ -18,6 +20,9 @@ def warm_up_kernels(vllm_config: Any, attachment: Attachment) -> None:
     sizes = {1, 2, 16, 17, longest, *captured}  # a variant is keyed by whether N is 1, a multiple of 16, or neither
     modules = list(dict.fromkeys(attachment.modules.values()))
     warmup_apply_steering_kernel(modules, sizes)
+    monitored = {attachment.modules[site]: None for site in attachment.buffers.row_monitor_sites}
+    # A stream in two parts is given to the row monitor as their sum, which is not rounded.
+    warmup_apply_steering_kernel(monitored, sizes, dtype=torch.float32, in_place=(False,))
     warmup_apply_gates_kernel(modules, sizes)
 
 

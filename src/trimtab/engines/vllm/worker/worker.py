@@ -44,14 +44,15 @@ def attach_worker(worker: Any) -> WorkerSteering:
     runtime, drive = None, None
     if attachment.modules:
         limit = int(worker.vllm_config.scheduler_config.max_num_seqs)
-        runtime = SteeringRuntime(attachment.buffers, max_requests=limit)
+        runtime = SteeringRuntime(attachment.buffers, max_requests=limit, lowers=settings.row_monitor)
         drive = (DriveV2 if is_v2(runner) else DriveV1)(runner, runtime, settings, limit)
     steering = worker._trimtab = WorkerSteering(settings, attachment, runtime, drive)
     logger.info(
-        "Steering %d sites: %.1f MiB for %d rows",
+        "Steering %d sites: %.1f MiB for %d rows, %.1f MiB of it for probes of rows",
         len(attachment.modules),
         attachment.buffers.nbytes / 2**20,
         attachment.buffers.table.shape[1],
+        (attachment.buffers.row_probes.nbytes + attachment.buffers.row_params.nbytes) / 2**20,
     )
     return steering
 
@@ -78,6 +79,7 @@ def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]
         "rank": int(worker.rank),
         "runner": "v2" if is_v2(worker.model_runner) else "v1",
         "sites": [str(site) for site in steering.attachment.buffers.sites],
+        "row_monitor_sites": [str(site) for site in steering.attachment.buffers.row_monitor_sites],
         "rows_in_use": runtime.rows_in_use if runtime else 0,
         "capacity": runtime.capacity if runtime else 0,
         "row_uploads": runtime.row_uploads if runtime else 0,
