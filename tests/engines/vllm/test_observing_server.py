@@ -45,6 +45,7 @@ def server(folder: Path) -> Iterator[Server]:
         folder / "model", "--enable-steering", "--steering-vectors", f"calm={folder / 'calm.safetensors'}",
         "--steering-probes", f"anger={folder / 'anger.safetensors'}", "--steering-probe-layers", "0",
         "--distributed-executor-backend", "mp", *SCALE_OUT, log=folder / "server.log",
+        environment={"VLLM_WORKER_MULTIPROC_METHOD": "spawn"},  # as vLLM does
     )  # fmt: skip
     server.wait()
     yield server

@@ -44,7 +44,7 @@ def server(folder: Path) -> Iterator[Server]:
     server = Server(
         folder / "model", "--enable-steering", "--steering-vectors", f"calm={folder / 'calm.safetensors'}",
         "--steering-layers", "0-2", "--steering-hook-points", "post_block", *SCALE_OUT,
-        log=folder / "server.log",
+        log=folder / "server.log", environment={"VLLM_WORKER_MULTIPROC_METHOD": "spawn"},  # as vLLM does
     )  # fmt: skip
     server.wait()
     yield server

@@ -124,6 +124,7 @@ class Server:
             "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "3600",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_USE_V2_MODEL_RUNNER": "0",
+            "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # an engine in a new interpreter takes 8 s of imports
             **(environment or {}),
         }
         settings.pop("VLLM_PLUGINS", None)

@@ -5,10 +5,9 @@ with "plain" one that lost its type on the way, and so tells this process nothin
 """
 
 import asyncio
+import multiprocessing
 import pickle
-import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 from support import SCRATCH, differences, oracle, random_prompts, random_spec, report, tiny_model
@@ -58,7 +57,9 @@ async def serve(config, prompts, specs):
 def main(kind: str) -> None:
     folder, model = tiny_model()
     file = SCRATCH / "config.pickle"
-    subprocess.run([sys.executable, __file__, "make", kind, folder, str(file)], check=True)
+    maker = multiprocessing.get_context("fork").Process(target=make, args=(kind, folder, str(file)))
+    maker.start()
+    maker.join()
     config = pickle.loads(file.read_bytes())
     prompts, specs = random_prompts([5, 6, 7]), [None, random_spec(1), {"interventions": "none"}]
     answers = asyncio.run(serve(config, prompts, specs))
@@ -69,8 +70,4 @@ def main(kind: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        make(*sys.argv[2:]) if sys.argv[1] == "make" else main(sys.argv[1])
-    except Exception:
-        traceback.print_exc()
-        raise
+    main(sys.argv[1])

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab_vllm_cpu.interpreter import hasten
+
 _library: torch.library.Library | None = None
 
 
@@ -21,6 +23,7 @@ def replace_kernels() -> None:
     if triton_utils.HAS_TRITON:  # interpreted; this one kernel does not run under the interpreter
         from vllm.v1.sample.ops import topk_topp_sampler
 
+        hasten()
         topk_topp_sampler.HAS_TRITON = False
     elif hasattr(triton_utils, "dispatcher"):  # 0.26 has none, and a fallback that fits
         triton_utils.dispatcher.register_kernels(

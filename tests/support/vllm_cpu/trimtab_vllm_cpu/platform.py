@@ -1,5 +1,6 @@
 """vLLM's CPU platform with kernels written in PyTorch, kept as close as possible to what runs on a GPU."""
 
+import os
 from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
@@ -32,10 +33,13 @@ class TorchKernelsCpuPlatform(CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        # CpuPlatform turns VLLM_COMPILE into DYNAMO_TRACE_ONCE and async scheduling off; keep what was asked for.
+        # CpuPlatform turns VLLM_COMPILE into DYNAMO_TRACE_ONCE and async scheduling off, and starts worker processes
+        # from new interpreters, 8 s of imports each; keep what was asked for.
+        start_method = os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # vLLM's own default elsewhere
         compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
         mode, backend, async_scheduling = compilation.mode, compilation.backend, scheduler.async_scheduling
         super().check_and_update_config(vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method
         if vllm_config.lora_config is None:
             compilation.mode, compilation.backend = mode, backend or compilation.backend
             # These fusion passes exist on CUDA only.
