@@ -1,4 +1,4 @@
-"""The command line: `trimtab demo`, `generate`, `extract`, `probe` and `inspect`.
+"""The command line: `trimtab demo`, `generate`, `extract`, `probe`, `inspect` and `doctor`.
 
 Commands import what they need when they run, so that `trimtab --help` does not wait for torch. A refusal is one line on
 stderr and a non-zero exit code.
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from trimtab.cli.demo import demo
+from trimtab.cli.doctor import doctor
 from trimtab.cli.extract import extract
 from trimtab.cli.failure import one_line
 from trimtab.cli.generate import generate
@@ -25,6 +26,8 @@ app = typer.Typer(
 )
 for command in (demo, generate, extract, probe, inspect):
     app.command()(command)
+# What it does not know are flags of `vllm serve`, which vLLM's own parser reads.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(doctor)
 
 
 @app.callback(invoke_without_command=True)

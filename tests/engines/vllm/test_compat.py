@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from trimtab.engines.vllm import plugin
 from trimtab.engines.vllm.patches import frontend as frontend_patches
 from trimtab.engines.vllm.patches import patching
 from trimtab.engines.vllm.patches import settings as settings_patches
-from trimtab.engines.vllm.patches.patching import Need, Patch, put_on, require
+from trimtab.engines.vllm.patches.patching import Need, Patch, State, put_on, require
 from trimtab.engines.vllm.patches.supported import require_supported
 from trimtab.engines.vllm.patches.tables import TABLES, all_patches
 from trimtab.errors import SteeringError
@@ -162,6 +163,37 @@ def test_an_instance_whose_method_looks_different_is_an_error(target: str) -> No
     owner = importlib.import_module(target).Owner()
     with pytest.raises(SteeringError, match=r"trimtab does not know this vLLM: .*greet"):
         put_on(owner, [greeting("self", "scheduler_output")])
+
+
+def test_a_patch_says_how_it_stands(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(patch: Patch) -> State:
+        return patch.state()[0]
+
+    shared, of_each = greeting(), replace(greeting(), on="each owner")
+    assert [state(shared), state(of_each)] == [State.WAITING] * 2
+    patching.install_table([shared, of_each])
+    owner = importlib.import_module(target).Owner
+    assert [state(shared), state(of_each)] == [State.APPLIED] * 2  # of one target: what stands there is ours
+    monkeypatch.setattr(owner, "greet", lambda self, name: name)
+    assert state(of_each) == State.READY
+    assert state(shared) == State.UNFIT  # it fits, and somebody else's is there all the same
+    monkeypatch.setattr(owner, "greet", lambda self, person: person)
+    for patch in (shared, of_each):
+        assert patch.state() == (State.UNFIT, "Owner.greet takes (self, person), not (self, name, ...)")
+    assert state(greeting(method="Owner.leave")) == state(greeting(method="Elsewhere.greet")) == State.UNFIT
+    assert state(replace(greeting(method="Elsewhere.greet"), optional=True)) == State.NOT_NEEDED
+    assert state(Patch(MODULE, "Owner.count", (), lambda original: original, on="each")) == State.UNFIT
+    monkeypatch.setattr(owner, "__init__", lambda self: setattr(self, "a", self.count), raising=False)
+    assert state(Patch(MODULE, "Owner.count", (), lambda original: original, on="each")) == State.READY
+
+
+def test_a_patch_that_adds_leaves_alone_what_another_has_put_there(target: str) -> None:
+    owner = importlib.import_module(target).Owner
+    kept, added = owner.greet, [replace(greeting(method=f"Owner.{name}"), adds=True) for name in ("greet", "leave")]
+    patching.install_table(added)
+    assert owner.greet is kept
+    assert [patch.state()[0] for patch in added] == [State.UNFIT, State.APPLIED]
+    assert patching.problems == [f"{MODULE}.Owner.greet is there already"]
 
 
 PATCHES = all_patches()

@@ -176,7 +176,9 @@ def _add_block_keys(original: Callable[..., Any]) -> Callable[..., Any]:
     table=TABLE, exact=True, optional=True, need=Need.BY_VERSION, at_start=False,
 )  # fmt: skip
 def _share_block_keys(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Why: these modules bind the function's name when they are imported. Until: as for the function itself."""
+    """Why: these modules bind the function's name when they are imported. Until: requests may bring extra keys per
+    block.
+    """
     ours: Callable[..., Any] = _defined_block_keys()
     if not is_patched(ours):
         raise RuntimeError("it is not replaced where it is defined")

@@ -83,7 +83,7 @@ def _begin_an_account(original: Callable[..., Any]) -> Callable[..., Any]:
 )  # fmt: skip
 def _end_an_account(original: Callable[..., Any]) -> Callable[..., Any]:
     """Why: it knows how long a prompt was and how many tokens were answered, and makes what offline callers receive.
-    Until: as above.
+    Until: vLLM tells plugins of requests that begin and finish.
     """
 
     @functools.wraps(original)

@@ -99,7 +99,9 @@ def _refuse_beams(original: Any) -> Any:
 
 @patch(TOKENS, "ServingTokens.serve_tokens", *_REQUEST, table=TABLE, need=Need.BY_VERSION)
 def _admit_tokens(original: Any) -> Any:
-    """Why: this door takes sampling parameters as they are, and may stream. Until: as for `to_sampling_params`."""
+    """Why: this door takes sampling parameters as they are, and may stream. Until: vLLM validates sampling parameters
+    before it answers a streaming request.
+    """
 
     @functools.wraps(original)
     async def serve_tokens(self: Any, request: Any, raw_request: Any = None) -> Any:
@@ -146,7 +148,9 @@ def _read_lines(original: Any) -> Any:
 
 @_patch_batches("run_request", "serving_engine_func", "request")
 def _answer_lines(original: Any) -> Any:
-    """Why: as above, and requests for embeddings or scores are never sampled. Until: as above."""
+    """Why: `vllm run-batch` answers without routes, and its requests for embeddings or scores are never sampled. Until:
+    it answers through the routes.
+    """
 
     @functools.wraps(original)
     async def run_request(answer: Any, request: Any, *args: Any, **kwargs: Any) -> Any:

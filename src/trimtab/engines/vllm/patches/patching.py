@@ -248,7 +248,7 @@ def put(owner: Any, name: str, replacement: Any) -> None:
 
 def _has(owner: Any, name: str) -> bool:
     """Whether `owner` has an attribute, or is a class whose functions set it on its objects."""
-    functions = [inspect.unwrap(value) for value in vars(owner).values() if inspect.isfunction(value)]
+    functions = [inspect.unwrap(value) for value in vars(owner or object).values() if inspect.isfunction(value)]
     return hasattr(owner, name) or any(name in function.__code__.co_names for function in functions)
 
 

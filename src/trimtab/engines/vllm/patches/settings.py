@@ -42,7 +42,7 @@ def _check_the_configuration(original: Callable[..., Any]) -> Callable[..., Any]
 
 @patch("vllm.engine.arg_utils", "EngineArgs.add_cli_args", "parser", table=TABLE)
 def _add_flags(original: Callable[..., Any]) -> Any:
-    """Why: vLLM has no hook for a plugin's own flags. Until: it has one."""
+    """Why: vLLM has no hook for a plugin's own flags. Until: vLLM has one."""
 
     @functools.wraps(original)
     def add_cli_args(parser: Any) -> Any:
@@ -63,7 +63,7 @@ def _add_flags(original: Callable[..., Any]) -> Any:
 )  # fmt: skip
 def _move_flags(original: Callable[..., Any], parser: Any) -> Callable[..., Any]:
     """Why: the namespace is completed where it is parsed, so that every process it is handed to finds plain settings.
-    Until: as for the flags.
+    Until: vLLM has a hook for a plugin's own flags.
     """
 
     def parse_known_args(args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:

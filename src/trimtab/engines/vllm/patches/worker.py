@@ -68,7 +68,9 @@ def _say_whether_attached(_: None) -> Make:
 
 @patch("vllm.v1.worker.worker_base", "WorkerBase.trimtab_problems", adds=True, **_ROW)
 def _say_what_is_missing(_: None) -> Make:
-    """Why: as above. Until: as above."""
+    """Why: an engine whose workers are not attached says why, and collective_rpc finds methods by name. Until: plugins
+    may register such methods.
+    """
 
     def trimtab_problems(self: Any) -> list[str]:
         """What trimtab lacks in this worker's vLLM."""
@@ -79,7 +81,7 @@ def _say_what_is_missing(_: None) -> Make:
 
 @patch("vllm.v1.worker.worker_base", "WorkerBase.trimtab_status", adds=True, **_ROW)
 def _say_what_is_on(_: None) -> Make:
-    """Why: as above. Until: as above."""
+    """Why: what rows, kernels and gates do, only workers know. Until: plugins may register such methods."""
 
     def trimtab_status(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What is on, in plain values: see `worker_status`."""
@@ -166,7 +168,7 @@ def _plan_the_step(original: Make, steering: Any) -> Make:
 
 @patch(_V2, "GPUModelRunner._remove_request", "self", "req_id", **_ON_V2)
 def _see_who_leaves(original: Make, steering: Any) -> Make:
-    """Why: as for the V1 runner; preempted requests leave here too. Until: as there."""
+    """Why: rows of requests that have ended or are preempted are free. Until: runners tell plugins of requests."""
 
     def _remove_request(req_id: str) -> Any:
         steering.drive.before_removal(req_id)
@@ -177,7 +179,9 @@ def _see_who_leaves(original: Make, steering: Any) -> Make:
 
 @patch(_V2, "GPUModelRunner.add_requests", "self", "scheduler_output", **_ON_V2)
 def _see_who_comes(original: Make, steering: Any) -> Make:
-    """Why: as for the V1 runner; requests that come back from preemption are added again. Until: as there."""
+    """Why: new requests, and those that come back from preemption, bring their steering here, and an engine that falls
+    idle tells here who has finished. Until: runners tell plugins of requests that come and go.
+    """
 
     def add_requests(scheduler_output: Any) -> Any:
         result = original(scheduler_output)
@@ -189,8 +193,8 @@ def _see_who_comes(original: Make, steering: Any) -> Make:
 
 @patch(_V2, "GPUModelRunner.prepare_inputs", "self", "scheduler_output", **_ON_V2)
 def _plan_the_batch(original: Make, steering: Any) -> Make:
-    """Why: as for the V1 runner. Its arguments change from version to version, so only the `InputBatch` that it returns
-    is used. Until: as there.
+    """Why: it runs once per real step, before the forward pass. Its arguments change from version to version, so only
+    the `InputBatch` that it returns is used. Until: runners have a hook before a step.
     """
 
     def prepare_inputs(*args: Any, **kwargs: Any) -> Any:

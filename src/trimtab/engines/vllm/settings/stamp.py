@@ -15,10 +15,14 @@ def prepare_config(vllm_config: Any) -> None:
 
     Raises `SteeringError` where this engine cannot be steered as asked.
     """
-    given = vllm_config.additional_config
-    settings = SteeringSettings.parse(given[SETTINGS_KEY])
     require_steerable(vllm_config)
-    settings = stamped(vllm_config, settings)
+    stamp_config(vllm_config)
+
+
+def stamp_config(vllm_config: Any) -> None:
+    """Stamp a configuration, whatever else of it cannot be steered. Raises `SteeringError` for bad settings."""
+    given = vllm_config.additional_config
+    settings = stamped(vllm_config, SteeringSettings.parse(given[SETTINGS_KEY]))
     plain = settings.model_dump(mode="json", exclude_none=True)
     vllm_config.additional_config = Travelling({**given, SETTINGS_KEY: plain})
     vllm_config.additional_config.settings = settings
