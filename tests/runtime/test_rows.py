@@ -104,3 +104,12 @@ def test_there_is_room_exactly_for_what_can_then_be_acquired(calls, wanted):
     if room:
         for key in wanted:
             rows.acquire(key)
+
+
+def test_what_is_let_go_and_wanted_again_takes_its_row_again():
+    rows = RowAllocator(3)
+    held = [rows.acquire(key)[0] for key in (b"a", b"b")]
+    assert rows.has_room({b"a", b"b"}, held)
+    assert rows.has_room({b"c", b"d"}, held)
+    assert not rows.has_room({b"a", b"b", b"c"}, held)
+    assert not rows.has_room({b"c"})

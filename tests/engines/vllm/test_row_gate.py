@@ -161,6 +161,7 @@ def test_under_the_policy_priority_the_most_urgent_gets_the_next_rows(monkeypatc
     running = [scheduler.add(request(f"r{number}", number, priority=9)) for number in range(2)]
     assert scheduler.schedule() == ["r0", "r1"]
     scheduler.add(request("late", 5, priority=5, arrival=2.0))
+    assert scheduler.schedule() == []
     scheduler.add(request("early", 6, priority=5, arrival=1.0))
     scheduler.add(request("urgent", 7, priority=1, arrival=3.0))
     assert scheduler.schedule() == []
@@ -168,6 +169,14 @@ def test_under_the_policy_priority_the_most_urgent_gets_the_next_rows(monkeypatc
     assert scheduler.schedule() == ["urgent"]
     scheduler._free_request(running[1])
     assert scheduler.schedule() == ["early"]
+
+
+def test_queueing_before_0_32_keeps_to_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = gated(Older(), monkeypatch)
+    scheduler.add(request("blocked", None, status="blocked"))
+    scheduler.add(request("ready", 1))
+    assert [one.request_id for one in scheduler.skipped_waiting] == ["blocked"]
+    assert [one.request_id for one in scheduler.waiting] == ["ready"]
 
 
 def test_a_scheduler_that_does_not_ask_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
