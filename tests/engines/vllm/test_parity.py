@@ -1,4 +1,7 @@
-"""Stock vLLM, steered, gives the embedded engine's greedy tokens: on both runners, eager and compiled."""
+"""Stock vLLM, steered, gives the embedded engine's greedy tokens, on both runners.
+
+Plain rows are compiled by Inductor in the test of compile caches, and beside a monitor in its scenario.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from vllm_harness import outcomes_of
 
 pytestmark = pytest.mark.vllm
 
-outcome = outcomes_of("parity", {"V1 eager": 48, "V1 compiled": 48, "V2 eager": 32, "V2 compiled": 32})
+outcome = outcomes_of("parity", {"V1 eager": 48, "V2 eager": 32})
 
 
 def test_a_mixed_batch_answers_as_the_embedded_engine_does(outcome: dict[str, Any]) -> None:
@@ -36,17 +39,14 @@ def test_how_much_of_an_addition_arrives_is_measured_at_start(outcome: dict[str,
 
 
 def test_steering_survives_a_reload_of_the_weights(outcome: dict[str, Any]) -> None:
-    assert outcome.get("reloaded", []) == []
+    assert outcome["reloaded"] == []
 
 
 def test_a_prompt_longer_than_the_token_budget_is_steered_chunk_by_chunk(outcome: dict[str, Any]) -> None:
-    assert outcome.get("chunked", []) == []
-    assert ("chunked" in outcome) == ("reloaded" in outcome) == outcome["case"].endswith("eager")
+    assert outcome["chunked"] == []
 
 
 def test_preempted_requests_come_back_to_the_same_answer_with_the_prefix_cache_on(outcome: dict[str, Any]) -> None:
-    if not outcome["case"].endswith("eager"):
-        return
     assert outcome["preemptions"] > 0
     assert outcome["preempted"] == []
     assert outcome["after preemption"][0]["rows_in_use"] == 0

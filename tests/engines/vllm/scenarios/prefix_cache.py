@@ -39,7 +39,7 @@ def main() -> None:
         cached[f"its answer sent unsteered, {name}"] = with_cache.ask(turn, None)
 
     chat = random_prompts([SHORT], seed=2)[0]
-    with_cache.ask(chat, EVERY)
+    with_cache.ask(chat, EVERY, 40)
     chat = chat + with_cache.answers[-1]
     cached["a short chat's turn, sent unsteered"] = with_cache.ask(chat, None)
     cached["a short chat's turn"] = with_cache.ask(chat, EVERY)
@@ -53,9 +53,7 @@ def main() -> None:
     report(
         {
             "cached": cached,
-            "differences": differences(
-                with_cache.answers, [generate(without, [p], [s], n)[0] for p, s, n in with_cache.asked]
-            ),
+            "differences": differences(with_cache.answers, generate(without, *zip(*with_cache.asked, strict=True))),
             "stock keys": _stock_keys(),
             "requests": len(with_cache.asked),
         }
@@ -68,7 +66,7 @@ class Asker:
     def __init__(self, llm):
         self.llm, self.asked, self.answers = llm, [], []
 
-    def ask(self, prompt, spec, tokens=40):
+    def ask(self, prompt, spec, tokens=8):
         """How many tokens of the prompt were found in the cache."""
         from vllm import SamplingParams
 

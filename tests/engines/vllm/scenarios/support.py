@@ -53,10 +53,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(family: str = "llama", seed: int = 0, parent: Path = SCRATCH) -> tuple[str, Any]:
+def tiny_model(family: str = "llama", seed: int = 0, parent: Path = SCRATCH, layers: int = LAYERS) -> tuple[str, Any]:
     """(folder, Transformers model) of a random float32 model of a family. Norms are random too: ones hide faults."""
     name, extra = FAMILIES[family]
     common = {key: value for key, value in _COMMON.items() if name != "OPT" or key != "intermediate_size"}
+    common["num_hidden_layers"] = layers
     torch.manual_seed(seed)
     model = getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}Config")(**(common | extra))).eval()
     generator = torch.Generator().manual_seed(seed)
