@@ -39,7 +39,7 @@ class TestOnThisVllm:
 
     @pytest.fixture(scope="class")
     def told(self) -> dict[str, Any]:
-        done = user("--json", VLLM_LOGGING_LEVEL="INFO")  # what others log is no part of the output
+        done = user("--json", VLLM_LOGGING_LEVEL="DEBUG")  # what others log is no part of the output
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout)
 
@@ -162,13 +162,20 @@ def test_without_vllm_no_engine_is_said_to_be_fine() -> None:
     assert "install trimtab with its extra `vllm`" in " ".join(done.stdout.split())
 
 
-def test_a_vllm_that_cannot_be_imported_is_not_called_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        ("raise RuntimeError('libcuda.so is not here')", "RuntimeError: libcuda.so is not here"),
+        ("import a_library_of_theirs", "No module named 'a_library_of_theirs'"),
+    ],
+)
+def test_a_vllm_that_cannot_be_imported_is_not_called_missing(tmp_path: Path, code: str, fault: str) -> None:
     (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm" / "__init__.py").write_text("raise RuntimeError('libcuda.so is not here')")
+    (tmp_path / "vllm" / "__init__.py").write_text(code)
     done = user(folder=tmp_path)
     assert done.returncode == 1
-    assert "vLLM cannot be imported: RuntimeError: libcuda.so is not here" in " ".join(done.stdout.split())
-    assert "not installed:" not in done.stdout
+    assert f"vLLM cannot be imported: {fault}" in " ".join(done.stdout.split())
+    assert "vLLM is not installed" not in done.stdout
 
 
 def test_flags_of_an_engine_without_a_model_are_refused() -> None:
