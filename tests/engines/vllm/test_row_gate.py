@@ -141,6 +141,17 @@ def test_requests_wait_for_rows_in_order_and_unsteered_ones_pass(scheduler: Any)
     assert (scheduler.gate.pool.reserved, scheduler.gate.pool.waiting) == (2, 0)
 
 
+def test_a_preempted_request_starts_again_before_those_that_wait_for_rows(scheduler: Any) -> None:
+    made = [scheduler.add(request(f"r{number}", number)) for number in range(4)]
+    assert scheduler.schedule() == ["r0", "r1"]
+    scheduler.running.remove(made[0])
+    made[0].status = "preempted"
+    scheduler.waiting.appendleft(made[0])
+    assert scheduler.schedule() == ["r0"]
+    scheduler._free_request(made[1])
+    assert scheduler.schedule() == ["r2"]
+
+
 def test_what_is_blocked_otherwise_reserves_nothing_and_an_abort_leaves_nothing(scheduler: Any) -> None:
     blocked = scheduler.add(request("blocked", 0, status="blocked"))
     for number in range(1, 4):

@@ -157,7 +157,8 @@ def preempted(folder, model):
     def scheduling(*args, **kwargs):
         output = schedule(*args, **kwargs)
         alive = thrown_out & core.scheduler.requests.keys()
-        kept.extend(core._trimtab_rows.pool.may_run(request_id) for request_id in alive)
+        pool = core._trimtab_rows.pool
+        kept.extend(request_id in pool and pool.may_run(request_id) for request_id in alive)
         return output
 
     core.scheduler._preempt_request, core.scheduler.schedule = preempting, scheduling
