@@ -148,10 +148,10 @@ class Comparison:
         if "monitor" in self.engines:
             cases = steered_cases(batch, prompt, new, few=True)
             runs += [(self.engines["monitor"], replace(case, name=f"monitor, {case.name}")) for case in cases]
-        self._interleave(f"decode {batch}", base, runs, _step, trace=self.trace)
         if "before" in self.engines:
             cases = steered_cases(batch, prompt, new, self.few)
             runs += [(self.engines["before"], replace(case, name=f"before, {case.name}")) for case in cases]
+        self._interleave(f"decode {batch}", base, runs, _step, trace=self.trace)
         if "v1" in self.engines:
             runs = [(self.engines["v1"], case) for case in steered_cases(batch, prompt, new, self.few)]
             self._interleave(f"V1 decode {batch}", base, runs, _step, trace=self.trace, stock="v1 stock")
