@@ -73,6 +73,8 @@ class Waiting(RuleBasedStateMachine):
         assert len(rows) <= ROWS
         assert len(probes) <= PROBES
         assert (self.pool.capacity, self.pool.reserved, self.pool.waiting) == (ROWS, len(rows), len(self.sent_away))
+        first = min((self.asked[name] for name in self.sent_away), key=lambda one: one[0], default=None)
+        assert self.pool.stuck is (first is not None and not self._room(first[1]))
 
     def teardown(self):
         """Nobody starves: with one request ending after the other, all that are left start, each in its turn."""
@@ -89,10 +91,13 @@ class Waiting(RuleBasedStateMachine):
         held = [self.asked[name][1] for name in self.holding]
         return Contents(set().union(*(one.rows for one in held)), set().union(*(one.probes for one in held)))
 
+    def _room(self, need: Contents) -> bool:
+        held = self._held()
+        return len(held.rows | need.rows) <= ROWS and len(held.probes | need.probes) <= PROBES
+
     def _asks(self, name: str) -> bool:
         order, need = self.asked[name]
-        held = self._held()
-        room = len(held.rows | need.rows) <= ROWS and len(held.probes | need.probes) <= PROBES
+        room = self._room(need)
         passes_somebody = any(self.asked[other][0] < order for other in self.sent_away)
         due = name in self.holding or (room and not passes_somebody)
         if name not in self.pool:

@@ -41,6 +41,11 @@ class RowPool:
         """Requests that have entered and hold nothing yet."""
         return len(self._line)
 
+    @property
+    def stuck(self) -> bool:
+        """Whether requests wait and the first in line does not fit: none can start before another ends."""
+        return bool(self._line) and not self._fits(self._contents[self._line[0][2]])
+
     def __contains__(self, request_id: str) -> bool:
         """Whether `request_id` has entered and not left."""
         return request_id in self._contents

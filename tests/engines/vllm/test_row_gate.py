@@ -38,9 +38,19 @@ class Newer:
 
     def __init__(self, policy: Policy = Policy.FCFS) -> None:
         self.policy, self.waiting, self.running = policy, Queue(), []
+        self.max_num_active_reqs, self.asked = 64, 0
+
+    def get_request_counts(self) -> tuple[int, int]:
+        return len(self.running), len(self.waiting)
 
     def schedule(self) -> list[str]:
-        started = [request for request in self._ordered() if self._handle_blocked_waiting_request(request)]
+        started = []
+        for request in self._ordered():
+            if len(self.running) + len(started) >= self.max_num_active_reqs:
+                break
+            self.asked += 1
+            if self._handle_blocked_waiting_request(request):
+                started.append(request)
         self.waiting = Queue(request for request in self.waiting if request not in started)
         self.running += started
         return [request.request_id for request in started]
@@ -69,18 +79,26 @@ class Older(Newer):
     def __init__(self, policy: Policy = Policy.FCFS) -> None:
         super().__init__(policy)
         self.skipped_waiting = Queue()
+        self.max_num_running_reqs = self.max_num_active_reqs
+        del self.max_num_active_reqs
+
+    def get_request_counts(self) -> tuple[int, int]:
+        return len(self.running), len(self.waiting) + len(self.skipped_waiting)
 
     def schedule(self) -> list[str]:
         started, skipped = [], Queue()
         while queue := self.skipped_waiting or self.waiting:
+            if len(self.running) + len(started) >= self.max_num_running_reqs:
+                break
             request = queue.popleft()
+            self.asked += 1
             if self._is_blocked_waiting_status(request.status) and not self._try_promote_blocked_waiting_request(
                 request
             ):
                 skipped.append(request)
             else:
                 started.append(request)
-        self.skipped_waiting = skipped
+        self.skipped_waiting = Queue([*skipped, *self.skipped_waiting])
         self.running += started
         return [request.request_id for request in started]
 
@@ -150,6 +168,26 @@ def test_a_preempted_request_starts_again_before_those_that_wait_for_rows(schedu
     assert scheduler.schedule() == ["r0"]
     scheduler._free_request(made[1])
     assert scheduler.schedule() == ["r2"]
+
+
+def test_nobody_is_asked_while_no_one_can_have_rows_and_everybody_is_when_something_changes(scheduler: Any) -> None:
+    made = [scheduler.add(request(f"r{number}", number)) for number in range(40)]
+    assert scheduler.schedule() == ["r0", "r1"]
+    assert scheduler.asked == 40  # each has to tell once what it needs
+    for _ in range(3):
+        assert scheduler.schedule() == []
+    assert scheduler.asked == 40
+    scheduler.add(request("unsteered", None))
+    assert scheduler.schedule() == ["unsteered"]
+    scheduler._free_request(made[0])
+    assert scheduler.schedule() == ["r2"]
+    limit = "max_num_running_reqs" if isinstance(scheduler, Older) else "max_num_active_reqs"
+    assert getattr(scheduler, limit) == 64
+    scheduler.running.remove(made[1])
+    scheduler.waiting.appendleft(made[1])
+    assert scheduler.schedule() == ["r1"]
+    asked = scheduler.asked
+    assert (scheduler.schedule(), scheduler.asked) == ([], asked)
 
 
 def test_what_is_blocked_otherwise_reserves_nothing_and_an_abort_leaves_nothing(scheduler: Any) -> None:

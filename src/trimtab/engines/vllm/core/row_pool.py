@@ -9,7 +9,8 @@ a pass under way still reads is overwritten behind it, in stream order. So a row
 out again in the very next step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from trimtab.engines.vllm.carried import steering_of
@@ -52,6 +53,24 @@ class RowGate:
             urgency = (float(request.priority), float(request.arrival_time)) if self._by_priority else ()
             self.pool.enter(name, needed, urgency)
         return self.pool.may_run(name)
+
+    @contextmanager
+    def nobody_asked_in_vain(self) -> Iterator[None]:
+        """Within, a scheduler whose waiting requests all wait for rows, with no room for the first, looks at none.
+
+        It looks while fewer run than may, and would ask each of a thousand in every step.
+        """
+        scheduler = self.scheduler
+        if not self.pool.stuck or scheduler.get_request_counts()[1] != self.pool.waiting:
+            yield
+            return
+        limit = "max_num_active_reqs" if hasattr(scheduler, "max_num_active_reqs") else "max_num_running_reqs"
+        most = getattr(scheduler, limit)
+        setattr(scheduler, limit, len(scheduler.running))
+        try:
+            yield
+        finally:
+            setattr(scheduler, limit, most)
 
     def ended(self, request: Any) -> None:
         """A request has ended, whether it ran or waited."""

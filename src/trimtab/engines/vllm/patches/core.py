@@ -134,6 +134,19 @@ def _hold_back_before_0_32(original: Callable[..., Any], rows: Any) -> Callable[
     return _try_promote_blocked_waiting_request
 
 
+@patch(_SCHEDULER, "Scheduler.schedule", "self", **_ON_SCHEDULER)
+def _ask_nobody_in_vain(original: Callable[..., Any], rows: Any) -> Callable[..., Any]:
+    """Why: the scheduler asks every waiting request in every step, also where no one can have rows before another
+    ends; for 450 that wait this took a tenth of the throughput. Until: plugins may hold requests back.
+    """
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        with rows.nobody_asked_in_vain():
+            return original(*args, **kwargs)
+
+    return schedule
+
+
 @patch(_SCHEDULER, "Scheduler._free_request", "self", "request", **_ON_SCHEDULER)
 def _see_who_ends(original: Callable[..., Any], rows: Any) -> Callable[..., Any]:
     """Why: whatever ends a request (a stop, an abort, an error, a shutdown) ends it here, whether it ran or waited, and
