@@ -11,8 +11,8 @@ import numpy as np
 
 from trimtab.errors import SteeringError
 from trimtab.program.codec import decode, encode
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.monitor import behind
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.serving.binding import least_share
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site
 from trimtab.spec import Steering

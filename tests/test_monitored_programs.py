@@ -7,8 +7,8 @@ import pytest
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import decode, encode
-from trimtab.program.gates import ResolvedGate, VectorReference, check_monitor
 from trimtab.program.monitor import LABEL, behind, monitor_of, reaches
+from trimtab.program.resolved_gate import ResolvedGate, VectorReference, check_monitor
 from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Phase, Site
 from trimtab.spec import Steering
 from trimtab.vectors import Probe, SteeringVector

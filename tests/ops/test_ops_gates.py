@@ -10,7 +10,7 @@ from torch import nn
 
 from trimtab.ops import ROWS_ONLY, Emission, GateOpArgs, SteeringBuffers, emit, set_emission
 from trimtab.ops.gate_buffers import gate_count, gate_op_args
-from trimtab.program.gates import ResolvedGate
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import HookPoint
 from trimtab.vectors import SteeringVector
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trimtab.ops import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
-from trimtab.program.gates import ResolvedGate, probes_needed, rows_needed
+from trimtab.program.resolved_gate import ResolvedGate, probes_needed, rows_needed
 from trimtab.runtime import SteeringRuntime
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors import SteeringVector

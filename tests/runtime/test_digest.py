@@ -16,7 +16,7 @@ from runtime_model import HIDDEN, SITES, vector
 
 from trimtab.ops import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
-from trimtab.program.gates import ResolvedGate, probes_needed, rows_needed
+from trimtab.program.resolved_gate import ResolvedGate, probes_needed, rows_needed
 from trimtab.runtime import SteeringRuntime
 
 REQUESTS, GATES = 3, 2

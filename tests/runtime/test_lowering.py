@@ -13,8 +13,8 @@ from torch import nn
 from trimtab.errors import SteeringError
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, emit, set_emission
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.lowering import contents_of, lowered
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import Site
 from trimtab.vectors.vector import SteeringVector

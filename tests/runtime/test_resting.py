@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, emit, set_emission
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
-from trimtab.program.gates import ResolvedGate
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import HookPoint, Site
 

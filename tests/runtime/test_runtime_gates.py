@@ -14,8 +14,8 @@ from runtime_model import HIDDEN, SITES, received, vector
 from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.lowering import contents_of
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
 from trimtab.sites import HookPoint, Site
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from trimtab.errors import SteeringError
 from trimtab.ops import Emission, SteeringBuffers, emit, set_emission
-from trimtab.program.gates import ResolvedGate
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime import SteeringRuntime
 from trimtab.sites import HookPoint, Site
 

@@ -80,7 +80,7 @@ def extract(
             tuned = tune_vector(steered, wanted, opposite, seed=seed, **options)
             vector = tuned.vector
         else:
-            from trimtab.training.directions import extract_vector
+            from trimtab.training.extraction import extract_vector
 
             vector = extract_vector(steered, wanted, opposite, **options)
     written = tuned is None or tuned.usable or force

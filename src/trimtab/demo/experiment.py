@@ -15,7 +15,7 @@ from trimtab.demo import model_path
 from trimtab.demo.contrast import Feature, contrasting_prompts
 from trimtab.demo.grammar import Shares, headers, measure, read_sentence, split_sentences
 from trimtab.engines.transformers import SteeredModel
-from trimtab.training.directions import extract_vector
+from trimtab.training.extraction import extract_vector
 from trimtab.training.statistics import Interval, share_interval
 from trimtab.vectors import SteeringVector
 

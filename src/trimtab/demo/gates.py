@@ -26,7 +26,7 @@ from trimtab.demo.grammar import FORMALITIES, Shares, headers, measure, sample_r
 from trimtab.demo.reviews import TOPICS
 from trimtab.demo.targets import Check
 from trimtab.engines.transformers import SteeredModel
-from trimtab.training.directions import extract_vector
+from trimtab.training.extraction import extract_vector
 from trimtab.training.probes import Operating, ProbeReport, train_probe
 
 TRAINED_ON = 400  # texts of either sentiment

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from trimtab.instrument.parts import Comparison, LayerParts, find_parts
-from trimtab.instrument.probe import ChildCall, LayerProbe, Replay
+from trimtab.instrument.proof import ChildCall, LayerProbe, Replay
 from trimtab.instrument.taps import Tap
 from trimtab.sites import HookPoint
 

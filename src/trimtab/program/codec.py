@@ -18,8 +18,8 @@ import numpy as np
 
 from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
-from trimtab.program.gates import ResolvedGate, VectorReference, check_gate
 from trimtab.program.programs import SPANS
+from trimtab.program.resolved_gate import ResolvedGate, VectorReference, check_gate
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import Part, SteeringVector

@@ -12,8 +12,8 @@ asks `contents_of`.
 from collections.abc import Sequence, Set
 from typing import NamedTuple
 
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.programs import SPANS, GatedProgram, PhaseProgram, ResolvedSteering
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import Phase, Site, site_order
 
 SMALLEST_SHARE = 2.0**-16

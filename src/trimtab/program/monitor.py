@@ -8,8 +8,8 @@ receipts, meters, checks) is that of gates.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.programs import MIN_VALUE, PhaseProgram, ResolvedSteering, Term
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import Site, site_order
 from trimtab.vectors.vector import Part
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate, VectorReference
+from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.sites import GateLimits, Phase, Site, site_order
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from trimtab.program.counting import GateUse
-from trimtab.program.gates import ResolvedGate
-from trimtab.runtime.plan import COLUMNS
+from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.runtime.step_plan import COLUMNS
 from trimtab.runtime.upload import Staging
 
 KEPT_REPORTS = 4096  # owners of requests that are gone; the oldest are forgotten first

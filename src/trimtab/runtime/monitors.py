@@ -15,7 +15,7 @@ import torch
 from trimtab.errors import SteeringError
 from trimtab.ops.args import NO_THRESHOLD
 from trimtab.ops.buffers import SteeringBuffers
-from trimtab.program.gates import ResolvedGate, check_monitor
+from trimtab.program.resolved_gate import ResolvedGate, check_monitor
 from trimtab.runtime.upload import FlagUploader, RowUploader
 from trimtab.sites import Site
 from trimtab.vectors.values import FloatArray

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trimtab.runtime.plan import TOKEN, TOKEN_WORDS, Words
+from trimtab.runtime.step_plan import TOKEN, TOKEN_WORDS, Words
 from trimtab.vectors.values import FloatArray
 
 Content = TypeVar("Content")

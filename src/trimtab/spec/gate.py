@@ -6,7 +6,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate, VectorReference
+from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.spec.base import Model
 from trimtab.spec.fields import Number, ProbeSource
 from trimtab.vectors.probe import Probe

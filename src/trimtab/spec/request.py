@@ -15,7 +15,7 @@ from pydantic_core import CoreSchema, core_schema
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
 from trimtab.program import SPANS, Origin, PhaseProgram, ResolvedSteering, Term
-from trimtab.program.gates import check_gate, check_served
+from trimtab.program.resolved_gate import check_gate, check_served
 from trimtab.sites import ModelSites, Phase
 from trimtab.spec.base import Model, below, keys_are_text
 from trimtab.spec.kinds import KINDS, Intervention

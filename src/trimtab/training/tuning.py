@@ -16,7 +16,7 @@ import numpy as np
 from trimtab.engines.transformers import SteeredModel
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
-from trimtab.training.directions import Readings, TokenChoice, check_prompts, difference, read, wanted_sites
+from trimtab.training.extraction import Readings, TokenChoice, check_prompts, difference, read, wanted_sites
 from trimtab.training.parts import LabelledTexts
 from trimtab.training.statistics import auroc, permutation_p, win_rates
 from trimtab.training.trials import LEAST_EFFECT, Trial, Trials

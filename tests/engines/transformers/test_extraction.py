@@ -7,7 +7,7 @@ import torch
 from trimtab.engines.transformers import SteeredModel
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
-from trimtab.training.directions import extract_vector
+from trimtab.training.extraction import extract_vector
 from trimtab.vectors.dose import dose_of
 from trimtab.vectors.vector import SteeringVector
 

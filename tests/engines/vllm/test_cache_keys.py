@@ -16,8 +16,8 @@ from trimtab.engines.vllm.patches.core import STEERED
 from trimtab.engines.vllm.patches.patching import put_on
 from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.monitor import behind
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import HookPoint, ModelSites, Phase, Site
 
 MODEL = ModelSites(4, 2, frozenset({Site(0, HookPoint.POST_BLOCK), Site(1, HookPoint.POST_BLOCK)}))

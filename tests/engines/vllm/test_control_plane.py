@@ -20,12 +20,12 @@ from trimtab.engines.vllm.frontend import requests
 from trimtab.engines.vllm.frontend.admission import FrontEnd
 from trimtab.engines.vllm.frontend.build import build_front_end
 from trimtab.engines.vllm.frontend.workers import Told
-from trimtab.engines.vllm.http import registration
+from trimtab.engines.vllm.http import registration_body as registration
 from trimtab.engines.vllm.http.routes import EndpointPlugin
 from trimtab.engines.vllm.settings.config import SteeringSettings, stamped
 from trimtab.engines.vllm.settings.flags import apply_flags
 from trimtab.errors import SteeringError
-from trimtab.serving import admin
+from trimtab.serving import admin_key as admin
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.formats.gguf import write_gguf

@@ -12,7 +12,7 @@ from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites, 
 from trimtab.engines.vllm.settings.monitor import check_reach
 from trimtab.engines.vllm.settings.tables import stamped_tables
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate, rows_needed
+from trimtab.program.resolved_gate import ResolvedGate, rows_needed
 from trimtab.sites import HookPoint, OwnGate, Site
 
 WIDTH, LAYERS = 4, 6

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.engines.vllm.http.name_routes import check_probe
+from trimtab.engines.vllm.http.registry_routes import check_probe
 from trimtab.errors import SteeringError
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe

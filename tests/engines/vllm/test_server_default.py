@@ -8,8 +8,8 @@ import pytest
 from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.frontend.admission import FrontEnd, Monitor
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.monitor import LABEL
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe

@@ -10,8 +10,8 @@ from trimtab.engines.vllm.carried import MARK, Carried, Decoded
 from trimtab.engines.vllm.core import checks
 from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.monitor import behind
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import HookPoint, ModelSites, Room, Site
 from trimtab.spec import Steering
 from trimtab.vectors import SteeringVector

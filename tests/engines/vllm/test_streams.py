@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trimtab.engines.vllm.worker.attach import _check
-from trimtab.engines.vllm.worker.streams import unsupported_reason
+from trimtab.engines.vllm.worker.unsteerable_layers import unsupported_reason
 from trimtab.errors import SteeringError
 
 vllm = pytest.importorskip("vllm", reason="reads the source of vLLM's own layers")
@@ -97,7 +97,7 @@ def test_each_layer_that_was_read_by_hand_is_refused_with_its_own_reason(layer: 
 def test_every_package_that_this_vllm_has_was_read() -> None:
     from pathlib import Path
 
-    from trimtab.engines.vllm.worker import streams
+    from trimtab.engines.vllm.worker import unsteerable_layers as streams
 
     root = Path(vllm.__file__).parent / "models"
     packages = {path.parent.name for path in root.glob("*/__init__.py")} if root.exists() else set()

@@ -13,7 +13,7 @@ from trimtab.engines.vllm.settings.tables import Tables, decide_tables, parse_me
 from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
 from trimtab.ops.sizes import row_bytes
-from trimtab.program.gates import probes_needed, rows_needed
+from trimtab.program.resolved_gate import probes_needed, rows_needed
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
 
 GIB = 1 << 30

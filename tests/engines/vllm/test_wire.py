@@ -13,8 +13,8 @@ import pytest
 from trimtab.engines.vllm.carried import Carried, Decoded, checked, held_bytes
 from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
-from trimtab.program.gates import ResolvedGate, VectorReference
 from trimtab.program.monitor import LABEL, behind
+from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.serving import memo
 from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
 from trimtab.spec import Steering

@@ -7,8 +7,8 @@ from typing import Any
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
-from trimtab.program.gates import ResolvedGate, check_monitor
 from trimtab.program.monitor import LABEL, behind
+from trimtab.program.resolved_gate import ResolvedGate, check_monitor
 from trimtab.sites import GateLimits, ModelSites
 from trimtab.spec import Gate, Steering
 from trimtab.spec.faults import join

@@ -20,8 +20,8 @@ from trimtab.engines.transformers.results import Generation
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import map_hook_points
 from trimtab.instrument.layers import find_decoder_layers
-from trimtab.instrument.probe import evaluating
-from trimtab.program.gates import ResolvedGate
+from trimtab.instrument.proof import evaluating
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe

@@ -16,8 +16,8 @@ from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import decode
-from trimtab.program.gates import check_served
 from trimtab.program.monitor import reaches
+from trimtab.program.resolved_gate import check_served
 from trimtab.program.room import check_room
 from trimtab.serving.memo import Recent, key_of
 from trimtab.serving.receipt import receipt_of

@@ -7,7 +7,7 @@ from pydantic import BeforeValidator
 
 from trimtab.errors import SteeringError
 from trimtab.program import Term
-from trimtab.program.gates import VectorReference
+from trimtab.program.resolved_gate import VectorReference
 from trimtab.spec.base import Model, keys_are_text
 from trimtab.spec.fields import Layers, Source
 from trimtab.spec.gate import Gate

@@ -6,8 +6,8 @@ Called by `patches.core`; each function does nothing for an engine without steer
 from copy import copy
 from typing import Any
 
+from trimtab.engines.vllm.bad_request import refuse
 from trimtab.engines.vllm.carried import MARK, Decoded, carried, checked
-from trimtab.engines.vllm.refused import refuse
 from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
 from trimtab.engines.vllm.settings.stamp import stamped_settings

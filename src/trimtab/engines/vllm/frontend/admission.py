@@ -12,8 +12,8 @@ from trimtab.engines.vllm.carried import Carried, held_bytes
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import encode
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.monitor import behind
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.program.room import check_room
 from trimtab.serving.memo import Recent, key_of
 from trimtab.serving.names import check_fixed, check_known

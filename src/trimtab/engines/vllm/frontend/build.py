@@ -5,7 +5,7 @@ from typing import Any
 from trimtab.engines.vllm.frontend.admission import FrontEnd, Monitor
 from trimtab.engines.vllm.frontend.start_log import log_start
 from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
-from trimtab.serving.admin import admin_key
+from trimtab.serving.admin_key import admin_key
 from trimtab.serving.metrics import metrics
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry, shared_directory
 

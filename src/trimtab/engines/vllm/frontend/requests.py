@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
+from trimtab.engines.vllm.bad_request import refuse
 from trimtab.engines.vllm.carried import MARK, TICKET, Carried
 from trimtab.engines.vllm.frontend.accounts import Account, Ticket, ticket_in
 from trimtab.engines.vllm.frontend.admission import FIELD, FrontEnd
 from trimtab.engines.vllm.frontend.body import DATA, Body, names_steering
-from trimtab.engines.vllm.refused import refuse
 from trimtab.errors import SteeringError
 from trimtab.sites import Phase
 from trimtab.spec.faults import join

@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.engines.vllm.frontend.admission import FrontEnd
 from trimtab.engines.vllm.settings.config import SteeringSettings
 from trimtab.engines.vllm.settings.tables import described, stamped_tables
-from trimtab.serving.admin import HEADER, VARIABLE, admin_key
+from trimtab.serving.admin_key import HEADER, VARIABLE, admin_key
 from trimtab.serving.registry import Registry
 from trimtab.serving.server_default import ServerDefault
 from trimtab.sites import site_order

@@ -22,7 +22,7 @@ from trimtab.engines.vllm.frontend.requests import (
     refuse_beside,
     spec_in,
 )
-from trimtab.engines.vllm.http.registration import refusal
+from trimtab.engines.vllm.http.registration_body import refusal
 from trimtab.errors import SteeringError
 
 # Routes whose requests reach the patches of `patches.http`, which admit a spec or refuse it.

@@ -5,7 +5,7 @@ from fastapi.responses import JSONResponse, Response
 
 from trimtab.engines.vllm.frontend.accounts import ACCOUNT_NAME, Answers
 from trimtab.engines.vllm.frontend.workers import PAGE_WAIT, Workers
-from trimtab.engines.vllm.http.registration import refusal
+from trimtab.engines.vllm.http.registration_body import refusal
 from trimtab.errors import SteeringError
 from trimtab.serving.receipt import with_gates
 

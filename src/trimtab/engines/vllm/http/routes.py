@@ -24,11 +24,11 @@ from trimtab.engines.vllm.frontend.requests import current_front_end
 from trimtab.engines.vllm.frontend.workers import PAGE_WAIT, Workers
 from trimtab.engines.vllm.http.before_routes import guard_routes
 from trimtab.engines.vllm.http.gate_routes import add_gate_routes
-from trimtab.engines.vllm.http.name_routes import PROBE_ROUTES, VECTOR_ROUTES
 from trimtab.engines.vllm.http.receipts import ExchangeMiddleware
-from trimtab.engines.vllm.http.registration import served_front_end
+from trimtab.engines.vllm.http.registration_body import served_front_end
+from trimtab.engines.vllm.http.registry_routes import PROBE_ROUTES, VECTOR_ROUTES
 from trimtab.errors import SteeringError
-from trimtab.serving.admin import admin_key
+from trimtab.serving.admin_key import admin_key
 from trimtab.sites import site_order
 
 logger = logging.getLogger("vllm.trimtab")

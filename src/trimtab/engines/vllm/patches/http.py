@@ -9,11 +9,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from trimtab.engines.vllm.bad_request import refuse
 from trimtab.engines.vllm.frontend import requests
 from trimtab.engines.vllm.frontend.admission import FIELD
 from trimtab.engines.vllm.frontend.body import Body
 from trimtab.engines.vllm.patches.patching import Need, Patch, patch
-from trimtab.engines.vllm.refused import refuse
 from trimtab.errors import SteeringError
 
 logger = logging.getLogger("vllm.trimtab")

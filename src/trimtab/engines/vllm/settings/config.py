@@ -17,7 +17,7 @@ from trimtab.engines.vllm.settings.monitor import MonitorSettings, check_reach
 from trimtab.engines.vllm.settings.tables import DEFAULT_SHARE, decide_tables, parse_memory, stamped_tables
 from trimtab.engines.vllm.settings.travelling import Travelling
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector

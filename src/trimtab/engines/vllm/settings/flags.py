@@ -11,7 +11,7 @@ from typing import Any
 
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
-from trimtab.serving.admin import FLAG, VARIABLE, set_admin_key
+from trimtab.serving.admin_key import FLAG, VARIABLE, set_admin_key
 from trimtab.sites import HookPoint
 
 BACKENDS = ("auto", "traced", "triton")

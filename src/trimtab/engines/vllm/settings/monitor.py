@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate, VectorReference
 from trimtab.program.monitor import LABEL
+from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.sites import GateLimits, Site, site_order
 from trimtab.spec.fields import Number
 from trimtab.vectors.probe import Probe

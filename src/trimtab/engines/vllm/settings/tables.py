@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
 from trimtab.ops.sizes import row_bytes, rows_within
-from trimtab.program.gates import probes_needed, rows_needed
+from trimtab.program.resolved_gate import probes_needed, rows_needed
 from trimtab.sites import ModelSites, Room
 
 DEFAULT_SHARE = 0.01  # of the device's memory

@@ -11,7 +11,7 @@ from trimtab.engines.vllm.settings.tables import stamped_tables
 from trimtab.engines.vllm.worker.boundaries import LayerBoundary
 from trimtab.engines.vllm.worker.conventions import branch_taps, convention_of
 from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_layer_class
-from trimtab.engines.vllm.worker.streams import unsupported_reason
+from trimtab.engines.vllm.worker.unsteerable_layers import unsupported_reason
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, set_emission

@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from trimtab.ops.gate_buffers import GateBuffers, gate_record
 from trimtab.program import PhaseProgram
-from trimtab.program.gates import ResolvedGate
 from trimtab.program.programs import GatedProgram
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime.meters import GateMeters
-from trimtab.runtime.plan import COLUMNS, RowUse
 from trimtab.runtime.rows import RowAllocator
+from trimtab.runtime.step_plan import COLUMNS, RowUse
 from trimtab.runtime.upload import RowUploader, TokenUploader
 from trimtab.vectors.values import FloatArray
 

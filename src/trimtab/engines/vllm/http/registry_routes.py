@@ -15,10 +15,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from trimtab.engines.vllm.frontend.admission import FrontEnd
-from trimtab.engines.vllm.http.registration import read_registration, refusal, served_front_end
+from trimtab.engines.vllm.http.registration_body import read_registration, refusal, served_front_end
 from trimtab.errors import SteeringError
-from trimtab.program.gates import ResolvedGate, check_served
-from trimtab.serving.admin import ForbiddenError, check_admin
+from trimtab.program.resolved_gate import ResolvedGate, check_served
+from trimtab.serving.admin_key import ForbiddenError, check_admin
 from trimtab.serving.metrics import metrics
 from trimtab.serving.registry import Entry, ReadOnlyNameError, Registry
 from trimtab.serving.registry_store import Content

@@ -13,7 +13,7 @@ from trimtab.engines.vllm.frontend.admission import FrontEnd
 from trimtab.engines.vllm.frontend.requests import current_front_end
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
-from trimtab.serving.admin import ForbiddenError
+from trimtab.serving.admin_key import ForbiddenError
 from trimtab.serving.registry import ReadOnlyNameError, check_name
 from trimtab.serving.registry_store import RegistryUnavailableError
 
