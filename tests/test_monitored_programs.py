@@ -137,3 +137,24 @@ def test_a_hard_gate_is_no_monitor() -> None:
     check_monitor(MONITOR)
     with pytest.raises(SteeringError, match="hard: a monitor opens gradually"):
         check_monitor(ResolvedGate.of(MONITOR.probe, 0.5, None))
+
+
+def test_what_cancels_behind_the_monitor_is_not_told_as_added() -> None:
+    pair = [add(layers=[2], phase="decode"), add(layers=[2], phase="decode", scale=-1.0, gate=GATE)]
+    found = behind(asked(*pair), MONITOR)
+    assert (found.sites, found.vectors, found.probes, monitor_of(found)) == ((), (), (), "")
+    other = add({"post_block": {"3": [1.0, 0.0]}}, phase="decode")
+    beside = behind(asked(*pair, other), MONITOR)
+    assert [origin.name for origin in beside.vectors] == [None]
+    assert beside.probes == ()
+
+
+def test_a_gate_that_equals_the_monitor_is_told_as_the_monitor_in_every_phase_and_process() -> None:
+    anger = {**GATE, "probe": "anger"}
+    steps = Steering.parse({"interventions": [add(layers=[3], phase="prefill", gate=anger), add(layers=[2])]})
+    found = behind(steps.resolve(VECTORS, MODEL, {"anger": ANGER}), MONITOR)
+    digests = {CALM.digest: CALM, ANGER.vector.digest: ANGER.vector}
+    for told in (found, decode(encode(found), digests)):
+        assert {item.gate.label for program in told.programs for item in program.gated} == {LABEL}
+    alone = Steering.parse({"interventions": [add(layers=[3], phase="decode", gate=anger)]})
+    assert monitor_of(behind(alone.resolve(VECTORS, MODEL, {"anger": ANGER}), MONITOR)) == MONITOR.digest.hex()

@@ -121,7 +121,7 @@ def test_a_program_that_no_device_can_compute_cannot_be_made(scales: list[float]
         PhaseProgram.of(Term(vector, scale) for scale in scales)
     wire = encode(Steering.parse({"interventions": [{"kind": "add", "vector": vector}]}).resolve({}, MODEL))
     wire["programs"][1] = [[0, scale] for scale in scales]
-    with pytest.raises(SteeringError, match=r"wire\.decode"):
+    with pytest.raises(SteeringError, match=r"wire\.programs\[1\]"):
         decode(wire, {})
 
 

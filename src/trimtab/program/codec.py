@@ -27,6 +27,7 @@ from trimtab.wording import shown
 
 VERSION = 2
 LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
+LARGEST_COUNT = 1 << 31  # of layers and widths
 LONGEST_LABEL = 128  # characters, as of the names that can be registered
 KEYS = frozenset({"version", "vectors", "gates", "programs"})
 
@@ -80,11 +81,11 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     entries = _list(wire["programs"], "wire.programs")
     if len(entries) != len(SPANS):
         raise SteeringError("wire.programs", f"has {len(entries)} items, want one for each of {', '.join(SPANS)}")
+    read = [_decode_terms(entry, f"wire.programs[{i}]", vectors, gates) for i, entry in enumerate(entries)]
     programs: list[PhaseProgram] = []
-    for i, entry in enumerate(entries):
-        first = entries.index(entry)  # mostly all are alike, and then one object
-        known = programs[first] if first < i else None
-        programs.append(known or _decode_program(entry, f"wire.programs[{i}]", vectors, gates))
+    for i, terms in enumerate(read):
+        first = read.index(terms)  # mostly all are alike, and then one object
+        programs.append(programs[first] if first < i else _program(terms, f"wire.programs[{i}]", vectors, gates))
     return ResolvedSteering(tuple(programs))
 
 
@@ -114,7 +115,7 @@ def _decode_vector(
     _keys(entry, path, {"sites", "width", "data"})
     sites = [_site(site, f"{path}.sites[{i}]") for i, site in enumerate(_list(entry["sites"], f"{path}.sites"))]
     width, data = entry["width"], entry["data"]
-    if type(width) is not int or width < 1:
+    if type(width) is not int or not 0 < width < LARGEST_COUNT:
         raise SteeringError(f"{path}.width", f"got {shown(width)}, want a whole number above 0")
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise SteeringError(f"{path}.data", f"got {type(data).__name__}, want bytes")
@@ -168,31 +169,43 @@ def _decode_gate(entry: Any, path: str, vectors: list[tuple[SteeringVector, Vect
         raise SteeringError(path, f"{error.field}: {error.message}") from None
 
 
-def _decode_program(
+def _decode_terms(
     entries: Any,
     path: str,
     vectors: list[tuple[SteeringVector, VectorReference | None]],
     gates: list[ResolvedGate],
-) -> PhaseProgram:
-    terms = []
+) -> list[tuple[int, float, int | None]]:
+    """Places of vectors, scales, and places of gates, of one program."""
+    terms: list[tuple[int, float, int | None]] = []
     for i, entry in enumerate(_list(entries, path)):
         parts = _list(entry, f"{path}[{i}]")
         if len(parts) not in (2, 3):
             raise SteeringError(
                 f"{path}[{i}]", f"has {len(parts)} items, want [vector index, scale] and perhaps a gate"
             )
-        vector, reference = vectors[_index(parts[0], len(vectors), "vectors", f"{path}[{i}][0]")]
+        vector = _index(parts[0], len(vectors), "vectors", f"{path}[{i}][0]")
         scale = _number(parts[1], f"{path}[{i}][1]")
-        gate = None
-        if len(parts) == 3:
-            gate = gates[_index(parts[2], len(gates), "gates", f"{path}[{i}][2]")]
+        gate = _index(parts[2], len(gates), "gates", f"{path}[{i}][2]") if len(parts) == 3 else None
+        if gate is not None:
             try:
-                check_gate(gate, vector)
+                check_gate(gates[gate], vectors[vector][0])
             except SteeringError as error:
                 raise SteeringError(f"{path}[{i}][2]", error.message) from None
-        terms.append(Term(vector, scale, reference, gate))
+        terms.append((vector, scale, gate))
+    return terms
+
+
+def _program(
+    terms: list[tuple[int, float, int | None]],
+    path: str,
+    vectors: list[tuple[SteeringVector, VectorReference | None]],
+    gates: list[ResolvedGate],
+) -> PhaseProgram:
     try:
-        return PhaseProgram.of(terms)
+        return PhaseProgram.of(
+            Term(vectors[vector][0], scale, vectors[vector][1], None if gate is None else gates[gate])
+            for vector, scale, gate in terms
+        )
     except SteeringError as error:
         raise SteeringError(path, error.message) from None
 
@@ -223,7 +236,7 @@ def _list(value: Any, path: str) -> list[Any]:
 
 
 def _layer(value: Any, path: str) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < LARGEST_COUNT:
         raise SteeringError(path, f"got {shown(value)}, want a layer, a whole number from 0")
     return value
 
@@ -237,6 +250,6 @@ def _part(value: Any, path: str) -> Part:
 
 def _site(value: Any, path: str) -> Site:
     pair = _list(value, path)
-    if len(pair) != 2 or pair[1] not in HookPoint.__members__.values():
+    if len(pair) != 2 or not isinstance(pair[1], str) or pair[1] not in HookPoint.__members__.values():
         raise SteeringError(path, f"got {shown(value)}, want [layer, hook]")
     return Site(_layer(pair[0], f"{path}[0]"), HookPoint(pair[1]))

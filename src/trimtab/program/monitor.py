@@ -9,19 +9,48 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from trimtab.program.programs import MIN_VALUE, PhaseProgram, ResolvedSteering, Term
-from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.sites import Site, site_order
 from trimtab.vectors.vector import Part
 
-LABEL = "(monitor)"  # under which reports tell of it; no name that can be registered has parentheses
+LABEL = MONITOR_LABEL
 
 
 def behind(steering: ResolvedSteering, monitor: ResolvedGate) -> ResolvedSteering:
-    """`steering` in an engine with this `monitor`; the same object where the monitor has no part in it."""
-    if not reaches(steering, monitor.site):
+    """`steering` in an engine with this `monitor`; the same object where the monitor has no part in it.
+
+    A gate of the request that equals the monitor is the monitor: both open alike, and reports tell of one.
+    """
+    equal = any(
+        item.gate == monitor and item.gate.label != LABEL for program in steering.programs for item in program.gated
+    )
+    if not (equal or reaches(steering, monitor.site)):
         return steering
-    terms = [part for term in steering.decode.all_terms for part in _parts(term, monitor)]
-    return replace(steering, programs=(steering.prefill, PhaseProgram.of(terms)))
+    prefill = _renamed(steering.prefill, monitor)
+    decode = PhaseProgram.of(part for term in steering.decode.all_terms for part in _parts(term, monitor))
+    return _with_origins(replace(steering, programs=(prefill, decode)))
+
+
+def _renamed(program: PhaseProgram, monitor: ResolvedGate) -> PhaseProgram:
+    if not any(item.gate == monitor for item in program.gated):
+        return program
+    gated = tuple(replace(item, gate=monitor) if item.gate == monitor else item for item in program.gated)
+    return replace(program, gated=gated)
+
+
+def _with_origins(steering: ResolvedSteering) -> ResolvedSteering:
+    """`steering` with the origins of what it still holds: terms may have cancelled behind the monitor's gate.
+
+    Content that stood in the spec has no name that its parts would keep, so it stays as long as there is any.
+    """
+    named = {term.reference.digest for term in steering.terms if term.reference is not None}
+    unnamed = any(term.reference is None for term in steering.terms)
+    read = {gate.probe.digest for gate in steering.gates if gate.label != LABEL}
+    return replace(
+        steering,
+        vectors=tuple(one for one in steering.vectors if (unnamed if one.name is None else one.digest in named)),
+        probes=tuple(one for one in steering.probes if one.direction in read),
+    )
 
 
 def reaches(steering: ResolvedSteering, site: Site) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.program.resolved_gate import ResolvedGate, VectorReference
+from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, VectorReference
 from trimtab.sites import GateLimits, Phase, Site, site_order
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
@@ -101,7 +101,14 @@ class PhaseProgram:
     @classmethod
     def joined(cls, parts: Iterable["PhaseProgram"]) -> "PhaseProgram":
         """The sum of what the ungated terms of `parts` add, for one row: parts of one program, of different vectors."""
-        return cls._sum(sorted((term for part in parts for term in part.terms), key=lambda term: term.vector.digest))
+        return cls._sum(sorted(cls._joining(parts), key=lambda term: term.vector.digest))
+
+    @staticmethod
+    def _joining(parts: Iterable["PhaseProgram"]) -> Iterator[Term]:
+        """A vector alone is scaled by a float32 where it is not joined, and its identity knows no other scale."""
+        for part in parts:
+            alone = len(part.terms) == 1
+            yield from (replace(term, scale=float(np.float32(term.scale))) if alone else term for term in part.terms)
 
     @classmethod
     def _sum(cls, kept: list[Term]) -> "PhaseProgram":
@@ -233,10 +240,11 @@ def _merged(group: list[Term]) -> Term:
 
 
 def _distinct(gates: Iterable[ResolvedGate]) -> list[ResolvedGate]:
-    """Each gate once, in the order of their digests; one that can be named before an equal one that cannot."""
+    """Each gate once, in the order of their digests: the engine's own before an equal one, one with a name before one
+    without."""
 
-    def named(gate: ResolvedGate) -> tuple[bool, bool]:
-        return gate.reference is not None, bool(gate.label)
+    def named(gate: ResolvedGate) -> tuple[bool, bool, bool]:
+        return gate.label == MONITOR_LABEL, gate.reference is not None, bool(gate.label)
 
     by_digest: dict[bytes, ResolvedGate] = {}
     for gate in gates:

@@ -21,6 +21,9 @@ from trimtab.sites import GateLimits, Phase, Site, site_order
 from trimtab.vectors.vector import Part, SteeringVector
 from trimtab.wording import summary
 
+MONITOR_LABEL = "(monitor)"
+"""Under which reports tell of an engine's own gate. No name that can be registered has parentheses."""
+
 MAX_PROBE_VALUE = 65504.0  # scores of any stream that fits a model dtype then stay finite in float32
 MIN_PROBE_VALUE = 2.0**-64  # 5.4e-20: products with such a stream then keep their digits in float32
 MIN_SHARPNESS = 2.0**-126  # the smallest normal float32; 0 would mean a hard gate

@@ -6,8 +6,9 @@ Let d be what the default adds at a site in a phase, behind one gate or behind n
 
 r_0 stands behind no gate, and counts both ways where d stands behind none either. Every other r_k counts where it takes
 back, as if its gate were wide open then: also one behind the default's own gate, since what pushes behind a gate that
-is half open cannot make up for what takes back behind none. 1 is all of the default's push along its own direction, 0
-none, below 0 the reverse.
+is half open cannot make up for what takes back behind none. An engine's monitor is such a gate before what a request
+adds; the default is measured with it open, as with its own gates. 1 is all of the default's push along its own
+direction, 0 none, below 0 the reverse.
 
 The stream carries on what was added to it before. So the share is taken twice: of what is added at each site of the
 default, and, at each site of either, of all that was added to the stream up to there. What a request takes back in the

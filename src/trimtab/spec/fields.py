@@ -59,7 +59,7 @@ def _layers(value: Any) -> tuple[int, ...]:
         raise SteeringError("", f"has {len(value)} layers, at most {MAX_LAYERS} are allowed")
     seen: set[int] = set()
     for index, layer in enumerate(value):
-        if isinstance(layer, (bool, np.bool_)) or not isinstance(layer, (int, np.integer)) or layer < 0:
+        if isinstance(layer, (bool, np.bool_)) or not isinstance(layer, (int, np.integer)) or not 0 <= layer < 10**9:
             raise SteeringError(f"[{index}]", f"got {shown(layer)}, want a layer, a whole number from 0")
         if layer in seen:
             raise SteeringError(f"[{index}]", f"layer {layer} is given twice")

@@ -157,7 +157,7 @@ def _listed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatA
 
 
 def _layer_key(key: Any, path: str) -> int:
-    if type(key) is int and key >= 0:
+    if type(key) is int and 0 <= key < 10**9:
         return key
     if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key:
         return int(key)
@@ -167,11 +167,15 @@ def _layer_key(key: Any, path: str) -> int:
 def _layers(value: Any, path: str) -> list[int]:
     if not isinstance(value, (list, tuple)):
         raise SteeringError(path, f"got {type(value).__name__}, want a list of layers")
-    if set(map(type, value)) <= {int} and len(set(value)) == len(value) and min(value, default=0) >= 0:
+    if (
+        set(map(type, value)) <= {int}
+        and len(set(value)) == len(value)
+        and (not value or 0 <= min(value) <= max(value) < 10**9)
+    ):
         return list(value)
     seen: set[int] = set()
     for index, layer in enumerate(value):
-        if type(layer) is not int or layer < 0:
+        if type(layer) is not int or not 0 <= layer < 10**9:
             raise SteeringError(f"{path}[{index}]", f"got {shown(layer)}, want a layer, a whole number from 0")
         if layer in seen:
             raise SteeringError(f"{path}[{index}]", f"layer {layer} is given twice")

@@ -120,6 +120,14 @@ class SteeringVector:
         return self._block
 
     @property
+    def whole(self) -> npt.NDArray[Any]:
+        """The array that `block` is a view of: larger where the vector is a part of another."""
+        base: npt.NDArray[Any] = self._block
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        return base
+
+    @property
     def directions(self) -> Mapping[Site, FloatArray]:
         """Read-only mapping of each site to its read-only direction [H]."""
         if self._directions is None:

@@ -30,7 +30,7 @@ class Policy(Enum):
 
 
 class Queue(deque):
-    add_request = deque.append
+    add_request, prepend_request = deque.append, deque.appendleft
 
 
 class Newer:
@@ -87,11 +87,13 @@ class Older(Newer):
 
     def schedule(self) -> list[str]:
         started, skipped = [], Queue()
+        self.last_asked: list[str] = []
         while queue := self.skipped_waiting or self.waiting:
             if len(self.running) + len(started) >= self.max_num_running_reqs:
                 break
             request = queue.popleft()
             self.asked += 1
+            self.last_asked.append(request.request_id)
             if self._is_blocked_waiting_status(request.status) and not self._try_promote_blocked_waiting_request(
                 request
             ):
@@ -218,6 +220,26 @@ def test_under_the_policy_priority_the_most_urgent_gets_the_next_rows(monkeypatc
     assert scheduler.schedule() == ["urgent"]
     scheduler._free_request(running[1])
     assert scheduler.schedule() == ["early"]
+
+
+def test_before_0_32_who_waits_for_blocks_is_asked_before_who_waits_for_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one that has got its rows and finds no blocks would stand before those whose blocks it needs, for ever."""
+    scheduler = gated(Older(), monkeypatch)
+    scheduler.connector = object()
+    for number in range(4):
+        scheduler.add(request(f"r{number}", number))
+    assert scheduler.schedule() == ["r0", "r1"]
+    for name in ("first", "second"):
+        scheduler.skipped_waiting.append(request(name, None, status="WAITING_FOR_REMOTE_KVS"))
+    scheduler.schedule()
+    assert scheduler.last_asked == ["first", "second", "r2", "r3"]
+
+
+def test_a_scheduler_that_queues_in_another_way_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Older()
+    other.kv_holding_waiting = Queue()
+    with pytest.raises(SteeringError, match="kv_holding_waiting"):
+        gated(other, monkeypatch)
 
 
 def test_queueing_before_0_32_keeps_to_the_status(monkeypatch: pytest.MonkeyPatch) -> None:

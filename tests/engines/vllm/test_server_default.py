@@ -11,7 +11,7 @@ from trimtab.errors import SteeringError
 from trimtab.program.monitor import LABEL
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
-from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
+from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
@@ -93,6 +93,23 @@ def test_a_default_behind_a_gate_is_binding_too() -> None:
         with pytest.raises(SteeringError, match="binding"):
             front.admit(spec(own))
     assert admitted(front, spec(add("joy", gate=GATE))).receipt["default_left"] <= 1.0
+
+
+def test_a_push_behind_the_monitor_makes_up_for_nothing_that_is_taken_back_before_it() -> None:
+    """The monitor may be half open, and a push behind it half of what it is; what stands before it is not."""
+    site = Site(1, HookPoint.POST_BLOCK)
+    monitor = Monitor(ResolvedGate.of(Probe.at(site, [0.0, 1.0]).vector, 0.0, 1.0, label=LABEL), {})
+    sites = frozenset(Site(layer, HookPoint.POST_BLOCK) for layer in range(3))
+    model = ModelSites(2, 3, sites, GateLimits(2, sites, monitor=OwnGate(monitor.gate.digest, site)))
+    late = SteeringVector({Site(2, HookPoint.POST_BLOCK): [1.0, 0.0]})
+    front = FrontEnd(model, VectorRegistry({"late": late}), spec(add("late")), monitor=monitor)
+
+    def step(layer: int, scale: float) -> dict[str, Any]:
+        return add({"post_block": {str(layer): [scale, 0.0]}}, phase="decode")
+
+    with pytest.raises(SteeringError, match="takes back too much of the server's default"):
+        front.admit(spec(step(0, -20.0), step(2, 19.5)))
+    assert front.admit(spec(step(0, -0.25), step(2, -0.25))).receipt["default_left"] == 0.5
 
 
 def test_a_monitor_changes_nothing_about_the_promise() -> None:

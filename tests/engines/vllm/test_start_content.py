@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from trimtab.engines.vllm.core import checks
 from trimtab.engines.vllm.frontend.build import build_front_end
@@ -45,7 +46,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(
         additional_config={"steering": settings, "other": 1},
         model_config=SimpleNamespace(
-            hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS), get_hidden_size=lambda: H
+            hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS), get_hidden_size=lambda: H, dtype=torch.float32
         ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
@@ -117,3 +118,18 @@ def test_a_new_engine_reads_anew(config: Any, reads: Counter[str], tmp_path: Pat
     assert reads == dict.fromkeys(FILES, 2)
     assert stamp.stamped_settings(again).start_vectors["calm"] == OTHERS["calm"]
     assert stamp.stamped_settings(config).start_vectors["calm"] == FILES["calm"]
+
+
+def test_workers_that_were_configured_otherwise_stop_the_start(config: Any) -> None:
+    """A node makes its configuration itself; with less memory it would have fewer rows than the engine hands out."""
+    stamp.prepare_config(config)
+    there, alike = elsewhere(config), elsewhere(config)
+    there.additional_config["steering"]["stamp"]["tables"]["rows"] -= 1
+    for workers, fits in (([config, there], False), ([config, alike], True)):
+        told = [stamp.stamp_digest(worker) for worker in workers]
+        executor = SimpleNamespace(collective_rpc=lambda method, told=told: told)
+        if fits:
+            checks.check_workers(config, executor)
+            continue
+        with pytest.raises(SteeringError, match=r"workers \[1\] were configured in another way .*table_memory"):
+            checks.check_workers(config, executor)

@@ -115,13 +115,16 @@ def owner_of(sampling_params: Any, request_id: str) -> str:
 
 
 def held_bytes(steering: ResolvedSteering) -> int:
-    """Bytes of the vectors in `steering` that are not registered ones, but content or some layers of them."""
-    references = {term.vector: term.reference for term in steering.terms}
-    return sum(
-        vector.block.nbytes
-        for vector, reference in references.items()
-        if reference is None or reference.layers is not None
-    )
+    """Bytes that the vectors in `steering` keep which are not registered ones, but content or some layers of them.
+
+    A part of a vector keeps all of it.
+    """
+    kept = {}
+    for term in steering.terms:
+        if term.reference is None or term.reference.layers is not None:
+            whole = term.vector.whole
+            kept[id(whole)] = whole.nbytes
+    return sum(kept.values())
 
 
 def _copied(vector: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from trimtab.engines.vllm.bad_request import refuse
 from trimtab.engines.vllm.carried import MARK, Decoded, carried, checked
 from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
-from trimtab.engines.vllm.settings.stamp import stamped_settings
+from trimtab.engines.vllm.settings.stamp import stamp_digest, stamped_settings
 from trimtab.errors import SteeringError
 from trimtab.sites import ModelSites
 
@@ -59,6 +59,13 @@ def check_workers(vllm_config: Any, executor: Any) -> None:
         attached = executor.collective_rpc("trimtab_attached")
     except (AttributeError, NotImplementedError) as error:
         raise SteeringError(SETTINGS_KEY, f"the workers do not know trimtab ({error}); install it there") from error
+    stamp = stamp_digest(vllm_config)
+    if others := [rank for rank, own in enumerate(attached) if own and own != stamp]:
+        raise SteeringError(
+            SETTINGS_KEY,
+            f"workers {others} were configured in another way than the engine: give each node the same steering "
+            "settings and files and, where their devices differ in memory, `max_rows` or a size as `table_memory`",
+        )
     if not all(attached):
         missing = [rank for rank, done in enumerate(attached) if not done]
         reasons = sorted({reason for known in executor.collective_rpc("trimtab_problems") for reason in known})

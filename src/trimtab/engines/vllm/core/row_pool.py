@@ -61,6 +61,7 @@ class RowGate:
         It looks while fewer run than may, and would ask each of a thousand in every step.
         """
         scheduler = self.scheduler
+        self._blocks_first()
         if not self.pool.stuck or scheduler.get_request_counts()[1] != self.pool.waiting:
             yield
             return
@@ -75,6 +76,25 @@ class RowGate:
     def ended(self, request: Any) -> None:
         """A request has ended, whether it ran or waited."""
         self.pool.leave(request.request_id)
+
+    def require_queue(self, name: str, *, without: str) -> None:
+        """Raise `SteeringError` if the scheduler queues requests in another way than before 0.32."""
+        if not hasattr(self.scheduler, name) or hasattr(self.scheduler, without):
+            raise SteeringError(SETTINGS_KEY, f"trimtab does not know this vLLM: {name} is missing, or {without} there")
+
+    def _blocks_first(self) -> None:
+        """Before 0.32: requests that wait for blocks to arrive are asked before those that wait for rows.
+
+        The queue is looked at from its front until a request gets no blocks. Blocks that arrive for requests behind
+        would never be taken up, and those whose turn it is need just these: all would wait for ever.
+        """
+        queue = getattr(self.scheduler, "skipped_waiting", None)
+        if not queue or self._by_priority or getattr(self.scheduler, "connector", None) is None:
+            return
+        arriving = [one for one in queue if getattr(one.status, "name", one.status) == "WAITING_FOR_REMOTE_KVS"]
+        for request in reversed(arriving):
+            queue.remove(request)
+            queue.prepend_request(request)
 
     def require_asked(self, *questions: str) -> None:
         """Raise `SteeringError` if the scheduler has none of the methods that were replaced to ask."""

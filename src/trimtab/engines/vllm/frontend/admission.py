@@ -143,7 +143,7 @@ class FrontEnd:
         if self.default is None:
             return self._carried(self._resolve(steering, names))
         _, default = self._admit_default()
-        left = self.default.left_by(steering, lambda part: self._resolve(part, names), default)
+        left = self.default.left_by(steering, lambda part: self._monitored(self._resolve(part, names)), default)
         try:
             return self._carried(self._resolve(merge(self.default.spec, steering), names), left)
         except SteeringError as error:
@@ -161,8 +161,11 @@ class FrontEnd:
         check_known(steering, self.registry, self.probes)
         return steering.resolve(names.vectors, self.model, names.probes)
 
+    def _monitored(self, asked: ResolvedSteering) -> ResolvedSteering:
+        return asked if self.monitor is None else behind(asked, self.monitor.gate)
+
     def _carried(self, asked: ResolvedSteering, default_left: float | None = None) -> Carried:
-        steering = asked if self.monitor is None else behind(asked, self.monitor.gate)
+        steering = self._monitored(asked)
         check_room(steering, self.model.room, "")
         return Carried(encode(steering, self._held, views=True), steering, default_left)
 

@@ -121,6 +121,7 @@ def _hold_back_before_0_32(original: Callable[..., Any], rows: Any) -> Callable[
     0.32 is the oldest vLLM that is supported.
     """
     scheduler = rows.scheduler
+    rows.require_queue("skipped_waiting", without="kv_holding_waiting")
     is_blocked = scheduler._is_blocked_waiting_status
 
     def _try_promote_blocked_waiting_request(request: Any) -> bool:

@@ -59,9 +59,11 @@ def _steer_the_loaded_model(original: Make) -> Make:
 def _say_whether_attached(_: None) -> Make:
     """Why: collective_rpc finds methods by name on the worker. Until: plugins may register such methods."""
 
-    def trimtab_attached(self: Any) -> bool:
-        """Whether this worker's model is steered."""
-        return getattr(self, "_trimtab", None) is not None
+    def trimtab_attached(self: Any) -> str:
+        """How this worker's model is steered: the digest of its configuration's stamp; "" if it is not."""
+        from trimtab.engines.vllm.settings.stamp import stamp_digest
+
+        return "" if getattr(self, "_trimtab", None) is None else stamp_digest(self.vllm_config)
 
     return trimtab_attached
 

@@ -1,5 +1,7 @@
 """A steered engine's configuration is checked and stamped once, where it is made; every process compares the stamp."""
 
+import hashlib
+import json
 from typing import Any
 
 from trimtab.engines.vllm.settings.config import SteeringSettings, stamped
@@ -44,3 +46,10 @@ def stamped_settings(vllm_config: Any) -> SteeringSettings:
             "install the same one wherever vLLM runs",
         )
     return settings.read_files()
+
+
+def stamp_digest(vllm_config: Any) -> str:
+    """Names all that the stamp of a steered configuration says: nodes may make theirs on their own."""
+    settings = SteeringSettings.of(vllm_config)
+    told = json.dumps(None if settings is None else settings.stamp, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
