@@ -113,6 +113,8 @@ def test_registering_checks_the_width_and_replaces_an_earlier_vector(llama):
             model.register("wide", SteeringVector({Site(0, HookPoint.POST_BLOCK): np.ones(16)}))
         with pytest.raises(SteeringError, match="want a SteeringVector"):
             model.register("list", [1.0])
+        with pytest.raises(SteeringError, match="reports call the monitor"):
+            model.register("(monitor)", calm(1))
 
 
 @pytest.mark.parametrize(

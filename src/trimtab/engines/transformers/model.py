@@ -21,7 +21,7 @@ from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import map_hook_points
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.instrument.proof import evaluating
-from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import HookPoint, ModelSites, Site
 from trimtab.vectors.probe import Probe
@@ -134,9 +134,12 @@ class SteeredModel:
     def register(self, name: str, named: SteeringVector | Probe) -> None:
         """Let specs name a vector, or gates a probe, in place of any earlier one of its kind.
 
-        Raises SteeringError for another width, and for a probe at a site that this model does not have.
+        Raises SteeringError for another width, the name of the monitor, and a probe at a site that this model does not
+        have.
         """
         field = f"{'probes' if isinstance(named, Probe) else 'vectors'}[{name!r}]"
+        if name == MONITOR_LABEL:
+            raise SteeringError(field, "is what reports call the monitor: choose another name")
         if not isinstance(named, (SteeringVector, Probe)):
             raise SteeringError(field, f"is a {type(named).__name__}; want a SteeringVector or a Probe")
         vector = named.vector if isinstance(named, Probe) else named
