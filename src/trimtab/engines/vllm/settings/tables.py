@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
-from trimtab.ops.sizes import row_bytes, rows_within
 from trimtab.program.resolved_gate import probes_needed, rows_needed
 from trimtab.sites import ModelSites, Room
 
@@ -59,6 +58,11 @@ def decide_tables(
     Never more than the largest batch can need; without `max_rows` never less than one request can. One that `lowers`
     gates has probes of rows beside them, wherever probes are read.
     """
+    from trimtab.ops.sizes import (
+        row_bytes,
+        rows_within,
+    )  # with torch, which processes that configure nothing do without
+
     dtype, gates = vllm_config.model_config.dtype, model.gates.per_token
     stages, monitored = (
         Counter(model.gates.stage(site.layer) for site in sites)
