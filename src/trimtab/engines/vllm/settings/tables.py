@@ -58,10 +58,7 @@ def decide_tables(
     Never more than the largest batch can need; without `max_rows` never less than one request can. One that `lowers`
     gates has probes of rows beside them, wherever probes are read.
     """
-    from trimtab.ops.sizes import (
-        row_bytes,
-        rows_within,
-    )  # with torch, which processes that configure nothing do without
+    from trimtab.ops.sizes import row_bytes, rows_within  # only here: it brings torch along
 
     dtype, gates = vllm_config.model_config.dtype, model.gates.per_token
     stages, monitored = (
