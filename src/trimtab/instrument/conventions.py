@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trimtab.instrument.layer_replay import ChildCall, LayerProbe, Replay
 from trimtab.instrument.parts import Comparison, LayerParts, find_parts
-from trimtab.instrument.proof import ChildCall, LayerProbe, Replay
 from trimtab.instrument.taps import Tap
 from trimtab.sites import HookPoint
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from trimtab.errors import SteeringError
 from trimtab.instrument.conventions import LayerConvention, derive_convention
+from trimtab.instrument.layer_replay import LayerProbe, evaluating, record_layer_calls, run_probe
 from trimtab.instrument.layers import DecoderLayers, find_decoder_layers
-from trimtab.instrument.proof import LayerProbe, evaluating, record_layer_calls, run_probe
 from trimtab.instrument.stream import check_additions, check_places, check_stream
 from trimtab.instrument.taps import Tap, Transform
 from trimtab.sites import HookPoint, ModelSites, Site, site_order

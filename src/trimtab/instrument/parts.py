@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trimtab.instrument.layer_replay import LayerProbe, Replay
 from trimtab.instrument.layers import ATTENTION_NAME
-from trimtab.instrument.proof import LayerProbe, Replay
 from trimtab.instrument.weights import has_matrix
 
 SMALL = 0.05  # of a change: quantised activations and rounding in deep modules are less, another tensor is more

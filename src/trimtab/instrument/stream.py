@@ -10,7 +10,14 @@ import torch
 from torch import nn
 
 from trimtab.errors import SteeringError
-from trimtab.instrument.proof import PROBE_END, PROBE_ROWS, PROBE_TOKENS, LayerCall, record_layer_calls, run_probe
+from trimtab.instrument.layer_replay import (
+    PROBE_END,
+    PROBE_ROWS,
+    PROBE_TOKENS,
+    LayerCall,
+    record_layer_calls,
+    run_probe,
+)
 from trimtab.instrument.taps import Transform
 from trimtab.instrument.weights import holds_packed
 from trimtab.sites import HookPoint, Site, site_order

@@ -15,10 +15,10 @@ from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.program.counting import GateUse
 from trimtab.program.lowering import Contents, contents, placed, row_key
 from trimtab.program.resolved_gate import ResolvedGate
-from trimtab.runtime.digest import digest_of
 from trimtab.runtime.gate_lanes import GateLanes
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
 from trimtab.runtime.rows import RowAllocator
+from trimtab.runtime.state_digest import digest_of
 from trimtab.runtime.step_plan import DECODE, NO_SLOT, TOKEN, RowUse, StepPlanner, as_ints
 from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
 from trimtab.sites import Site

@@ -18,7 +18,7 @@ import torch
 
 from trimtab.engines.transformers import SteeredModel
 from trimtab.instrument.hookmap import map_hook_points
-from trimtab.instrument.proof import evaluating
+from trimtab.instrument.layer_replay import evaluating
 from trimtab.instrument.taps import Transform
 from trimtab.vectors.dose import dose_of
 from trimtab.vectors.vector import SteeringVector

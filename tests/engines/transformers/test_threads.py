@@ -8,7 +8,7 @@ from oracle import Addition
 from torch import nn
 
 from trimtab.engines.transformers import SteeredModel
-from trimtab.instrument.proof import evaluating
+from trimtab.instrument.layer_replay import evaluating
 
 PROMPT = [5, 17, 3, 44, 9]
 PUSH = Addition("post_block", (1,), torch.randn(32, generator=torch.Generator().manual_seed(1)), scale=4.0)

@@ -15,7 +15,7 @@ from trimtab.engines.transformers.results import Outputs
 from trimtab.engines.transformers.session import SteeringSession
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
-from trimtab.instrument.proof import evaluating
+from trimtab.instrument.layer_replay import evaluating
 from trimtab.program import ResolvedSteering
 
 

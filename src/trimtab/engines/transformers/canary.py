@@ -16,7 +16,7 @@ from trimtab.engines.transformers.calls import Call, generate_steered
 from trimtab.engines.transformers.prompts import PromptBatch, pad
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
-from trimtab.instrument.proof import evaluating
+from trimtab.instrument.layer_replay import evaluating
 from trimtab.sites import HookPoint, Phase, Site
 from trimtab.spec import Steering
 

@@ -19,8 +19,8 @@ from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pa
 from trimtab.engines.transformers.results import Generation
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import map_hook_points
+from trimtab.instrument.layer_replay import evaluating
 from trimtab.instrument.layers import find_decoder_layers
-from trimtab.instrument.proof import evaluating
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import HookPoint, ModelSites, Site
