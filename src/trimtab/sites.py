@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+LAYERS_BELOW = 10**9
+"""No model has so many. A layer written in a request or a form stays below, so that it can be told in messages."""
+
 
 class HookPoint(StrEnum):
     """A place in a decoder layer. The order here is the order in which a forward pass reaches them."""

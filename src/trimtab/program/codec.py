@@ -20,14 +20,14 @@ from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.program.programs import SPANS
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference, check_gate
-from trimtab.sites import HookPoint, Site
+from trimtab.sites import LAYERS_BELOW, HookPoint, Site
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import Part, SteeringVector
 from trimtab.wording import shown
 
 VERSION = 2
 LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
-LARGEST_COUNT = 1 << 31  # of layers and widths
+WIDTHS_BELOW = 1 << 31
 LONGEST_LABEL = 128  # characters, as of the names that can be registered
 KEYS = frozenset({"version", "vectors", "gates", "programs"})
 
@@ -115,7 +115,7 @@ def _decode_vector(
     _keys(entry, path, {"sites", "width", "data"})
     sites = [_site(site, f"{path}.sites[{i}]") for i, site in enumerate(_list(entry["sites"], f"{path}.sites"))]
     width, data = entry["width"], entry["data"]
-    if type(width) is not int or not 0 < width < LARGEST_COUNT:
+    if type(width) is not int or not 0 < width < WIDTHS_BELOW:
         raise SteeringError(f"{path}.width", f"got {shown(width)}, want a whole number above 0")
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise SteeringError(f"{path}.data", f"got {type(data).__name__}, want bytes")
@@ -236,7 +236,7 @@ def _list(value: Any, path: str) -> list[Any]:
 
 
 def _layer(value: Any, path: str) -> int:
-    if type(value) is not int or not 0 <= value < LARGEST_COUNT:
+    if type(value) is not int or not 0 <= value < LAYERS_BELOW:
         raise SteeringError(path, f"got {shown(value)}, want a layer, a whole number from 0")
     return value
 

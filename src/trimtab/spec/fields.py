@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from trimtab.errors import SteeringError
+from trimtab.sites import LAYERS_BELOW
 from trimtab.vectors.inline import MAX_LAYERS, pack, parse_inline
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.values import LARGEST_FLOAT32
@@ -59,7 +60,11 @@ def _layers(value: Any) -> tuple[int, ...]:
         raise SteeringError("", f"has {len(value)} layers, at most {MAX_LAYERS} are allowed")
     seen: set[int] = set()
     for index, layer in enumerate(value):
-        if isinstance(layer, (bool, np.bool_)) or not isinstance(layer, (int, np.integer)) or not 0 <= layer < 10**9:
+        if (
+            isinstance(layer, (bool, np.bool_))
+            or not isinstance(layer, (int, np.integer))
+            or not 0 <= layer < LAYERS_BELOW
+        ):
             raise SteeringError(f"[{index}]", f"got {shown(layer)}, want a layer, a whole number from 0")
         if layer in seen:
             raise SteeringError(f"[{index}]", f"layer {layer} is given twice")

@@ -17,7 +17,7 @@ import numpy as np
 import pybase64
 
 from trimtab.errors import SteeringError
-from trimtab.sites import HookPoint, Site
+from trimtab.sites import LAYERS_BELOW, HookPoint, Site
 from trimtab.vectors.values import FloatArray, as_direction, largest
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown, summary, with_suggestions
@@ -157,7 +157,7 @@ def _listed(body: Mapping[Any, Any], hook: HookPoint) -> tuple[list[int], FloatA
 
 
 def _layer_key(key: Any, path: str) -> int:
-    if type(key) is int and 0 <= key < 10**9:
+    if type(key) is int and 0 <= key < LAYERS_BELOW:
         return key
     if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 and str(int(key)) == key:
         return int(key)
@@ -170,12 +170,12 @@ def _layers(value: Any, path: str) -> list[int]:
     if (
         set(map(type, value)) <= {int}
         and len(set(value)) == len(value)
-        and (not value or 0 <= min(value) <= max(value) < 10**9)
+        and (not value or 0 <= min(value) <= max(value) < LAYERS_BELOW)
     ):
         return list(value)
     seen: set[int] = set()
     for index, layer in enumerate(value):
-        if type(layer) is not int or not 0 <= layer < 10**9:
+        if type(layer) is not int or not 0 <= layer < LAYERS_BELOW:
             raise SteeringError(f"{path}[{index}]", f"got {shown(layer)}, want a layer, a whole number from 0")
         if layer in seen:
             raise SteeringError(f"{path}[{index}]", f"layer {layer} is given twice")

@@ -61,7 +61,6 @@ class RowGate:
         It looks while fewer run than may, and would ask each of a thousand in every step.
         """
         scheduler = self.scheduler
-        self._blocks_first()
         if not self.pool.stuck or scheduler.get_request_counts()[1] != self.pool.waiting:
             yield
             return
@@ -82,7 +81,7 @@ class RowGate:
         if not hasattr(self.scheduler, name) or hasattr(self.scheduler, without):
             raise SteeringError(SETTINGS_KEY, f"trimtab does not know this vLLM: {name} is missing, or {without} there")
 
-    def _blocks_first(self) -> None:
+    def blocks_first(self) -> None:
         """Before 0.32: requests that wait for blocks to arrive are asked before those that wait for rows.
 
         The queue is looked at from its front until a request gets no blocks. Blocks that arrive for requests behind
