@@ -47,6 +47,7 @@ def engine_options(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         sizes = [1, 2, 4, *range(8, arguments.concurrency + 1, 8)]
         common |= {
             "kv_cache_memory_bytes": 8 << 30,
+            "gpu_memory_utilization": 0.4,  # two engines side by side; vLLM asks for so much to be free at start
             "attention_config": {"backend": "FLASH_ATTN"},
             "compilation_config": {"cudagraph_capture_sizes": sizes},
         }
