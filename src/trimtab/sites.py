@@ -74,6 +74,15 @@ class GateLimits:
         return sum(first <= layer for first in self.stages)
 
 
+@dataclass(frozen=True)
+class SlotLimits:
+    """Which slots an engine serves; by default none."""
+
+    count: int = 0  # slots that act on one token at one site
+    sites: frozenset[Site] = frozenset()  # where slots can act: their graph reads the whole stream there
+    kinds: frozenset[str] = frozenset()  # of intervention that were declared
+
+
 class Room(NamedTuple):
     """What the tables of an engine hold at one time: so many different rows, and probes of gates; and whether gates
     are lowered, so that some need neither (see `trimtab.program.lowering`)."""
@@ -92,6 +101,7 @@ class ModelSites:
     sites: frozenset[Site]
     gates: GateLimits = GateLimits()
     room: Room | None = None  # None: for any request
+    slots: SlotLimits = SlotLimits()
 
     @property
     def hook_points(self) -> tuple[HookPoint, ...]:

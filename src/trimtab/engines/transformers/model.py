@@ -13,8 +13,8 @@ from torch import nn
 
 from trimtab.engines.transformers.arguments import Names, resolve_all, resolve_monitor
 from trimtab.engines.transformers.calls import Call, check_not_compiled, generate_steered
-from trimtab.engines.transformers.canary import check_places
 from trimtab.engines.transformers.groups import layer_devices
+from trimtab.engines.transformers.opening_check import check_places
 from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
 from trimtab.engines.transformers.results import Generation
 from trimtab.errors import SteeringError

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from trimtab.engines.vllm.worker.attach import Attachment
 from trimtab.engines.vllm.worker.boundaries import LayerBoundary
-from trimtab.engines.vllm.worker.canary import canaries, canary_pattern
 from trimtab.engines.vllm.worker.conventions import Convention
 from trimtab.engines.vllm.worker.dummy_passes import Forward, dummy_forward, is_compiled_whole, uncompiled
+from trimtab.engines.vllm.worker.startup_check import canaries, canary_pattern
 from trimtab.errors import SteeringError
 from trimtab.ops.host import awake
 from trimtab.sites import HookPoint, Site

@@ -9,10 +9,10 @@ from trimtab.engines.vllm.settings.config import SteeringSettings
 from trimtab.engines.vllm.settings.refusals import require_steerable
 from trimtab.engines.vllm.settings.stamp import stamped_settings
 from trimtab.engines.vllm.worker.attach import Attachment, attach
-from trimtab.engines.vllm.worker.canary import require_live_sites
 from trimtab.engines.vllm.worker.row_sizes import require_full_size
 from trimtab.engines.vllm.worker.runner_v1 import DriveV1
 from trimtab.engines.vllm.worker.runner_v2 import DriveV2
+from trimtab.engines.vllm.worker.startup_check import require_live_sites
 from trimtab.engines.vllm.worker.warmup import require_warm, warm_up_kernels
 from trimtab.errors import SteeringError
 from trimtab.ops.warmup import late_variants, warmed_launches

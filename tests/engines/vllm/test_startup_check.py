@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.vllm.worker.attach import Attachment
-from trimtab.engines.vllm.worker.canary import require_live_sites
+from trimtab.engines.vllm.worker.startup_check import require_live_sites
 from trimtab.errors import SteeringError
 from trimtab.ops import Emission, SteeringBuffers, set_emission
 from trimtab.ops.emit import emit
