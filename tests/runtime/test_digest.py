@@ -193,7 +193,7 @@ def arrays(runtime: SteeringRuntime) -> dict[str, np.ndarray]:
     gated = gates._slab.held.view(gates._records.dtype)[:, 0]
     kept |= {f"plan.{name}": plan[name] for name in plan.dtype.names or ()}
     kept |= {f"planned gates.{name}": gated[name] for name in gated.dtype.names or ()}
-    kept |= {"gated": gates._gated, "units": runtime._units, "held sites": runtime._site_rows}
+    kept |= {"gated": gates._gated, "units": runtime._rows._units, "held sites": runtime._rows._site_rows}
     assert slots
     return kept
 
@@ -249,11 +249,14 @@ def test_the_digest_reads_and_changes_nothing() -> None:
 
 NOT_STATE = {
     "runtime": {
-        "_buffers": "the device", "_capacity": "the table's", "_rows": "writes the device", "_flags": "below",
-        "_tokens": "below",
-        "_site_position": "the rank's own", "_no_site": "constant", "_allocator": "below", "_planner": "below",
-        "_gates": "below", "_monitors": "below", "_row_monitors": "below", "_row_uploads": "a count, for reports",
-        "_row_sites": "the rank's own: where the content of each row acts", "_used": "follows from batch and rows",
+        "_buffers": "the device", "_rows": "below", "_tokens": "below", "_planner": "below", "_gates": "below",
+        "_monitors": "below", "_row_monitors": "below", "_site_position": "the rank's own", "_no_site": "constant",
+        "_used": "follows from batch and rows",
+    },
+    "rows": {
+        "capacity": "the table's", "uploads": "a count, for reports", "_sites": "the rank's own",
+        "_site_position": "the rank's own", "_allocator": "below", "_table": "writes the device", "_flags": "below",
+        "_row_sites": "the rank's own: where the content of each row acts",
     },
     "allocator": {
         "_key_of": "the keys of `_row_of`, by row", "_unused": "follows from `_row_of` and `_idle`",
@@ -320,9 +323,10 @@ def test_whatever_an_object_of_the_runtime_holds_is_in_the_digest_or_is_said_to_
     runtime.admit("a", Asked("a", 8, gate=replace(GATED, probe=8)).steering, probes=[GateAsked(4, 2).gate])
     assert runtime._gates is not None
     objects = {
-        "runtime": runtime, "allocator": runtime._allocator, "planner": runtime._planner, "gates": runtime._gates,
+        "runtime": runtime, "rows": runtime._rows, "allocator": runtime._rows._allocator, "planner": runtime._planner,
+        "gates": runtime._gates,
         "meters": runtime._gates.meters, "monitors": runtime._monitors, "row monitors": runtime._row_monitors,
-        "tokens": runtime._tokens, "flags": runtime._flags,
+        "tokens": runtime._tokens, "flags": runtime._rows._flags,
     }  # fmt: skip
     before = runtime.digest()
     for name, part in objects.items():

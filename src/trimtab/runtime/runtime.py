@@ -17,12 +17,11 @@ from trimtab.program.lowering import Contents, contents, placed, row_key
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime.gate_lanes import GateLanes
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
-from trimtab.runtime.rows import RowAllocator
 from trimtab.runtime.state_digest import digest_of
 from trimtab.runtime.step_plan import DECODE, NO_SLOT, TOKEN, RowUse, StepPlanner, as_ints
-from trimtab.runtime.upload import NO_TOKENS, FlagUploader, RowUploader, TokenUploader
+from trimtab.runtime.table_rows import TableRows
+from trimtab.runtime.upload import NO_TOKENS, TokenUploader
 from trimtab.sites import Site
-from trimtab.vectors.values import FloatArray
 
 
 class SteeringRuntime:
@@ -42,22 +41,12 @@ class SteeringRuntime:
         if lowers:
             require_row_monitor(buffers)
         self._buffers, self._max_requests = buffers, max_requests
-        max_rows = buffers.table.shape[1]
-        self._capacity = max_rows - 1
-        self._allocator = RowAllocator(max_rows)
+        self._rows = TableRows(buffers)
         self._planner = StepPlanner(max_requests)
-        self._rows = RowUploader(buffers.table, self._compose)
-        self._flags = FlagUploader(buffers.any_active)
         self._tokens = TokenUploader(buffers.token_slab)
         self._site_position = {site: position for position, site in enumerate(buffers.sites)}
-        self._units = np.ones(max_rows)  # what one stands for in each row: see `PhaseProgram.unit`
-        self._row_sites = np.zeros((max_rows, len(buffers.sites)), np.bool_)  # where a row has content
-        self._site_rows = np.zeros(len(buffers.sites), np.int64)  # held rows with content at each site
         self._no_site = np.zeros(len(buffers.sites), np.bool_)
         self._used = ~self._no_site  # sites that do not rest: all, until the first step
-        self._unwritten: dict[int, PhaseProgram] = {}  # held rows whose content the device has not seen
-        self._turned: set[int] = set()  # rows that are held where the device's flags take them for idle, or the reverse
-        self._row_uploads = 0
         self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests)
         self._monitors = SiteMonitors(buffers)
         self._lowers = lowers
@@ -66,17 +55,17 @@ class SteeringRuntime:
     @property
     def capacity(self) -> int:
         """Rows that can hold content at one time (row 0 never does)."""
-        return self._capacity
+        return self._rows.capacity
 
     @property
     def rows_in_use(self) -> int:
         """Rows that admitted requests hold."""
-        return self._allocator.in_use
+        return self._rows.in_use
 
     @property
     def row_uploads(self) -> int:
         """Rows written to the device since construction."""
-        return self._row_uploads
+        return self._rows.uploads
 
     @property
     def monitors(self) -> Mapping[Site, ResolvedGate]:
@@ -142,7 +131,7 @@ class SteeringRuntime:
         gated = [] if self._gates is None else self._gates.remove(slot)
         for row in (*self._planner.remove(request_id), *gated):
             if row:
-                self._release(row)
+                self._rows.release(row)
 
     def step(
         self,
@@ -165,17 +154,17 @@ class SteeringRuntime:
         gates = self._gates
         if gates is not None:
             gates.meters.collect()
-        if not self._planner.slots and not self._tokens.tokens and not self._turned and (gates is None or gates.idle):
+        if (
+            not self._planner.slots
+            and not self._tokens.tokens
+            and not self._rows.stale
+            and (gates is None or gates.idle)
+        ):
             self._rest(self._no_site)
             return
-        if self._unwritten:
-            self._rows.write(self._unwritten)
-            self._row_uploads += len(self._unwritten)
-            self._unwritten.clear()
+        self._rows.write()
         if self._row_monitors is not None:
             self._row_monitors.write()
-        self._flags.write(self._site_rows > 0)
-        self._turned.clear()
         worn = self._monitors.write()
         words = NO_TOKENS
         gated = None
@@ -220,11 +209,7 @@ class SteeringRuntime:
     def _state(self) -> Iterator[tuple[str, Iterable[bytes]]]:
         table, tokens = self._buffers.table, len(self._buffers.token_slab)
         yield "made with", (repr((*table.shape[1:], table.dtype, tokens, self._max_requests, self._lowers)).encode(),)
-        yield "rows", self._allocator.state()
-        yield "content", (self._units.tobytes(), repr((sorted(self._unwritten), sorted(self._turned))).encode())
-        held = [row for row in range(len(self._row_sites)) if self._allocator.holders(row)]
-        in_place = self._site_rows == self._row_sites[held].sum(axis=0)  # sites differ from stage to stage
-        yield "sites", (b"as held" if in_place.all() else in_place.tobytes(),)
+        yield from self._rows.state()
         yield "requests", (self._planner.state(),)
         yield "plan", (self._tokens.held.tobytes(),)
         yield "gates", () if self._gates is None else self._gates.state()
@@ -236,7 +221,7 @@ class SteeringRuntime:
         batch = self._planner.batch
         if self._gates is not None and self._gates.in_batch(batch):
             return ~self._no_site
-        used = np.asarray(np.logical_or.reduce(self._row_sites[self._planner.rows(batch)]))
+        used = self._rows.sites_of(self._planner.rows(batch))
         used[[self._site_position[site] for site in self.monitors]] = True  # they act on the factors of later sites
         return used
 
@@ -270,38 +255,15 @@ class SteeringRuntime:
     def _check_room(self, request_id: str, needed: Contents) -> None:
         slot, lanes = self._planner.slots.get(request_id, NO_SLOT), self._gates
         gated, probes = ((), ()) if lanes is None else lanes.held_by(slot)
-        fit = self._allocator.has_room(needed.rows, (*self._planner.held_by(slot), *gated))
+        fit = self._rows.has_room(needed.rows, (*self._planner.held_by(slot), *gated))
         if not fit or (lanes is not None and not lanes.has_room(needed.probes, probes)):
-            what = "its probes" if fit else f"its rows among {self._capacity}"
+            what = "its probes" if fit else f"its rows among {self._rows.capacity}"
             raise SteeringError("max_probes" if fit else "max_rows", f"request {request_id!r} finds no room for {what}")
-
-    def _compose(self, program: PhaseProgram) -> FloatArray:
-        return program.row(self._buffers.sites)
 
     def _acquire(self, program: PhaseProgram, probes: RowProbes = ()) -> RowUse:
         if not program.row_key:
             return RowUse(0, 1.0)
-        row, fresh = self._allocator.acquire(row_key(program, probes))
+        row, fresh = self._rows.acquire(row_key(program, probes), program, program.sites)
         if fresh and self._row_monitors is not None:
             self._row_monitors.fill(row, probes)
-        if fresh:
-            self._unwritten[row] = program
-            self._units[row] = program.unit
-            self._row_sites[row] = False
-            self._row_sites[row, list(self._positions(program))] = True
-        if self._allocator.holders(row) == 1:
-            self._site_rows += self._row_sites[row]
-            self._turned ^= {row}
-        return RowUse(row, program.factor * float(self._units[row]))
-
-    def _release(self, row: int) -> None:
-        if not self._allocator.release(row):
-            return
-        self._site_rows -= self._row_sites[row]
-        self._turned ^= {row}
-        if self._unwritten.pop(row, None) is not None:
-            self._allocator.forget(row)  # the device never saw this content, so there is nothing worth keeping
-
-    def _positions(self, program: PhaseProgram) -> Iterable[int]:
-        """Positions of the program's sites among this rank's; sites of other pipeline stages have none here."""
-        return (self._site_position[site] for site in program.sites if site in self._site_position)
+        return RowUse(row, program.factor * self._rows.unit(row))
