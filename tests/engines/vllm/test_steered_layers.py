@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.vllm.worker.conventions import Convention
-from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_layer_class
+from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_join_class, steered_layer_class
 from trimtab.ops import SteeringBuffers
 from trimtab.sites import HookPoint, Site
 
@@ -112,6 +112,41 @@ def test_a_branch_is_steered_at_its_input_its_output_or_both(x: Tensor) -> None:
         buffers.attach(branch, site)
     torch.testing.assert_close(branch(x), 2 * (x + added(1)) + added(2))
     torch.testing.assert_close(branch(x=x), 2 * (x + added(1)) + added(2))
+
+
+class Join(nn.Module):
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(x + residual), x + residual
+
+
+@pytest.mark.parametrize("probed", [False, True])
+def test_where_the_attention_is_added_the_whole_stream_is_read_and_its_output_is_steered(
+    x: Tensor, probed: bool
+) -> None:
+    site = Site(0, HookPoint.POST_ATTN)
+    buffers = SteeringBuffers(
+        [site], hidden_size=H, max_rows=3, max_tokens=16, dtype=torch.float32, gates=1, max_probes=2
+    )
+    buffers.table[0, 1] = 1.0
+    buffers.any_active[0] = True
+    rest = -3 * x
+    open_for = torch.zeros(N, dtype=torch.bool)
+    if probed:
+        assert buffers.gates is not None
+        buffers.gates.probe_table[1] = torch.linspace(-1, 1, H)
+        buffers.gates.rows[:N, 0], buffers.gates.probes[:N, 0], buffers.gates.sites[:N, 0] = 1, 1, 1
+        buffers.gates.params[:N, 0] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        open_for = (x + rest) @ buffers.gates.probe_table[1] > 0
+        assert torch.all(open_for != (x @ buffers.gates.probe_table[1] > 0))  # the output alone says the opposite
+    else:
+        buffers.index[:N:2] = 1
+        open_for[::2] = True
+    norm = Join()
+    norm.__class__ = steered_join_class(Join)
+    buffers.attach(norm, site)
+    due = x + rest + open_for.float()[:, None]
+    for found, wanted in zip(norm(x.clone(), rest.clone()), (torch.tanh(due), due), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_results_are_steered_in_place_and_inputs_are_not(x: Tensor) -> None:

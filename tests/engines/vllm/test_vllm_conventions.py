@@ -9,6 +9,7 @@ from torch import nn
 from trimtab.engines.vllm.worker.conventions import (
     BranchTap,
     Convention,
+    attention_join,
     branch_taps,
     convention_of,
 )
@@ -34,12 +35,16 @@ READ_BY_HAND = {
     "bloom.BloomBlock": Convention.WHOLE,
 }
 
-ATTENTION_THEN_MLP = {
-    "llama.LlamaDecoderLayer": ("self_attn", "mlp", "mlp"),
-    "mixtral.MixtralDecoderLayer": ("self_attn", "block_sparse_moe", "block_sparse_moe"),
-    "gemma2.Gemma2DecoderLayer": ("post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
-    "glm4.Glm4DecoderLayer": ("post_self_attn_layernorm", "mlp", "post_mlp_layernorm"),
-}
+ATTENTION_THEN_MLP = {  # where the attention ends, the norm that adds it to the stream, and the ends of the MLP branch
+    "llama.LlamaDecoderLayer": ("self_attn", "post_attention_layernorm", "mlp", "mlp"),
+    "mixtral.MixtralDecoderLayer": (
+        "self_attn", "post_attention_layernorm", "block_sparse_moe", "block_sparse_moe"
+    ),
+    "gemma2.Gemma2DecoderLayer": (
+        "post_attention_layernorm", "pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"
+    ),
+    "glm4.Glm4DecoderLayer": ("post_self_attn_layernorm", "post_attention_layernorm", "mlp", "post_mlp_layernorm"),
+}  # fmt: skip
 
 WITHOUT_INNER_POINTS = ["commandr.CohereDecoderLayer", "opt.OPTDecoderLayer", "falcon.FalconDecoderLayer"]
 
@@ -59,7 +64,8 @@ def test_the_stream_is_where_a_reader_finds_it(path: str) -> None:
 
 @pytest.mark.parametrize("path", ATTENTION_THEN_MLP)
 def test_inner_hook_points_are_at_the_ends_of_the_branches(path: str) -> None:
-    attention, first, last = ATTENTION_THEN_MLP[path]
+    attention, norm, first, last = ATTENTION_THEN_MLP[path]
+    assert attention_join(layer_class(path)) == norm
     assert branch_taps(layer_class(path)) == {
         HookPoint.POST_ATTN: BranchTap(attention, is_input=False),
         HookPoint.MLP_IN: BranchTap(first, is_input=True),

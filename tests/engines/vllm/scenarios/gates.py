@@ -26,7 +26,7 @@ from support import (
     two_ranks,
 )
 
-SETTINGS = {"probe_layers": [0, 1], "gates": 3, "hook_points": ["pre_attn", "mlp_out", "post_block"]}
+SETTINGS = {"probe_layers": [0, 1], "gates": 3, "hook_points": ["pre_attn", "post_attn", "mlp_out", "post_block"]}
 
 
 def direction(seed):
@@ -57,7 +57,13 @@ def gated_specs():
                 *random_spec(9, layers=[0])["interventions"],
             ]
         },
-        {"interventions": [gated(1, [1], hook="mlp_out", sharpness=0.2), gated(2, [3], sharpness=0.1)]},
+        {
+            "interventions": [
+                gated(1, [1], hook="mlp_out", sharpness=0.2),
+                gated(2, [3], probe=(1, "post_attn"), sharpness=0.1),
+                gated(3, [0, 1, 3], probe=(0, "post_attn"), hook="post_attn", sharpness=0.3),
+            ]
+        },
     ]
 
 

@@ -24,10 +24,6 @@ from trimtab.vectors.vector import SteeringVector
 from trimtab.version import __version__, code_version
 from trimtab.wording import with_suggestions
 
-UNREADABLE = {
-    HookPoint.POST_ATTN: "vLLM adds what is steered there to the stream only later, so there is no whole stream to read"
-}
-
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -107,7 +103,7 @@ class SteeringSettings(BaseModel):
     def chosen_probe_sites(self, num_layers: int, sites: frozenset[Site]) -> frozenset[Site]:
         """Where probes can be read: the sites of `probes`, and those of `probe_layers`; none where `gates` is 0.
 
-        Raises `SteeringError` for a site that is not among the steered `sites`, or at which vLLM has no whole stream.
+        Raises `SteeringError` for a site that is not among the steered `sites`.
         """
         if not self.gates:
             if self.probes or self.probe_layers is not None:
@@ -115,8 +111,7 @@ class SteeringSettings(BaseModel):
             return frozenset()
         named = {f"{SETTINGS_KEY}.probes.{name}": probe.site for name, probe in self.start_probes.items()}
         layers = () if self.probe_layers is None else _chosen(self.probe_layers, num_layers, "probe_layers")
-        hooks = [hook for hook in self.hook_points if hook not in UNREADABLE]
-        wanted = [(f"{SETTINGS_KEY}.probe_layers", Site(layer, hook)) for layer in layers for hook in hooks]
+        wanted = [(f"{SETTINGS_KEY}.probe_layers", Site(layer, hook)) for layer in layers for hook in self.hook_points]
         for field, site in [*named.items(), *wanted]:
             _check_readable(field, site, sites)
         return frozenset(site for _, site in [*named.items(), *wanted])
@@ -210,8 +205,6 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
 
 def _check_readable(field: str, site: Site, sites: frozenset[Site]) -> None:
     """Raise `SteeringError` at `field` where no probe can be read at `site` of an engine that steers `sites`."""
-    if site.hook in UNREADABLE:
-        raise SteeringError(field, f"is read at {site}: {UNREADABLE[site.hook]}")
     if site not in sites:
         raise SteeringError(field, f"is read at {site}, which is not among the steered layers and hook points")
 

@@ -9,8 +9,8 @@ from torch import nn
 from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
 from trimtab.engines.vllm.settings.tables import stamped_tables
 from trimtab.engines.vllm.worker.boundaries import LayerBoundary
-from trimtab.engines.vllm.worker.conventions import branch_taps, convention_of
-from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_layer_class
+from trimtab.engines.vllm.worker.conventions import attention_join, branch_taps, convention_of
+from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_join_class, steered_layer_class
 from trimtab.engines.vllm.worker.unsteerable_layers import unsupported_reason
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
@@ -60,7 +60,8 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
     modules: dict[Site, nn.Module] = {}
     for index in sorted({site.layer for site in held}):
         hooks = {site.hook for site in held if site.layer == index}
-        for hook, module in _place(layers[index], hooks).items():
+        read = Site(index, HookPoint.POST_ATTN) in wanted.gates.read_sites
+        for hook, module in _place(layers[index], hooks, reads_join=read).items():
             site = Site(index, hook)
             buffers.attach(module, site)
             modules[site] = module
@@ -76,14 +77,22 @@ def _runs_eagerly(vllm_config: Any) -> bool:
     return all(getattr(choice, "name", choice) == "NONE" for choice in (compilation.mode, compilation.cudagraph_mode))
 
 
-def _place(layer: nn.Module, hooks: set[HookPoint]) -> dict[HookPoint, nn.Module]:
-    """Exchange the classes of `layer` and of those of its children that `hooks` need; which module serves which."""
+def _place(layer: nn.Module, hooks: set[HookPoint], *, reads_join: bool) -> dict[HookPoint, nn.Module]:
+    """Exchange the classes of `layer` and of those of its children that `hooks` need; which module serves which.
+
+    `post_attn` needs no whole stream to be added to, and is cheapest where the attention ends; where something reads it
+    (`reads_join`) it is at the norm that follows.
+    """
     taps = branch_taps(type(layer))
+    placed: dict[HookPoint, nn.Module] = {}
+    if reads_join:
+        join = layer.get_submodule(attention_join(type(layer)))
+        join.__class__ = steered_join_class(type(join))
+        placed[HookPoint.POST_ATTN] = join
     children: dict[str, dict[bool, HookPoint]] = {}
-    for hook in hooks - _LAYER_HOOKS:
+    for hook in hooks - _LAYER_HOOKS - placed.keys():
         tap = taps[hook]
         children.setdefault(tap.path, {})[tap.is_input] = hook
-    placed: dict[HookPoint, nn.Module] = {}
     for path, ends in children.items():
         child = layer.get_submodule(path)
         child.__class__ = steered_branch_class(type(child), ends.get(True), ends.get(False))
@@ -114,7 +123,10 @@ def _check(layer: nn.Module, index: int, settings: SteeringSettings, dtype: torc
                 "steering.hook_points", f"layers of class {name} have no {hook.value}; they have {', '.join(can)}"
             )
     modules = {"": layer}
-    modules |= {taps[hook].path: layer.get_submodule(taps[hook].path) for hook in settings.hook_points if hook in taps}
+    paths = [taps[hook].path for hook in settings.hook_points if hook in taps]
+    if HookPoint.POST_ATTN in settings.hook_points:
+        paths.append(attention_join(type(layer)))
+    modules |= {path: layer.get_submodule(path) for path in paths}
     for path, module in modules.items():
         if "forward" in module.__dict__:
             raise SteeringError(

@@ -16,7 +16,7 @@ import ast
 import inspect
 import textwrap
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from trimtab.sites import HookPoint
 
@@ -76,29 +76,49 @@ def branch_taps(layer_class: type) -> dict[HookPoint, BranchTap]:
     What is added to the last module before the norm enters the stream, and the MLP, as `post_attn` says; what follows
     the norm is the MLP branch.
     """
-    function = forward_source(layer_class)
-    if function is None or not function.body or not _returns_pair(function.body[-1]):
-        return {}
-    branch: list[str] = []  # children after the attention add, last first
-    attention: str | None = None
-    joined = False
-    for statement in reversed(function.body[:-1]):
-        if (child := _applies(statement)) is not None:
-            if joined:
-                attention = child
-                break
-            branch.append(child)
-        elif _joins(statement) and not joined:
-            joined = True
-        else:
-            break
-    if attention is None or not branch:
+    form = _recognised(layer_class)
+    if form is None:
         return {}
     return {
-        HookPoint.POST_ATTN: BranchTap(attention, is_input=False),
-        HookPoint.MLP_IN: BranchTap(branch[-1], is_input=True),
-        HookPoint.MLP_OUT: BranchTap(branch[0], is_input=False),
+        HookPoint.POST_ATTN: BranchTap(form.attention, is_input=False),
+        HookPoint.MLP_IN: BranchTap(form.first, is_input=True),
+        HookPoint.MLP_OUT: BranchTap(form.last, is_input=False),
     }
+
+
+def attention_join(layer_class: type) -> str:
+    """The child that adds the attention's output to the stream, in a layer class that has `post_attn`.
+
+    It is given both, h first, so the stream after the attention add can be read there: it is their sum.
+    """
+    form = _recognised(layer_class)
+    assert form is not None, "asked of a layer without inner hook points"
+    return form.norm
+
+
+class _Form(NamedTuple):
+    """The children of a layer of the recognised form: before the attention add, at it, and those behind it."""
+
+    attention: str
+    norm: str
+    first: str
+    last: str
+
+
+def _recognised(layer_class: type) -> _Form | None:
+    function = forward_source(layer_class)
+    if function is None or not function.body or not _returns_pair(function.body[-1]):
+        return None
+    branch: list[str] = []  # children after the attention add, last first
+    norm: str | None = None
+    for statement in reversed(function.body[:-1]):
+        if (child := _applies(statement)) is not None:
+            if norm is not None:
+                return _Form(child, norm, branch[-1], branch[0]) if branch else None
+            branch.append(child)
+        elif norm is not None or (norm := _joins(statement)) is None:
+            return None
+    return None
 
 
 def forward_source(layer_class: type) -> ast.FunctionDef | None:
@@ -139,20 +159,14 @@ def _applies(statement: ast.stmt) -> str | None:
     return child if child is not None and _passes(statement.value, "hidden_states") else None
 
 
-def _joins(statement: ast.stmt) -> bool:
-    """Whether a statement is `hidden_states, residual = self.<norm>(hidden_states, residual)`."""
-    if not isinstance(statement, ast.Assign) or _names(statement.targets[0]) != ["hidden_states", "residual"]:
-        return False
+def _joins(statement: ast.stmt) -> str | None:
+    """The child of `hidden_states, residual = self.<norm>(hidden_states, residual)`."""
+    parts = ["hidden_states", "residual"]
+    if not isinstance(statement, ast.Assign) or _names(statement.targets[0]) != parts:
+        return None
     call = statement.value
-    return (
-        _child_called(call) is not None
-        and isinstance(call, ast.Call)
-        and _names(ast.Tuple(elts=call.args))
-        == [
-            "hidden_states",
-            "residual",
-        ]
-    )
+    given = _names(ast.Tuple(elts=call.args)) if isinstance(call, ast.Call) else []
+    return _child_called(call) if given == parts else None
 
 
 def _child_called(value: ast.expr) -> str | None:

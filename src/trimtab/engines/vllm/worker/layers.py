@@ -70,6 +70,15 @@ class SteeredBranch:
         return emit(_module(self), self.steering_output, out, in_place=True)
 
 
+class SteeredJoin:
+    """Mixed in before the class of the norm that adds the attention's output to the stream: it is given both, so the
+    stream after that add can be read here. What is added goes to the attention's output, as without a reader."""
+
+    def forward(self, hidden: Any, residual: Any, *args: Any, **kwargs: Any) -> Any:
+        steered = emit(_module(self), HookPoint.POST_ATTN, hidden, rest=residual, in_place=True)
+        return super().forward(steered, residual, *args, **kwargs)  # type: ignore[misc]
+
+
 def steered_layer_class(base: type, convention: Convention) -> type:
     """The steered subclass of a decoder layer's class: the same object for the same arguments."""
     hidden, residual = stream_slots(base)
@@ -90,6 +99,11 @@ def steered_branch_class(base: type, steering_input: HookPoint | None, steering_
     }
     label = "_".join(hook.value for hook in (steering_input, steering_output) if hook is not None)
     return _subclass(SteeredBranch, base, label, attributes)
+
+
+def steered_join_class(base: type) -> type:
+    """The steered subclass of the class of a layer's norm behind the attention: the same object for the same class."""
+    return _subclass(SteeredJoin, base, HookPoint.POST_ATTN.value, {})
 
 
 def stream_slots(base: type) -> tuple[Slot, Slot | None]:
