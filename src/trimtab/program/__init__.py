@@ -1,14 +1,20 @@
 """What a spec comes down to once its names are known: programs per phase, their identity, and their way as bytes."""
 
-from trimtab.program.programs import (
-    EMPTY,
-    SPANS,
-    GatedProgram,
-    Origin,
-    PhaseProgram,
-    ResolvedSteering,
-    Term,
-    fault_of_range,
-)
+from trimtab.program.programs import EMPTY, GatedProgram, PhaseProgram, Term
+from trimtab.program.ranges import fault_of_range
+from trimtab.program.resolved import SPANS, Origin, ResolvedSteering
+from trimtab.program.slots import Direction, Numbers, Slot
 
-__all__ = ["EMPTY", "SPANS", "GatedProgram", "Origin", "PhaseProgram", "ResolvedSteering", "Term", "fault_of_range"]
+__all__ = [
+    "EMPTY",
+    "SPANS",
+    "Direction",
+    "GatedProgram",
+    "Numbers",
+    "Origin",
+    "PhaseProgram",
+    "ResolvedSteering",
+    "Slot",
+    "Term",
+    "fault_of_range",
+]

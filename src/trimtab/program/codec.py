@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.errors import SteeringError
-from trimtab.program import PhaseProgram, ResolvedSteering, Term
-from trimtab.program.programs import SPANS
+from trimtab.program import SPANS, PhaseProgram, ResolvedSteering, Term
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference, check_gate
 from trimtab.sites import LAYERS_BELOW, HookPoint, Site
 from trimtab.vectors.values import FloatArray

@@ -5,14 +5,15 @@ does which opens gradually, is not inverted and lets through a sum at its own pr
 lowers gates, such a sum of decode tokens joins the ungated one in its row, unless that has content at the site, and the
 row has the probe. The gate then needs no lane and no row of its own; what it does is not metered.
 
-This is how a request is run, not what it is: no identity knows of it. Whoever must know which rows a request will hold
-asks `contents_of`.
+A program with slots is left as it is. This is how a request is run, not what it is: no identity knows of it. Whoever
+must know which rows a request will hold asks `contents_of`.
 """
 
 from collections.abc import Sequence, Set
 from typing import NamedTuple
 
-from trimtab.program.programs import SPANS, GatedProgram, PhaseProgram, ResolvedSteering
+from trimtab.program.programs import GatedProgram, PhaseProgram
+from trimtab.program.resolved import SPANS, ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import Phase, Site, site_order
 
@@ -52,6 +53,7 @@ def contents(phases: Sequence[Placed]) -> Contents:
     """The same of a request whose sums are placed."""
     lanes = [item for phase in phases for item in phase.gated]
     rows = {*(row_key(phase.row, phase.probes) for phase in phases), *(row_key(item.total) for item in lanes)}
+    rows |= {way.row_key for phase in phases for slot in phase.row.slots for way in slot.directions}
     return Contents(frozenset(rows - {b""}), frozenset(item.gate.probe.digest for item in lanes))
 
 
@@ -62,6 +64,8 @@ def row_key(program: PhaseProgram, probes: Sequence[ResolvedGate] = ()) -> bytes
 
 def lowered(decode: PhaseProgram) -> Placed:
     """Where the sums of a program of decode tokens go once its gates are probes of its row as far as they can be."""
+    if decode.slots:  # they act on what gated sums have added, and may share their gates
+        return Placed(decode, (), decode.gated)
     taken: dict[Site, GatedProgram] = {}
     steered = {site for term in decode.terms for site in term.vector.sites}
     for item in decode.gated:

@@ -8,7 +8,9 @@ receipts, meters, checks) is that of gates.
 from collections.abc import Iterator
 from dataclasses import replace
 
-from trimtab.program.programs import MIN_VALUE, PhaseProgram, ResolvedSteering, Term
+from trimtab.program.programs import PhaseProgram, Term
+from trimtab.program.ranges import MIN_VALUE
+from trimtab.program.resolved import ResolvedSteering
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.sites import Site, site_order
 from trimtab.vectors.vector import Part

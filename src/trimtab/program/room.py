@@ -2,7 +2,7 @@
 
 from trimtab.errors import SteeringError
 from trimtab.program.lowering import contents_of
-from trimtab.program.programs import ResolvedSteering
+from trimtab.program.resolved import ResolvedSteering
 from trimtab.sites import Room
 
 

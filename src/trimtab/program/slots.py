@@ -15,10 +15,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from trimtab.program.ranges import unit_of
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.responses import RESPONSES
-from trimtab.sites import Site, site_order
+from trimtab.sites import Site
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
 
@@ -58,13 +60,41 @@ class Direction:
         return hashlib.sha256(b"trimtab direction 1\0" + content).digest()
 
     @property
+    def names(self) -> str:
+        """What to call it in messages: the names of its vectors, or the first digits of their digests."""
+        references = self.references or (None,) * len(self.parts)
+        named = zip(self.parts, references, strict=True)
+        return " and ".join(
+            repr(reference.name) if reference is not None else f"the vector {part.vector.digest.hex()[:12]}"
+            for part, reference in named
+        )
+
+    @cached_property
     def unit(self) -> float:
         """The power of two that `row` counts in, as of `PhaseProgram.unit`."""
-        raise NotImplementedError
+        return unit_of(float(np.abs(self.values(self.sites)).max()))
+
+    def values(self, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
+        """Float64 [len(sites), H]: the direction itself; zero where it has no site."""
+        total = np.zeros((len(sites), self.hidden_size))
+        for part in self.parts:
+            held = {site: index for index, site in enumerate(part.vector.sites)}
+            into = [index for index, site in enumerate(sites) if site in held]
+            rows = part.vector.block[[held[sites[index]] for index in into]].astype(np.float64)
+            if part.unit:
+                lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+                rows /= np.where(lengths == 0.0, 1.0, lengths)
+            total[into] += part.weight * rows
+        return total
 
     def row(self, sites: Sequence[Site], out: FloatArray | None = None) -> FloatArray:
-        """Float32 [len(sites), H] in units of `unit`; zero where the direction has no site. Taken in float64."""
-        raise NotImplementedError
+        """The content of its table row at `sites`, in units of `unit`: float32 [len(sites), H].
+
+        Taken in float64 and rounded once, so every rank composes the same bits. Zero where the direction has no site.
+        Writes to `out` if given.
+        """
+        result = np.empty((len(sites), self.hidden_size), np.float32) if out is None else out
+        return np.multiply(self.values(sites), 1.0 / self.unit, out=result, casting="same_kind")
 
 
 class Numbers(NamedTuple):
@@ -72,6 +102,13 @@ class Numbers(NamedTuple):
 
     bias: float
     own: tuple[float, ...]  # in the order of `Response.numbers`; bounds may be infinite
+
+    @classmethod
+    def of(cls, bias: float, *own: float) -> "Numbers":
+        """These numbers rounded to float32; -0 is 0."""
+        with np.errstate(over="ignore"):
+            rounded = [float(number) + 0.0 for number in np.array([bias, *own], np.float32)]
+        return cls(rounded[0], tuple(rounded[1:]))
 
 
 @dataclass(frozen=True)
@@ -84,11 +121,37 @@ class Slot:
     numbers: tuple[tuple[Site, Numbers], ...]  # in forward order: the sites at which it acts
     gate: ResolvedGate | None = None
     kind: str = field(default="", compare=False)  # what a request called it, for messages and reports
+    path: str = field(default="", compare=False)  # where a request asked for it
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Where it acts, in forward order."""
         return tuple(site for site, _ in self.numbers)
+
+    @property
+    def is_member(self) -> bool:
+        """Whether it is a member of the set at each of its sites."""
+        return self.write is None and self.read is not None
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """What it reads along and what it writes along, as far as it has either."""
+        return tuple(direction for direction in (self.read, self.write) if direction is not None)
+
+    @property
+    def vectors(self) -> tuple[SteeringVector, ...]:
+        """The vectors of its directions."""
+        return tuple(part.vector for direction in self.directions for part in direction.parts)
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.directions[0].hidden_size
+
+    @cached_property
+    def at(self) -> dict[Site, Numbers]:
+        """Its numbers by site."""
+        return dict(self.numbers)
 
     @cached_property
     def digest(self) -> bytes:
@@ -100,8 +163,3 @@ class Slot:
             whole.update(f"{site}\0".encode() + np.array([numbers.bias, *numbers.own], "<f4").tobytes())
         whole.update(b"" if self.gate is None else self.gate.digest)
         return whole.digest()
-
-
-def in_forward_order(sites: Sequence[Site]) -> tuple[Site, ...]:
-    """Sorted as a forward pass reaches them."""
-    return tuple(sorted(sites, key=site_order))

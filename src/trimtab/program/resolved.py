@@ -1,0 +1,94 @@
+"""A request's steering with every name resolved: what the engines are given."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+from trimtab.errors import SteeringError
+from trimtab.program.programs import PhaseProgram, Term, distinct, together
+from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.program.slots import Slot
+from trimtab.sites import GateLimits, Phase, Site
+
+
+class Origin(NamedTuple):
+    """Content that a spec asked for, as reports name it.
+
+    `digest` is that of the whole vector, before `layers` narrowed it, or of the probe, its bias included. `name` is the
+    registered one, None for content that stood in the spec. `direction` is the digest of a probe's direction, b"" for a
+    vector.
+    """
+
+    name: str | None
+    digest: bytes
+    direction: bytes = b""
+
+
+SPANS = tuple(Phase)  # of a request's positions, in their order
+
+
+@dataclass(frozen=True)
+class ResolvedSteering:
+    """A request's steering with every name resolved: a list of spans of its positions, and what each receives.
+
+    There is one span for each `Phase`, in their order, and `programs` has its program. `vectors` and `probes` are the
+    origins of what the spec asked for and the programs hold, in the order of the spec. They are no part of what is
+    done, so they do not travel: a process that decodes steering does not know them.
+    """
+
+    programs: tuple[PhaseProgram, ...]
+    vectors: tuple[Origin, ...] = field(default=(), compare=False)
+    probes: tuple[Origin, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.programs) != len(Phase):
+            raise ValueError(f"{len(self.programs)} programs; want one for each of {', '.join(Phase)}")
+
+    @property
+    def prefill(self) -> PhaseProgram:
+        """The program of prompt tokens."""
+        return self.program(Phase.PREFILL)
+
+    @property
+    def decode(self) -> PhaseProgram:
+        """The program of the tokens that follow."""
+        return self.program(Phase.DECODE)
+
+    def program(self, phase: Phase) -> PhaseProgram:
+        """The program of one phase."""
+        return self.programs[SPANS.index(phase)]
+
+    def identity(self, phase: Phase) -> str:
+        """Hex digest of all that changes the KV of that phase's tokens; "" where they are not steered."""
+        return self.program(Phase(phase)).identity
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites at which any program does something, in the order of the forward pass."""
+        return together(*{program.sites for program in self.programs})
+
+    @cached_property
+    def gates(self) -> tuple[ResolvedGate, ...]:
+        """The different gates of all programs, in canonical order."""
+        return tuple(distinct(item.gate for program in self.programs for item in program.gated))
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of all programs, those behind gates too."""
+        return tuple(term for program in self.programs for term in program.all_terms)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots of all programs."""
+        return tuple(slot for program in self.programs for slot in program.slots)
+
+    def check_gate_count(self, limits: GateLimits, field: str) -> None:
+        """Raise `SteeringError` at `field` where a phase has more gates than an engine with these limits serves."""
+        own = b"" if limits.monitor is None else limits.monitor.digest
+        most = max(sum(item.gate.digest != own for item in program.gated) for program in self.programs)
+        if most > limits.count:
+            raise SteeringError(
+                field,
+                f"has {most} different gates in one phase; this engine serves {limits.count} per request (its setting "
+                "`gates`). Interventions with equal gates share one",
+            )

@@ -1,0 +1,159 @@
+"""Sets: the slots of a program that write along what they read, at one site.
+
+Each of them is asked to move one projection of the stream, and their directions overlap. So the numbers c that they
+write are mixed, d = (A^T A)^-1 c with the directions as the columns of A: then each projection lands exactly where it
+was asked to, whatever the others do.
+
+    z = y + sum_k d_k a_k    so    a_j . z = a_j . y + c_j
+
+Directions that are nearly dependent would need steps much longer than c to do so, and are refused. One direction given
+twice is one slot, where both agree.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import SteeringError
+from trimtab.program.slots import Numbers, Slot
+from trimtab.responses import CLIP
+from trimtab.sites import Site, site_order
+
+MOST_GROWTH = 10.0
+"""How much further than along its own direction alone one slot of a set may move a token."""
+
+SAME = 1e-12  # 1 - |cosine| of what is one direction up to length and sign: float32 numbers times a scale differ less
+
+Matrix = npt.NDArray[np.float64]
+
+
+def formed(slots: Iterable[Slot]) -> tuple[Slot, ...]:
+    """The slots in canonical order: what does nothing left out, and one direction of a set in one slot.
+
+    Raises `SteeringError` without a field where two slots contradict each other, and where directions are too close.
+    """
+    kept = sorted(filter(None, map(_active, slots)), key=lambda slot: slot.digest)
+    members = [index for index, slot in enumerate(kept) if slot.is_member]
+    if len(members) < 2:
+        return tuple(kept)
+    sites_of: dict[tuple[int, ...], list[Site]] = {}
+    for site in sorted({site for index in members for site in kept[index].sites}, key=site_order):
+        sites_of.setdefault(tuple(index for index in members if site in kept[index].at), []).append(site)
+    numbers = [dict(slot.at) for slot in kept]
+    for together, sites in sites_of.items():
+        if len(together) > 1:
+            _join([kept[index] for index in together], [numbers[index] for index in together], sites)
+    left = [_with_numbers(slot, own) for slot, own in zip(kept, numbers, strict=True)]
+    return tuple(sorted(filter(None, left), key=lambda slot: slot.digest))
+
+
+def mixing(rows: Matrix, members: npt.NDArray[np.bool_]) -> Matrix:
+    """Float64 [K, K], by which the numbers of K slots are multiplied: (A^T A)^-1 among the members of the set.
+
+    `rows` [K, H] are the directions as they are stored: rounded, and times their units. For the other slots it is the
+    identity.
+    """
+    result = np.eye(len(rows))
+    if members.any():
+        directions = rows[members]
+        result[np.ix_(members, members)] = np.linalg.inv(directions @ directions.T)
+    return result
+
+
+def _active(slot: Slot) -> Slot | None:
+    """`slot` where it does something: a clip of strength 0 does not."""
+    if slot.response != CLIP.name:
+        return slot
+    return _with_numbers(slot, {site: numbers for site, numbers in slot.numbers if numbers.own[0] != 0.0})
+
+
+def _with_numbers(slot: Slot, numbers: dict[Site, Numbers]) -> Slot | None:
+    if numbers == slot.at:
+        return slot
+    if not numbers:
+        return None
+    return replace(slot, numbers=tuple((site, numbers[site]) for site in slot.sites if site in numbers))
+
+
+def _join(slots: Sequence[Slot], numbers: Sequence[dict[Site, Numbers]], sites: Sequence[Site]) -> None:
+    """Join equal directions among `slots`, which all act at `sites`: the first keeps the `numbers` of all."""
+    units = np.stack([_units(slot, sites) for slot in slots], axis=1)  # [sites, slots, H]
+    cosines = units @ units.transpose(0, 2, 1)
+    for site, cosine in zip(sites, cosines, strict=True):
+        kept: list[int] = []
+        for index, slot in enumerate(slots):
+            first = next((other for other in kept if 1.0 - abs(cosine[other, index]) < SAME), None)
+            if first is None:
+                kept.append(index)
+                continue
+            other = numbers[index].pop(site)
+            joined = _joined(slots[first], numbers[first][site], slot, other, flipped=cosine[first, index] < 0.0)
+            if joined is None:
+                raise _contradiction(slots[first], slot, site)
+            numbers[first][site] = joined
+        _check_growth([slots[index] for index in kept], cosine[np.ix_(kept, kept)], site)
+
+
+def _units(slot: Slot, sites: Sequence[Site]) -> Matrix:
+    assert slot.read is not None, "a member reads"
+    values = slot.read.values(sites)
+    lengths = np.linalg.norm(values, axis=1, keepdims=True)
+    if not lengths.all():
+        zero = sites[int(np.flatnonzero(lengths == 0.0)[0])]
+        raise SteeringError("", f"{_called(slot)} reads a direction that is zero at {zero}")
+    units: Matrix = values / lengths
+    return units
+
+
+def _joined(slot: Slot, numbers: Numbers, other: Slot, others: Numbers, *, flipped: bool) -> Numbers | None:
+    """What both ask of one direction, in terms of the first; None where that is no one thing."""
+    if slot.gate != other.gate or slot.response != other.response:
+        return None
+    if numbers == others and not flipped:
+        return numbers
+    if slot.response != CLIP.name or numbers.bias or others.bias:
+        return None
+    strength, low, high = numbers.own
+    strength_too, low_too, high_too = others.own
+    if flipped:
+        low_too, high_too = -high_too, -low_too
+    low, high = max(low, low_too), min(high, high_too)
+    return Numbers.of(0.0, strength, low, high) if strength == strength_too and low <= high else None
+
+
+def _contradiction(slot: Slot, other: Slot, site: Site) -> SteeringError:
+    one = slot.read is not None and slot.read.names
+    return SteeringError(
+        "",
+        f"{_called(slot)} and {_called(other)} act along one direction ({one}) at {site} and ask for different things: "
+        "on one direction strengths and gates must be equal and intervals must meet; leave one of them out",
+    )
+
+
+def _check_growth(slots: Sequence[Slot], cosines: Matrix, site: Site) -> None:
+    """Refuse a set in which one slot alone would move a token too far. `cosines` are those of its directions."""
+    if len(slots) < 2:
+        return
+    values, vectors = np.linalg.eigh(cosines)
+    inverse = (vectors / np.maximum(values, 1e-30)) @ vectors.T
+    growth = np.sqrt(np.diag(inverse))
+    first = int(growth.argmax())
+    if growth[first] <= MOST_GROWTH:
+        return
+    shares = np.abs(inverse[first])
+    shares[first] = -1.0
+    close = [slots[first], slots[int(shares.argmax())]]
+    names = " and ".join(slot.read.names for slot in close if slot.read is not None)
+    how = "dependent" if growth[first] > 1e6 else f"so close that one alone would move a token {growth[first]:.1f}"
+    how += "" if growth[first] > 1e6 else " times as far as its direction needs"
+    raise SteeringError(
+        "",
+        f"{_called(close[0])} and {_called(close[1])} cannot act together at {site}: the directions {names} are {how}, "
+        f"at most {MOST_GROWTH:g} times is served; leave one out, or narrow it with `layers`",
+    )
+
+
+def _called(slot: Slot) -> str:
+    return " at ".join(filter(None, (slot.kind or "a slot", slot.path)))
