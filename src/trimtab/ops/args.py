@@ -9,8 +9,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from trimtab.responses import MOST_NUMBERS
+
 NO_THRESHOLD = -1.0e30
 """Row-monitor threshold of a row without a probe: sigmoid(1 * (0 + 1e30)) is exactly 1 in float32."""
+
+SLOT_PARAMS = 2 + MOST_NUMBERS
+"""Numbers of a slot on the device: the factor of its read row, the bias of its score, and its response's own."""
 
 
 class SteeringOpArgs(NamedTuple):
@@ -71,6 +76,32 @@ class GateOpArgs(NamedTuple):
     gate_gains: Tensor  # [G, T] float32: coefficient times factor; 0 of a gate that no site has decided yet
 
 
+class SlotForm(NamedTuple):
+    """What the slots of an engine may be; constants of a trace, so that what is not declared is in no graph."""
+
+    count: int  # type: ignore[assignment]  # K: slots that act on one token at one site
+    responses: tuple[str, ...]  # of `trimtab.responses.RESPONSES`, those that may occur
+    writes: bool  # whether a slot may write along another direction than it reads
+
+
+class SlotOpArgs(NamedTuple):
+    """Arguments of `trimtab::apply_slots_`.
+
+    K slots per row; a token's slots are those of its row. Directions are rows of the site's table. Record 0 is zero
+    forever, and so is what stands where a row has fewer slots than K.
+    """
+
+    steered: Tensor  # [N, H] model dtype: the tensor at the hook point after all that is added; changed in place
+    hidden_rest: Tensor  # [N, H], what must be added to it to make the full stream, or [0, H] where it is the stream
+    steering_table: Tensor  # [R, H] model dtype: the site's rows, shared with rows that are added
+    steering_index: Tensor  # [T] int64: token -> row
+    slot_rows: Tensor  # [R, K, 2] int64: what a slot reads and writes along; 0 reads nothing, or writes what it reads
+    slot_codes: Tensor  # [R, K, 2] int32: code of the response; gate, counted from 1, or 0
+    slot_params: Tensor  # [R, K, 10] float32: read factor, bias, the response's own numbers
+    slot_mix: Tensor  # [R, K, K] float32: slot k writes sum(mix[k, j] * number j)
+    gate_values: Tensor  # [G, T] float32: each gate's factor; or [0, T]
+
+
 def check_steering_args(args: SteeringOpArgs) -> None:
     """Raise ValueError for shapes that a kernel would read out of bounds. Looks at no size that varies per call."""
     if args.hidden_states.dim() != 2:
@@ -119,6 +150,25 @@ def check_gate_args(args: GateOpArgs) -> None:
     for name in ("gate_values", "gate_gains"):
         if getattr(args, name).shape[0] != gates:
             raise ValueError(f"{name} must be [{gates}, T], got {tuple(getattr(args, name).shape)}")
+
+
+def check_slot_args(args: SlotOpArgs) -> None:
+    """Raise ValueError for shapes that a kernel would read out of bounds. Looks at no size that varies per call."""
+    if args.steered.dim() != 2:
+        raise ValueError(f"steered must be [N, H], got {tuple(args.steered.shape)}")
+    width = args.steered.shape[1]
+    for name in ("hidden_rest", "steering_table"):
+        tensor = getattr(args, name)
+        if tensor.shape[-1] != width:
+            raise ValueError(f"steered is {width} wide, {name} {tensor.shape[-1]}")
+    rows, slots = args.steering_table.shape[0], args.slot_rows.shape[1]
+    parts = {"slot_rows": 2, "slot_codes": 2, "slot_params": SLOT_PARAMS, "slot_mix": slots}
+    for name, numbers in parts.items():
+        shape, found = (rows, slots, numbers), tuple(getattr(args, name).shape)
+        if found != shape:
+            raise ValueError(f"{name} must be {list(shape)} as the table has rows and slot_rows slots, got {found}")
+    if args.gate_values.dim() != 2:
+        raise ValueError(f"gate_values must be [G, T], got {tuple(args.gate_values.shape)}")
 
 
 def check_capacity(hidden_states: Tensor, *per_token: Tensor) -> None:

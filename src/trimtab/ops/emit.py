@@ -9,6 +9,7 @@ from trimtab.ops.emission import emission
 from trimtab.ops.gate_buffers import decided_gates, decides, gate_count, gate_op_args
 from trimtab.ops.host import rests
 from trimtab.ops.site_buffers import has_steering, monitor_op_args, steering_op_args
+from trimtab.ops.slot_buffers import site_slots, slot_form, slot_op_args
 from trimtab.sites import HookPoint
 
 
@@ -20,10 +21,10 @@ def emit(
     A module without buffers for the hook returns `hidden` itself, and a compiled graph then holds nothing of ours; so
     does, in eager execution, a site that rests. How the module steers is set by its `Emission`. `rest`, of the same
     shape, is what must be added to `hidden` to make the stream that a probe reads, where the model keeps it in two
-    parts: for gates, for the monitor in cross-layer mode, and where the site has the row monitor's tensors for the
-    monitors that are part of the operator, which elsewhere read `hidden` alone. `in_place` lets the operator write into
-    `hidden`, outside of compiled graphs, so an idle site costs a launch and no copy; callers must use the returned
-    tensor in either case.
+    parts: for slots, for gates, for the monitor in cross-layer mode, and where the site has the row monitor's tensors
+    for the monitors that are part of the operator, which elsewhere read `hidden` alone. `in_place` lets the operator
+    write into `hidden`, outside of compiled graphs, so an idle site costs a launch and no copy; callers must use the
+    returned tensor in either case.
     """
     compiling = torch.compiler.is_compiling()
     mode = emission(module)
@@ -33,6 +34,7 @@ def emit(
     rest = None if rest is None else rest.reshape(tokens.shape)
     args = steering_op_args(module, hook, tokens)
     scored = rest if args.has_row_monitor else None
+    slots = slot_form(module, hook)
     monitor = None
     if mode.cross_layer and mode.monitor_at in (None, hook):
         monitor = monitor_op_args(module, hook, tokens if rest is None else tokens.float() + rest.float())
@@ -44,7 +46,10 @@ def emit(
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, undone, tokens, rest))
         gates = decided_gates(module) if gate_count(module, hook) else None
         terms = mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer)
-        out = _stored(reference.apply_steering(args, terms, gates, scored))
+        out = reference.add_steering(args, terms, gates, scored)
+        if slots is not None:
+            out = reference.apply_slots(out, site_slots(module, hook), slots, rest)
+        out = _stored(out.to(tokens.dtype).contiguous())
     else:
         if monitor is not None:
             torch.ops.trimtab.steering_monitor(*monitor)
@@ -55,6 +60,8 @@ def emit(
             out = _operator(args, in_place and not (compiling or gated))  # probes read what the tensor was before
         if gated:
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, out, tokens, rest))
+        if slots is not None:
+            torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, out, rest))
     return out if hidden.dim() == 2 else out.reshape(hidden.shape)
 
 

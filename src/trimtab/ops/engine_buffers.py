@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from trimtab.ops.args import SlotForm
 from trimtab.ops.gate_buffers import GateBuffers
 from trimtab.ops.host import SiteState, set_site_state
 from trimtab.ops.site_buffers import (
@@ -19,6 +20,7 @@ from trimtab.ops.site_buffers import (
     row_params,
     token_views,
 )
+from trimtab.ops.slot_buffers import SlotBuffers
 from trimtab.sites import Site, site_order
 
 
@@ -43,6 +45,7 @@ class SteeringBuffers:
     token_scales: Tensor  # [T] float32
     decode_mask: Tensor  # [T] float32
     gates: "GateBuffers | None"  # None where the engine serves none
+    slots: "SlotBuffers | None"  # likewise
     states: tuple[SiteState, ...]  # of each site, on the host
 
     def __init__(
@@ -58,11 +61,13 @@ class SteeringBuffers:
         gates: int = 0,
         max_probes: int = 1,
         probe_sites: Collection[Site] | None = None,
+        slots: SlotForm | None = None,
+        slot_sites: Collection[Site] | None = None,
     ) -> None:
         """`gates` per token, reading at most `max_probes` - 1 probes; their rows are among the `max_rows`.
 
         Probes are read at `probe_sites`, by default at every site. Rows can have probes of their own at the sites of
-        `row_monitor`; True is every site.
+        `row_monitor`; True is every site. Slots of the form `slots` act at `slot_sites`, by default at every site.
         """
         self.sites = tuple(sorted(set(sites), key=site_order))
         self._position = {site: position for position, site in enumerate(self.sites)}
@@ -100,6 +105,9 @@ class SteeringBuffers:
                 probe_sites=probe_sites,
                 device=device,
             )
+        self.slots: SlotBuffers | None = None
+        if slots is not None:
+            self.slots = SlotBuffers(self.sites, slots, max_rows=max_rows, slot_sites=slot_sites, device=device)
 
     def attach(self, module: nn.Module, site: Site) -> None:
         """Register this site's tensors on `module` as non-persistent buffers. Raises KeyError for an unknown site."""
@@ -130,11 +138,13 @@ class SteeringBuffers:
         set_site_state(module, site.hook, self.states[at])
         if self.gates is not None:
             self.gates.attach(module, site)
+        if self.slots is not None:
+            self.slots.attach(module, site)
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held, row-monitor tensors of resized modules not included."""
         in_slab = {id(self.index), id(self.row_gate), id(self.token_scales), id(self.decode_mask)}
         tensors = [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor) and id(tensor) not in in_slab]
-        gates = 0 if self.gates is None else self.gates.nbytes
-        return gates + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        apart = sum(owner.nbytes for owner in (self.gates, self.slots) if owner is not None)
+        return apart + sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.ops.args import GateOpArgs
 from trimtab.ops.reference import Gates
+from trimtab.ops.site_buffers import aligned_record
 from trimtab.sites import HookPoint, Site
 
 
@@ -21,16 +22,16 @@ def gate_record(count: int) -> np.dtype[np.void]:
     `params` is [count, 4] as in `GateOpArgs.gate_params`. What a site reads of all gates lies side by side, and each
     part starts on 16 bytes for the reason that `TOKEN_BYTES` in `buffers` gives. A token without gates has zeros.
     """
-    parts = {"row": (np.int64, (count,)), "probe": (np.int32, (count,)), "site": (np.int32, (count,)),
-             "params": (np.float32, (count, 4))}  # fmt: skip
-    offsets, end = [], 0
-    for kind, shape in parts.values():
-        offsets.append(end)
-        end += -(-np.dtype((kind, shape)).itemsize // _ALIGNMENT) * _ALIGNMENT
-    return np.dtype({"names": list(parts), "formats": list(parts.values()), "offsets": offsets, "itemsize": end})
+    return aligned_record(
+        {
+            "row": (np.int64, (count,)),
+            "probe": (np.int32, (count,)),
+            "site": (np.int32, (count,)),
+            "params": (np.float32, (count, 4)),
+        }
+    )
 
 
-_ALIGNMENT = 16  # bytes
 _READ = ("gate_rows", "gate_probes", "gate_sites", "gate_params", "gate_probe_table")
 _WRITTEN = ("gate_values", "gate_gains")
 
@@ -125,6 +126,12 @@ def decides(module: nn.Module, hook: HookPoint) -> bool:
 def decided_gates(module: nn.Module) -> Gates:
     """The gated rows of `module`'s tokens, for `reference.apply_steering`."""
     return Gates(module.steering_gate_rows, module.steering_gate_gains)  # type: ignore[arg-type]
+
+
+def gate_values(module: nn.Module) -> Tensor:
+    """The factors [G, T] of `module`'s tokens: those of gates whose probe has been read in this pass."""
+    values: Tensor = module.steering_gate_values  # type: ignore[assignment]
+    return values
 
 
 def gate_op_args(

@@ -4,6 +4,7 @@
     torch.ops.trimtab.apply_steering_(*SteeringOpArgs) -> ()        the same, written into hidden_states
     torch.ops.trimtab.steering_monitor(*MonitorOpArgs) -> ()        multiplies gates into the per-token buffers
     torch.ops.trimtab.apply_gates_(*GateOpArgs) -> ()               decides gates, and adds what they let through
+    torch.ops.trimtab.apply_slots_(*SlotOpArgs) -> ()               what slots make of a steered tensor, in place
 
 Importing this module registers them. Triton is looked for at the first call on a CUDA tensor, not at import.
 """
@@ -18,12 +19,16 @@ from trimtab.ops import reference
 from trimtab.ops.args import (
     GateOpArgs,
     MonitorOpArgs,
+    SlotForm,
+    SlotOpArgs,
     SteeringOpArgs,
     check_capacity,
     check_gate_args,
     check_monitor_args,
+    check_slot_args,
     check_steering_args,
 )
+from trimtab.responses import RESPONSES
 
 NAMESPACE = "trimtab"
 
@@ -45,6 +50,7 @@ SCHEMAS = {
         "steering_monitor", MonitorOpArgs._fields, mutates=("steering_token_scales", "steering_row_gate")
     ),
     "apply_gates_": schema("apply_gates_", GateOpArgs._fields, mutates=("steered", "gate_values", "gate_gains")),
+    "apply_slots_": schema("apply_slots_", SlotOpArgs._fields, mutates=("steered",)),
 }
 
 
@@ -64,6 +70,10 @@ def _monitor_fake(*tensors: Tensor) -> None:
 
 def _gates_fake(*tensors: Tensor) -> None:
     check_gate_args(GateOpArgs(*tensors))
+
+
+def _slots_fake(*tensors: Tensor) -> None:
+    check_slot_args(SlotOpArgs(*tensors))
 
 
 def _apply_cpu(*tensors: Tensor) -> Tensor:
@@ -93,6 +103,13 @@ def _gates_cpu(*tensors: Tensor) -> None:
         _checked_gates(tensors).gate_gains[:, : args.hidden_states.shape[0]] = 0.0
 
 
+def _slots_cpu(*tensors: Tensor) -> None:
+    args = _checked_slots(tensors)
+    acting = args.slot_rows.flatten(1).any(1)[args.steering_index[: args.steered.shape[0]]]
+    if acting.any().item():
+        args.steered[acting] = _with_slots(args)[acting]
+
+
 def _apply_any_device(*tensors: Tensor) -> Tensor:
     """For devices without a kernel of ours: the reference, without waiting for the flag."""
     args = _checked_steering(tensors)
@@ -116,6 +133,19 @@ def _gates_any_device(*tensors: Tensor) -> None:
     if args.steered.shape[0]:
         gates = reference.Gates(args.gate_rows, args.gate_gains)
         args.steered.copy_(reference.add_gated(args.steered.float(), args.steering_table, gates))
+
+
+def _slots_any_device(*tensors: Tensor) -> None:
+    args = _checked_slots(tensors)
+    args.steered.copy_(_with_slots(args))
+
+
+def _with_slots(args: SlotOpArgs) -> Tensor:
+    """The new values of `steered`, in its dtype."""
+    slots = reference.Slots(*args[2:])
+    form = SlotForm(slots.rows.shape[1], tuple(RESPONSES), writes=True)
+    rest = args.hidden_rest if args.hidden_rest.shape[0] else None
+    return reference.apply_slots(args.steered.float(), slots, form, rest).to(args.steered.dtype)
 
 
 def _apply_cuda(*tensors: Tensor) -> Tensor:
@@ -185,6 +215,17 @@ def _checked_gates(tensors: tuple[Tensor, ...]) -> GateOpArgs:
     return args
 
 
+def _checked_slots(tensors: tuple[Tensor, ...]) -> SlotOpArgs:
+    args = SlotOpArgs(*tensors)
+    check_slot_args(args)
+    tokens = args.steered.shape[0]
+    if args.hidden_rest.shape[0] not in (0, tokens):
+        raise ValueError(f"{tokens} tokens, but the rest has {args.hidden_rest.shape[0]}")
+    per_token = (args.gate_values.t(),) if args.gate_values.shape[0] else ()
+    check_capacity(args.steered, args.steering_index, *per_token)
+    return args
+
+
 def kernels_serve(hidden_states: Tensor) -> bool:
     """Whether a CUDA tensor of this width is steered by a kernel, rather than by the reference."""
     return hidden_states.shape[-1] <= MAX_KERNEL_WIDTH and _has_triton()
@@ -207,6 +248,7 @@ def _register() -> torch.library.Library:
         ),
         "steering_monitor": (_monitor_fake, _monitor_cpu, _monitor_cuda, _monitor_any_device),
         "apply_gates_": (_gates_fake, _gates_cpu, _gates_cuda, _gates_any_device),
+        "apply_slots_": (_slots_fake, _slots_cpu, _slots_any_device, _slots_any_device),
     }
     for name, (fake, cpu, cuda, any_device) in implementations.items():
         library.define(SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]

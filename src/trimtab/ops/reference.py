@@ -14,11 +14,13 @@ from trimtab.ops.args import (
     NO_THRESHOLD,
     GateOpArgs,
     MonitorOpArgs,
+    SlotForm,
     SteeringOpArgs,
     check_monitor_args,
     check_steering_args,
 )
 from trimtab.ops.gather import table_rows
+from trimtab.ops.responses import respond
 
 
 class Terms(NamedTuple):
@@ -45,6 +47,18 @@ class Gates(NamedTuple):
     gains: Tensor  # [G, T] float32
 
 
+class Slots(NamedTuple):
+    """The slots of each row at one site: `SlotOpArgs` without the stream."""
+
+    table: Tensor  # [R, H] model dtype
+    token_rows: Tensor  # [T] int64
+    rows: Tensor  # [R, K, 2] int64
+    codes: Tensor  # [R, K, 2] int32
+    params: Tensor  # [R, K, 10] float32
+    mix: Tensor  # [R, K, K] float32
+    gate_values: Tensor  # [G, T] float32
+
+
 def apply_steering(
     args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates | None = None, rest: Tensor | None = None
 ) -> Tensor:
@@ -59,6 +73,13 @@ def apply_steering(
 
     Raises ValueError on shapes that no backend could read.
     """
+    return add_steering(args, terms, gates, rest).to(args.hidden_states.dtype).contiguous()
+
+
+def add_steering(
+    args: SteeringOpArgs, terms: Terms = ALL_TERMS, gates: Gates | None = None, rest: Tensor | None = None
+) -> Tensor:
+    """What `apply_steering` rounds: [N, H] float32."""
     check_steering_args(args)
     hidden = args.hidden_states
     tokens = hidden.shape[0]
@@ -90,7 +111,7 @@ def apply_steering(
         out = out + args.steering_dynamic_vec.float() * token_gain[:, None]
     if gates is not None:
         out = add_gated(out, args.steering_table, gates)
-    return out.to(hidden.dtype).contiguous()
+    return out
 
 
 def add_gated(out: Tensor, table: Tensor, gates: Gates) -> Tensor:
@@ -99,6 +120,46 @@ def add_gated(out: Tensor, table: Tensor, gates: Gates) -> Tensor:
     for slot, gain in enumerate(gates.gains.unbind(0)):
         out = out + table_rows(table, gates.rows[:tokens, slot]).float() * gain[:tokens, None]
     return out
+
+
+def apply_slots(y: Tensor, slots: Slots, form: SlotForm, rest: Tensor | None = None) -> Tensor:
+    """`y` [N, H] float32, to which all has been added, with what the slots of each token's row make of it, unrounded.
+
+        u_k = (y[i] . table[read_k]) * factor_k + bias_k,    bias_k where the slot reads nothing
+        c_k = response_k(u_k) * gate_k
+        z[i] = y[i] + sum over k of (sum over j of mix[k, j] * c_j) * table[write_k],    table[read_k] where that is 0
+
+    All slots read the same y; with `rest` [N, H], its sum with that. The responses are those of `form`. A token whose
+    row has no slots keeps its numbers, infinite ones and NaN too.
+    """
+    tokens, count = y.shape[0], form.count
+    token_rows = slots.token_rows[:tokens]
+    parts = (slots.rows, slots.codes, slots.params, slots.mix)
+    rows, codes, params, mix = (table_rows(part.flatten(1), token_rows).view(tokens, count, -1) for part in parts)
+    stream = y if rest is None else y + rest.float()
+    written = []
+    for slot in range(count):
+        read, own = rows[:, slot, 0], params[:, slot].unbind(-1)
+        score = (stream * table_rows(slots.table, read).float()).sum(-1)
+        u = torch.where(read > 0, score * own[0], 0.0) + own[1]  # a choice: 0 times infinity is no 0
+        c = respond(form.responses, codes[:, slot, 0], u, own[2:])
+        written.append(c * _factor(slots.gate_values[:, :tokens], codes[:, slot, 1]))
+    z = y
+    for slot in range(count):
+        along, other = rows[:, slot, 0], rows[:, slot, 1]
+        if form.writes:
+            along = torch.where(other > 0, other, along)
+        amount = sum((mix[:, slot, j] * c for j, c in enumerate(written)), start=torch.zeros_like(written[0]))
+        z = z + table_rows(slots.table, along).float() * amount[:, None]
+    return z
+
+
+def _factor(values: Tensor, gate: Tensor) -> Tensor | float:
+    """What each token's `gate` [N], counted from 1, lets through, of `values` [G, N]; 1 where there is none."""
+    factor: Tensor | float = 1.0
+    for number, value in enumerate(values.unbind(0), start=1):
+        factor = torch.where(gate == number, value, factor)
+    return factor
 
 
 def decide_gates(stream: Tensor, args: GateOpArgs) -> None:

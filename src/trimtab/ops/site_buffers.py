@@ -4,6 +4,9 @@ Whoever owns them, `engine_buffers.SteeringBuffers` or the module itself, a modu
 under the same names.
 """
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -103,6 +106,15 @@ def aligned(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torc
     step = _ALIGNMENT // dtype.itemsize
     padded = -(-size // step) * step
     return torch.zeros(count, padded, dtype=dtype, device=device)[:, :size].view(count, *shape)
+
+
+def aligned_record(parts: Mapping[str, tuple[type[np.generic], tuple[int, ...]]]) -> np.dtype[np.void]:
+    """A structure of `parts` in their order, each of which starts on the alignment that kernels are compiled for."""
+    offsets, end = [], 0
+    for kind, shape in parts.values():
+        offsets.append(end)
+        end += -(-np.dtype((kind, shape)).itemsize // _ALIGNMENT) * _ALIGNMENT
+    return np.dtype({"names": list(parts), "formats": list(parts.values()), "offsets": offsets, "itemsize": end})
 
 
 def row_params(count: int, rows: int, device: torch.device | str | None) -> Tensor:

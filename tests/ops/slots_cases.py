@@ -1,0 +1,112 @@
+"""Random slots on random tokens, and their meaning in float64: what the tests of `apply_slots_` share."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from trimtab.ops import SlotForm, SteeringBuffers, slot_op_args
+from trimtab.ops.args import SlotOpArgs
+from trimtab.sites import HookPoint, Site
+
+POST = HookPoint.POST_BLOCK
+SITE = Site(0, POST)
+Array = npt.NDArray[np.float64]
+
+
+@dataclass
+class Slotted:
+    """One site of an engine on a module, with random directions, slots and tokens."""
+
+    buffers: SteeringBuffers
+    module: nn.Module
+    tokens: int
+
+    def args(self, steered: Tensor, rest: Tensor | None = None) -> SlotOpArgs:
+        return slot_op_args(self.module, POST, steered, rest)
+
+
+def slotted(
+    tokens: int,
+    width: int,
+    *,
+    slots: int = 2,
+    rows: int = 7,
+    gates: int = 0,
+    writes: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Slotted:
+    """A third of the slots are none, bounds are infinite as often as not, sets mix, some slots read nothing."""
+    rng = np.random.default_rng(seed)
+    buffers = SteeringBuffers(
+        [SITE],
+        hidden_size=width,
+        max_rows=rows,
+        max_tokens=tokens + 3,
+        dtype=dtype,
+        device=device,
+        gates=gates,
+        slots=SlotForm(slots, ("clip",), writes),
+    )
+    buffers.any_active.fill_(True)
+    buffers.table[0, 1:] = torch.from_numpy(rng.standard_normal((rows - 1, width)) / width**0.5).to(dtype)
+    shape = (rows, slots)
+    on = rng.random(shape) > 1 / 3
+    on[0] = False
+    read = np.where(on, rng.integers(1, rows, shape), 0)
+    write = np.zeros_like(read)
+    if writes:
+        write = np.where(on & (rng.random(shape) < 1 / 2), rng.integers(1, rows, shape), 0)
+        read = np.where((write > 0) & (rng.random(shape) < 1 / 3), 0, read)
+    bounds = np.sort(rng.uniform(-2, 2, (*shape, 2)))
+    bounds[..., 0][rng.random(shape) < 1 / 3] = -np.inf
+    bounds[..., 1][rng.random(shape) < 1 / 3] = np.inf
+    params = np.zeros((*shape, 10))
+    params[..., 0] = 2.0 ** rng.integers(-3, 4, shape)
+    params[..., 1] = rng.uniform(-1, 1, shape)
+    params[..., 2] = rng.uniform(-2, 2, shape)
+    params[..., 3:5] = bounds
+    params[..., 5:] = rng.standard_normal((*shape, 5))  # numbers of other responses
+    params[~on] = 0
+    mix = np.eye(slots) + rng.uniform(-1, 1, (rows, slots, slots)) * (rng.random((rows, 1, 1)) < 1 / 2)
+    mix *= on[:, None, :] & on[:, :, None]
+    state = buffers.slots
+    state.rows[0] = torch.from_numpy(np.stack([read, write], -1))
+    state.codes[0, :, :, 1] = torch.from_numpy(np.where(on, rng.integers(0, gates + 1, shape), 0))
+    state.params[0] = torch.from_numpy(params)
+    state.mix[0] = torch.from_numpy(mix)
+    buffers.index[:tokens] = torch.from_numpy(rng.integers(0, rows, tokens))
+    if gates:
+        buffers.gates.values[:, :tokens] = torch.from_numpy(rng.random((gates, tokens)))
+        buffers.gates.values[:, tokens:] = float("nan")
+    module = nn.Module()
+    buffers.attach(module, SITE)
+    return Slotted(buffers, module, tokens)
+
+
+def after(args: SlotOpArgs) -> Array:
+    """What `steered` must become, unrounded: the contract's formula, token by token and slot by slot."""
+    table, steered = args.steering_table.double().cpu().numpy(), args.steered.double().cpu().numpy()
+    rows, codes = args.slot_rows.cpu().numpy(), args.slot_codes.cpu().numpy()
+    params, mix = args.slot_params.double().cpu().numpy(), args.slot_mix.double().cpu().numpy()
+    gates = args.gate_values.double().cpu().numpy()
+    rest = args.hidden_rest.double().cpu().numpy()
+    out = steered.copy()
+    for token in range(len(steered)):
+        row = int(args.steering_index[token])
+        stream = steered[token] + rest[token] if len(rest) else steered[token]
+        numbers = []
+        for (read, _), (_, gate), (factor, bias, strength, low, high, *_) in zip(
+            rows[row], codes[row], params[row], strict=True
+        ):
+            u = bias + (factor * (stream @ table[read]) if read else 0.0)
+            c = strength * (min(max(u, low), high) - u)
+            numbers.append(c * (gates[gate - 1, token] if gate else 1.0))
+        for slot, (read, write) in enumerate(rows[row]):
+            if read or write:
+                out[token] += (mix[row, slot] @ numbers) * table[write or read]
+    return out
