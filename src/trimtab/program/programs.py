@@ -35,6 +35,16 @@ class Term:
     reference: VectorReference | None = field(default=None, compare=False)
     gate: ResolvedGate | None = None
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where it acts, in forward order."""
+        return self.vector.sites
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.vector.hidden_size
+
 
 @dataclass(frozen=True)
 class PhaseProgram:
