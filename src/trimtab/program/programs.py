@@ -85,7 +85,10 @@ class PhaseProgram:
         gates = [*(item.gate for item in self.gated), *(slot.gate for slot in slots if slot.gate is not None)]
         gated = tuple(GatedProgram(gate, totals.get(gate.digest, EMPTY)) for gate in distinct(gates))
         digests = b"".join(slot.digest for slot in slots)
+        lanes = {item.gate.digest: place for place, item in enumerate(gated, 1)}
+        own = [0 if slot.gate is None else lanes[slot.gate.digest] for slot in slots]  # which a row's record tells
         key = hashlib.sha256(b"trimtab slot row 1\0" + struct.pack("?", bool(self.row_key)) + self.row_key + digests)
+        key.update(struct.pack(f"<{len(own)}i", *own))
         whole = b"trimtab slot program 1\0" + struct.pack("?", bool(self.identity)) + bytes.fromhex(self.identity)
         return replace(
             self,
