@@ -195,7 +195,9 @@ def test_a_row_key_tells_the_lanes_of_its_slots() -> None:
     one, other = sorted([gate(0.5), gate(0.75)], key=lambda gate: gate.digest)
     slot = clip(REFUSAL, gate=other)
     alone, behind = PhaseProgram.of((), [slot]), PhaseProgram.of([Term(CALM, 1.0, gate=one)], [slot])
-    assert [item.gate for item in alone.gated] == [other] and [item.gate for item in behind.gated] == [one, other]
+    assert [item.gate for item in alone.gated] == [other]
+    assert [item.gate for item in behind.gated] == [one, other]
     assert alone.row_key != behind.row_key
     last = PhaseProgram.of([Term(CALM, 1.0, gate=other)], [slot])  # the same lane: one row
-    assert last.row_key == alone.row_key and last.identity != alone.identity
+    assert last.row_key == alone.row_key
+    assert last.identity != alone.identity
