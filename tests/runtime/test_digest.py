@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtime_model import HIDDEN, SITES, vector
+from slots_model import FORM, VECTORS, Ask
 
 from trimtab.ops import SteeringBuffers
+from trimtab.ops.args import SlotForm
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.program.resolved_gate import ResolvedGate, probes_needed, rows_needed
 from trimtab.runtime import SteeringRuntime
@@ -44,11 +46,13 @@ class Asked:
     gate: GateAsked | None = None
     phase: str = "all"
     owner: str | None = None
+    slot: Ask | None = None
 
     @property
     def steering(self) -> ResolvedSteering:
         terms = [Term(vector(self.vector, SITES[2:]), self.scale, gate=self.gate and self.gate.gate)]
-        program, empty = PhaseProgram.of(terms), PhaseProgram.of([])
+        slots = [] if self.slot is None else [self.slot.slot]
+        program, empty = PhaseProgram.of(terms, slots), PhaseProgram.of([])
         return ResolvedSteering(
             tuple(program if self.phase in ("all", phase) else empty for phase in ("prefill", "decode"))
         )
@@ -74,12 +78,13 @@ class Life:
     most: int = REQUESTS
     lowers: bool = False
     dtype: torch.dtype = torch.float32
+    slots: SlotForm | None = FORM
 
 
 def run(life: Life, sites: tuple[Any, ...] = SITES) -> SteeringRuntime:
     buffers = SteeringBuffers(
         sites, hidden_size=HIDDEN, max_rows=life.rows, max_tokens=life.tokens, dtype=life.dtype, gates=GATES,
-        max_probes=life.probes, row_monitor=life.lowers or life.row_probe is not None,
+        max_probes=life.probes, row_monitor=life.lowers or life.row_probe is not None, slots=life.slots,
     )  # fmt: skip
     runtime = SteeringRuntime(buffers, max_requests=life.most, lowers=life.lowers)
 
@@ -111,6 +116,7 @@ def run(life: Life, sites: tuple[Any, ...] = SITES) -> SteeringRuntime:
 
 
 GATED = GateAsked()
+SLOT = Ask(VECTORS[0], 0.5, -1.0, 0.5)
 BASE = Life(
     (Asked("a", 0, 1.0, GATED), Asked("b", 1, 2.0), Asked("c", 2, -1.0, replace(GATED, probe=1), "decode")),
     monitor=GateAsked(2, 1),
@@ -151,6 +157,13 @@ CHANGES = {
     "a row probe": replace(BASE, row_probe=GateAsked(3, 2)),
     "another row probe": replace(BASE, row_probe=GateAsked(3, 2, threshold=0.25)),
     "the owner": with_first(owner="z"),
+    "a slot": with_first(slot=SLOT),
+    "another bound": with_first(slot=replace(SLOT, high=1.0)),
+    "another direction": with_first(slot=replace(SLOT, along=VECTORS[1])),
+    "fewer sites": with_first(slot=replace(SLOT, sites=SITES[1:])),
+    "a slot behind a gate": with_first(slot=replace(SLOT, gate=GATED.gate)),
+    "another form of slots": replace(BASE, slots=FORM._replace(count=2)),
+    "no slots": replace(BASE, slots=None),
     "more rows": replace(BASE, rows=BASE.rows + 1),
     "more probes": replace(BASE, probes=BASE.probes + 1),
     "longer passes": replace(BASE, tokens=33),
@@ -250,7 +263,8 @@ def test_the_digest_reads_and_changes_nothing() -> None:
 NOT_STATE = {
     "runtime": {
         "_buffers": "the device", "_rows": "below", "_tokens": "below", "_planner": "below", "_gates": "below",
-        "_monitors": "below", "_row_monitors": "below", "_site_position": "the rank's own", "_no_site": "constant",
+        "_monitors": "below", "_row_monitors": "below", "_slot_rows": "below", "_site_position": "the rank's own",
+        "_no_site": "constant",
         "_used": "follows from batch and rows",
     },
     "rows": {
@@ -258,6 +272,7 @@ NOT_STATE = {
         "_site_position": "the rank's own", "_allocator": "below", "_table": "writes the device", "_flags": "below",
         "_row_sites": "the rank's own: where the content of each row acts",
     },
+    "slot rows": {"_dtype": "the table's", "_slots": "the device", "_uploader": "writes the device"},
     "allocator": {
         "_key_of": "the keys of `_row_of`, by row", "_unused": "follows from `_row_of` and `_idle`",
         "_in_use": "counts `_holders`",
@@ -319,14 +334,16 @@ def other(attribute: str, value: Any) -> Any:
 
 def test_whatever_an_object_of_the_runtime_holds_is_in_the_digest_or_is_said_to_be_no_state() -> None:
     """Each attribute alone is exchanged for another."""
-    runtime = run(replace(BASE, row_probe=GateAsked(3, 2)))
+    life = replace(BASE, row_probe=GateAsked(3, 2))
+    runtime = run(replace(life, requests=(replace(life.requests[0], slot=SLOT), *life.requests[1:])))
+    runtime.admit("b", Asked("b", 1, 2.0, slot=replace(SLOT, high=1.0)).steering)
     runtime.admit("a", Asked("a", 8, gate=replace(GATED, probe=8)).steering, probes=[GateAsked(4, 2).gate])
     assert runtime._gates is not None
     objects = {
         "runtime": runtime, "rows": runtime._rows, "allocator": runtime._rows._allocator, "planner": runtime._planner,
         "gates": runtime._gates,
         "meters": runtime._gates.meters, "monitors": runtime._monitors, "row monitors": runtime._row_monitors,
-        "tokens": runtime._tokens, "flags": runtime._rows._flags,
+        "tokens": runtime._tokens, "flags": runtime._rows._flags, "slot rows": runtime._slot_rows,
     }  # fmt: skip
     before = runtime.digest()
     for name, part in objects.items():

@@ -35,16 +35,6 @@ class Term:
     reference: VectorReference | None = field(default=None, compare=False)
     gate: ResolvedGate | None = None
 
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Where it acts, in forward order."""
-        return self.vector.sites
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return self.vector.hidden_size
-
 
 @dataclass(frozen=True)
 class PhaseProgram:
@@ -85,10 +75,9 @@ class PhaseProgram:
         gates = [*(item.gate for item in self.gated), *(slot.gate for slot in slots if slot.gate is not None)]
         gated = tuple(GatedProgram(gate, totals.get(gate.digest, EMPTY)) for gate in distinct(gates))
         digests = b"".join(slot.digest for slot in slots)
-        lanes = {item.gate.digest: place for place, item in enumerate(gated, 1)}
-        own = [0 if slot.gate is None else lanes[slot.gate.digest] for slot in slots]  # which a row's record tells
-        key = hashlib.sha256(b"trimtab slot row 1\0" + struct.pack("?", bool(self.row_key)) + self.row_key + digests)
-        key.update(struct.pack(f"<{len(own)}i", *own))
+        lanes = struct.pack(f"<{len(slots)}i", *_lanes(slots, gated))  # a row says which lanes its slots look at
+        key = hashlib.sha256(b"trimtab slot row 1\0" + struct.pack("?", bool(self.row_key)) + self.row_key)
+        key.update(lanes + digests)
         whole = b"trimtab slot program 1\0" + struct.pack("?", bool(self.identity)) + bytes.fromhex(self.identity)
         return replace(
             self,
@@ -162,6 +151,11 @@ class PhaseProgram:
         yield from self.terms
         for item in self.gated:
             yield from (replace(term, gate=item.gate) for term in item.total.terms)
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """For each slot the place of its gate in `gated`, counted from 1; 0 where it has none."""
+        return _lanes(self.slots, self.gated)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -241,6 +235,11 @@ class GatedProgram:
 
 
 EMPTY = PhaseProgram((), b"", 0.0, "")
+
+
+def _lanes(slots: Iterable[Slot], gated: Iterable[GatedProgram]) -> tuple[int, ...]:
+    number = {item.gate.digest: place for place, item in enumerate(gated, 1)}
+    return tuple(0 if slot.gate is None else number[slot.gate.digest] for slot in slots)
 
 
 def _check_widths(vectors: Iterable[SteeringVector]) -> None:

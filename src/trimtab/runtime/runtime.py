@@ -17,9 +17,10 @@ from trimtab.program.lowering import Contents, contents, placed, row_key
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime.gate_lanes import GateLanes
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
+from trimtab.runtime.slot_rows import SlotRows, check_slots
 from trimtab.runtime.state_digest import digest_of
 from trimtab.runtime.step_plan import DECODE, NO_SLOT, TOKEN, RowUse, StepPlanner, as_ints
-from trimtab.runtime.table_rows import TableRows
+from trimtab.runtime.table_rows import RowContent, TableRows
 from trimtab.runtime.upload import NO_TOKENS, TokenUploader
 from trimtab.sites import Site
 
@@ -49,6 +50,8 @@ class SteeringRuntime:
         self._used = ~self._no_site  # sites that do not rest: all, until the first step
         self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests)
         self._monitors = SiteMonitors(buffers)
+        self._slot_rows = None if buffers.slots is None else SlotRows(buffers, buffers.slots)
+        self._directions: dict[str, list[int]] = {}  # of requests with slots: the rows that these read and write along
         self._lowers = lowers
         self._row_monitors = RowMonitors(buffers) if lowers or buffers.row_monitor_sites else None
 
@@ -105,7 +108,8 @@ class SteeringRuntime:
         lowered. Admit again, without them, to clear them.
 
         Raises SteeringError if a vector's width is not the model's, if `max_requests` others are admitted already, if
-        the tables have no room, or if the buffers cannot hold the probes. The request then keeps what it held before.
+        the tables have no room, or if the buffers cannot hold the probes, the gates or the slots. The request then
+        keeps what it held before.
         """
         if steering is None or not any(program.identity for program in steering.programs):
             self.release(request_id)
@@ -118,7 +122,8 @@ class SteeringRuntime:
             spans[DECODE] = spans[DECODE]._replace(probes=behind)
         self._check_room(request_id, contents(spans))
         self.release(request_id)
-        slot = self._planner.add(request_id, [self._acquire(span.row, span.probes) for span in spans])
+        directions = self._hold_directions(request_id, [span.row for span in spans])
+        slot = self._planner.add(request_id, [self._acquire(span.row, span.probes, directions) for span in spans])
         if self._gates is not None:
             gated = [span.gated for span in spans]
             self._gates.add(slot, request_id if owner is None else owner, gated, lowered, self._acquire)
@@ -129,9 +134,9 @@ class SteeringRuntime:
         if slot is None:
             return
         gated = [] if self._gates is None else self._gates.remove(slot)
-        for row in (*self._planner.remove(request_id), *gated):
-            if row:
-                self._rows.release(row)
+        for row in (*self._planner.remove(request_id), *gated, *self._directions.pop(request_id, ())):
+            if row and self._rows.release(row) and self._slot_rows is not None:
+                self._slot_rows.let_go(row)
 
     def step(
         self,
@@ -163,6 +168,8 @@ class SteeringRuntime:
             self._rest(self._no_site)
             return
         self._rows.write()
+        if self._slot_rows is not None:
+            self._slot_rows.write()
         if self._row_monitors is not None:
             self._row_monitors.write()
         worn = self._monitors.write()
@@ -210,7 +217,8 @@ class SteeringRuntime:
         table, tokens = self._buffers.table, len(self._buffers.token_slab)
         yield "made with", (repr((*table.shape[1:], table.dtype, tokens, self._max_requests, self._lowers)).encode(),)
         yield from self._rows.state()
-        yield "requests", (self._planner.state(),)
+        yield "slot rows", () if self._slot_rows is None else self._slot_rows.state()
+        yield "requests", (self._planner.state(), repr(self._directions).encode())
         yield "plan", (self._tokens.held.tobytes(),)
         yield "gates", () if self._gates is None else self._gates.state()
         yield "monitors", self._monitors.state()
@@ -235,15 +243,14 @@ class SteeringRuntime:
 
     def _check(self, request_id: str, steering: ResolvedSteering) -> None:
         width = self._buffers.table.shape[2]
-        vectors = [vector for program in steering.programs for vector in program.vectors]
-        for vector in (*vectors, *(gate.probe for gate in steering.gates)):
-            if vector.hidden_size != width:
-                raise SteeringError(
-                    "vector", f"request {request_id!r} brings width {vector.hidden_size}; the model's is {width}"
-                )
+        vectors = (vector for program in steering.programs for vector in program.vectors)
+        widths = {vector.hidden_size for vector in (*vectors, *(gate.probe for gate in steering.gates))}
+        if others := sorted(widths.union(slot.hidden_size for slot in steering.slots) - {width}):
+            raise SteeringError("vector", f"request {request_id!r} brings width {others[0]}; the model's is {width}")
         served = 0 if self._gates is None else self._gates.count
         if (most := max(len(program.gated) for program in steering.programs)) > served:
             raise SteeringError("gates", f"request {request_id!r} brings {most} in a phase; the buffers hold {served}")
+        check_slots(request_id, steering, self._buffers)
         admitted = self._planner.slots
         if len(admitted) >= self._max_requests and request_id not in admitted:
             raise SteeringError(
@@ -255,15 +262,38 @@ class SteeringRuntime:
     def _check_room(self, request_id: str, needed: Contents) -> None:
         slot, lanes = self._planner.slots.get(request_id, NO_SLOT), self._gates
         gated, probes = ((), ()) if lanes is None else lanes.held_by(slot)
-        fit = self._rows.has_room(needed.rows, (*self._planner.held_by(slot), *gated))
+        held = (*self._planner.held_by(slot), *gated, *self._directions.get(request_id, ()))
+        fit = self._rows.has_room(needed.rows, held)
         if not fit or (lanes is not None and not lanes.has_room(needed.probes, probes)):
             what = "its probes" if fit else f"its rows among {self._rows.capacity}"
             raise SteeringError("max_probes" if fit else "max_rows", f"request {request_id!r} finds no room for {what}")
 
-    def _acquire(self, program: PhaseProgram, probes: RowProbes = ()) -> RowUse:
+    def _hold_directions(self, request_id: str, programs: Sequence[PhaseProgram]) -> dict[bytes, int]:
+        """The rows of all that slots of `programs` read and write along, by key, each held once."""
+        ways = {way.row_key: way for program in programs for slot in program.slots for way in slot.directions}
+        rows = {}
+        for key, way in ways.items():
+            rows[key], fresh = self._hold(key, way)
+            if fresh and self._slot_rows is not None:
+                self._slot_rows.clear(rows[key])
+        if rows:
+            self._directions[request_id] = [*rows.values()]
+        return rows
+
+    def _acquire(
+        self, program: PhaseProgram, probes: RowProbes = (), directions: Mapping[bytes, int] | None = None
+    ) -> RowUse:
         if not program.row_key:
             return RowUse(0, 1.0)
-        row, fresh = self._rows.acquire(row_key(program, probes), program, program.sites)
+        row, fresh = self._hold(row_key(program, probes), program, program.sites, probes)
+        if self._slot_rows is not None:
+            self._slot_rows.fill(row, program, directions or {}, fresh=fresh)
+        return RowUse(row, program.factor * self._rows.unit(row))
+
+    def _hold(
+        self, key: bytes, content: RowContent, acts_at: Sequence[Site] = (), probes: RowProbes = ()
+    ) -> tuple[int, bool]:
+        row, fresh = self._rows.acquire(key, content, acts_at)
         if fresh and self._row_monitors is not None:
             self._row_monitors.fill(row, probes)
-        return RowUse(row, program.factor * self._rows.unit(row))
+        return row, fresh

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from trimtab.runtime.step_plan import TOKEN, TOKEN_WORDS, Words
-from trimtab.vectors.values import FloatArray
 
 Content = TypeVar("Content")
 
@@ -62,8 +61,8 @@ class StagingRing:
 class RowUploader(Generic[Content]):
     """Writes table rows: one staged copy and one scatter over all sites for as many rows as fit the staging buffer."""
 
-    def __init__(self, table: Tensor, compose: Callable[[Content], FloatArray]) -> None:
-        """`table` is [S, R, H] on the device, `compose` makes the float32 [S, H] of a row."""
+    def __init__(self, table: Tensor, compose: Callable[[Content], npt.NDArray[Any]]) -> None:
+        """`table` is [S, R, H] on the device, `compose` makes the [S, H] of a row: float32, or bytes for bytes."""
         self._table, self._compose = table, compose
         sites, max_rows, width = table.shape
         row_bytes = 8 + sites * width * table.element_size()  # its number, then its content at every site

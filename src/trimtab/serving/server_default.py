@@ -65,8 +65,7 @@ class ServerDefault:
             return 1.0 if found is None else found.left
 
         worst = min(range(len(request.interventions)), key=left)
-        given = [source for step in self.spec.interventions for source in step.sources.values()]
-        names = [source for source in given if isinstance(source, str)]
+        names = [step.vector for step in self.spec.interventions if isinstance(step.vector, str)]
         named = f" ({summary(names)})" if names else ""
         return SteeringError(
             f"interventions[{worst}]",
