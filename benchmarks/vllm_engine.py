@@ -7,9 +7,11 @@ them busy at any moment.
 
 from __future__ import annotations
 
+import atexit
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -79,7 +81,10 @@ class Measured:
 
 
 class EngineProcess:
-    """Handle of an engine in its own process; `run` and `close` block until it has answered."""
+    """Handle of an engine in its own process; `run` and `close` block until it has answered.
+
+    Raises RuntimeError as soon as an engine that is waited for fails or dies. No engine outlives the driver.
+    """
 
     def __init__(
         self, name: str, shape: str, folder: Path, engine_args: dict[str, Any], environment: dict[str, str]
@@ -90,6 +95,8 @@ class EngineProcess:
         arguments = (theirs, shape, str(folder), engine_args, environment)
         self._process = context.Process(target=_serve, args=arguments, name=name)
         self._process.start()
+        theirs.close()  # while anyone else held it, the death of the engine would not be seen
+        atexit.register(self.kill)  # goes before the wait of `multiprocessing` for its children
 
     def wait_ready(self) -> float:
         """Seconds that the start took."""
@@ -104,17 +111,28 @@ class EngineProcess:
     def close(self) -> None:
         self._pipe.send(None)
         self._process.join(60)
-        if self._process.is_alive():
+        self.kill()
+        atexit.unregister(self.kill)
+
+    def kill(self) -> None:
+        """End it at once, with all processes below it."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has ended, or not begun
             self._process.kill()
 
     def _receive(self) -> Any:
-        answer = self._pipe.recv()
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            answer = "its process has died"
         if isinstance(answer, str):
             raise RuntimeError(f"engine {self.name!r} failed:\n{answer}")
         return answer
 
 
 def _serve(pipe: Connection, shape: str, folder: str, engine_args: dict[str, Any], environment: dict[str, str]) -> None:
+    os.setpgrp()  # vLLM's own processes join this group
     os.environ.update(environment)  # before vLLM is imported
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     try:
@@ -123,8 +141,13 @@ def _serve(pipe: Connection, shape: str, folder: str, engine_args: dict[str, Any
         pipe.send(time.perf_counter() - started)
         while (request := pipe.recv()) is not None:
             pipe.send(engine.run(*request))
-    except Exception:
+    except EOFError:  # the driver has ended
+        pass
+    except BaseException:
         pipe.send(traceback.format_exc())
+    finally:
+        sys.stderr.flush()
+        os.killpg(0, signal.SIGKILL)  # at its end it would wait for vLLM's processes, and those for it
 
 
 class _Engine:

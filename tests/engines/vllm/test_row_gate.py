@@ -183,13 +183,42 @@ def test_nobody_is_asked_while_no_one_can_have_rows_and_everybody_is_when_someth
     assert scheduler.schedule() == ["unsteered"]
     scheduler._free_request(made[0])
     assert scheduler.schedule() == ["r2"]
-    limit = "max_num_running_reqs" if isinstance(scheduler, Older) else "max_num_active_reqs"
-    assert getattr(scheduler, limit) == 64
+    assert _limit(scheduler) == 64
     scheduler.running.remove(made[1])
     scheduler.waiting.appendleft(made[1])
     assert scheduler.schedule() == ["r1"]
     asked = scheduler.asked
     assert (scheduler.schedule(), scheduler.asked) == ([], asked)
+
+
+def test_who_ends_makes_the_scheduler_ask_as_many_as_start_and_one_more(scheduler: Any) -> None:
+    waiting = deque(scheduler.add(request(f"r{number}", number)) for number in range(40))
+    started = scheduler.schedule()
+    while waiting:
+        for _ in started:
+            scheduler._free_request(waiting.popleft())
+        asked = scheduler.asked
+        started = scheduler.schedule()
+        assert started == [one.request_id for one in list(waiting)[:2]]
+        assert scheduler.asked - asked == len(started) + (len(waiting) > 2)
+        assert _limit(scheduler) == 64
+
+
+def test_whoever_may_pass_is_asked_behind_those_that_wait(scheduler: Any) -> None:
+    made = [scheduler.add(request(f"r{number}", None if number == 9 else number)) for number in range(12)]
+    assert scheduler.schedule() == ["r0", "r1", "r9"]
+    scheduler._free_request(made[0])
+    scheduler.add(request("unsteered", None))
+    scheduler.add(request("blocked", None, status="blocked"))
+    assert scheduler.schedule() == ["r2", "unsteered"]
+    scheduler._free_request(made[1])
+    assert scheduler.schedule() == ["r3"]
+
+
+def _limit(scheduler: Any) -> int:
+    name = "max_num_running_reqs" if isinstance(scheduler, Older) else "max_num_active_reqs"
+    limit: int = getattr(scheduler, name)
+    return limit
 
 
 def test_what_is_blocked_otherwise_reserves_nothing_and_an_abort_leaves_nothing(scheduler: Any) -> None:
@@ -232,7 +261,7 @@ def test_before_0_32_who_waits_for_blocks_is_asked_before_who_waits_for_rows(mon
     for name in ("first", "second"):
         scheduler.skipped_waiting.append(request(name, None, status="WAITING_FOR_REMOTE_KVS"))
     scheduler.schedule()
-    assert scheduler.last_asked == ["first", "second", "r2", "r3"]
+    assert scheduler.last_asked == ["first", "second", "r2"]
 
 
 def test_a_scheduler_that_queues_in_another_way_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,12 @@ def test_steered_requests_start_in_the_order_in_which_they_came(outcome: dict[st
     assert max(reserved for _, reserved, _ in outcome["steps"]) <= 8
 
 
+def test_each_request_is_asked_when_it_comes_and_then_no_more_than_one_that_has_to_wait_in_each_step(
+    outcome: dict[str, Any],
+) -> None:
+    assert outcome["requests"] <= outcome["asked"] <= 2 * outcome["requests"] + len(outcome["steps"])
+
+
 def test_unsteered_requests_pass_those_that_wait_for_rows(outcome: dict[str, Any]) -> None:
     starts, _, waiting = outcome["steps"][0]
     assert waiting

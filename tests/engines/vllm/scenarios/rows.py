@@ -34,11 +34,12 @@ def main(requests):
     prompts = random_prompts([2 + i % 5 for i in range(requests)], seed=2)
     expected = oracle(model, prompts, specs, 2, batch=50)
     llm = engine(folder, steering=SETTINGS, max_num_seqs=128, max_num_batched_tokens=2048, enable_prefix_caching=True)
-    steps = recorded(core_of(llm))
+    steps, asked = recorded(core_of(llm)), questions(core_of(llm))
     found = generate(llm, prompts, specs, 2)
     outcome = {
         "differences": differences(found, expected),
         "steps": [[numbers(step["starts"]), step["reserved"], step["waiting"]] for step in steps],
+        "asked": len(asked),
         "refused": refused(llm, prompts[0]),
         "goes on": differences(generate(llm, prompts[:1], [many(8)], 2), oracle(model, prompts[:1], [many(8)], 2)),
         "aborts": aborts(llm),
@@ -92,6 +93,18 @@ def recorded(core):
 
     core.scheduler.schedule = recording
     return steps
+
+
+def questions(core):
+    """Whom the scheduler asks whether it may run, once for each time."""
+    asked, may_run = [], core._trimtab_rows.may_run
+
+    def asking(request):
+        asked.append(request.request_id)
+        return may_run(request)
+
+    core._trimtab_rows.may_run = asking
+    return asked
 
 
 def numbers(request_ids):

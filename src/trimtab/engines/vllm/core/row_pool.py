@@ -40,6 +40,8 @@ class RowGate:
         room = stamped_tables(settings.stamp).room
         self._lowers = room.lowers
         self.pool = RowPool(room.rows, room.probes)
+        self._limit = "max_num_active_reqs" if hasattr(scheduler, "max_num_active_reqs") else "max_num_running_reqs"
+        self._left = 0  # within a step: requests that wait, for whatever, and were not let through
         self._by_priority = getattr(getattr(scheduler, "policy", None), "value", None) == "priority"
 
     def may_run(self, request: Any) -> bool:
@@ -48,29 +50,39 @@ class RowGate:
         if name not in self.pool:
             steering = steering_of(request.sampling_params, self._settings)
             if steering is None or not (needed := contents_of(steering, lowers=self._lowers)).rows:
+                self._left -= 1
                 return True
             # Under the policy "priority" vLLM's own order of requests, else that in which it asks.
             urgency = (float(request.priority), float(request.arrival_time)) if self._by_priority else ()
             self.pool.enter(name, needed, urgency)
-        return self.pool.may_run(name)
+        if self.pool.may_run(name):
+            self._left -= 1
+            return True
+        self._ask_no_further()
+        return False
 
     @contextmanager
-    def nobody_asked_in_vain(self) -> Iterator[None]:
-        """Within, a scheduler whose waiting requests all wait for rows, with no room for the first, looks at none.
+    def a_step(self) -> Iterator[None]:
+        """Within, the scheduler decides about one step: it looks at waiting requests only while one may have its rows.
 
         It looks while fewer run than may, and would ask each of a thousand in every step.
         """
-        scheduler = self.scheduler
-        if not self.pool.stuck or scheduler.get_request_counts()[1] != self.pool.waiting:
-            yield
-            return
-        limit = "max_num_active_reqs" if hasattr(scheduler, "max_num_active_reqs") else "max_num_running_reqs"
-        most = getattr(scheduler, limit)
-        setattr(scheduler, limit, len(scheduler.running))
+        most = getattr(self.scheduler, self._limit)
+        self._left = self.scheduler.get_request_counts()[1]
+        self._ask_no_further()
         try:
             yield
         finally:
-            setattr(scheduler, limit, most)
+            setattr(self.scheduler, self._limit, most)
+            self._left = 0
+
+    def _ask_no_further(self) -> None:
+        """End the look at waiting requests if all that are left wait for rows, with no room for the first in line.
+
+        Not while one is on its way: it becomes one of the `running` after it was let through.
+        """
+        if self.pool.waiting == self._left and self.pool.stuck:
+            setattr(self.scheduler, self._limit, len(self.scheduler.running))
 
     def ended(self, request: Any) -> None:
         """A request has ended, whether it ran or waited."""

@@ -136,7 +136,7 @@ def _hold_back_before_0_32(original: Callable[..., Any], rows: Any) -> Callable[
 
 
 @patch(_SCHEDULER, "Scheduler.schedule", "self", **_ON_SCHEDULER)
-def _ask_nobody_in_vain(original: Callable[..., Any], rows: Any) -> Callable[..., Any]:
+def _ask_few_in_vain(original: Callable[..., Any], rows: Any) -> Callable[..., Any]:
     """Why: the scheduler asks every waiting request in every step, also where no one can have rows before another
     ends; for 450 that wait this took a tenth of the throughput. Before 0.32 it also asks those whose blocks arrive
     behind those that need them. Until: plugins may hold requests back.
@@ -144,7 +144,7 @@ def _ask_nobody_in_vain(original: Callable[..., Any], rows: Any) -> Callable[...
 
     def schedule(*args: Any, **kwargs: Any) -> Any:
         rows.blocks_first()
-        with rows.nobody_asked_in_vain():
+        with rows.a_step():
             return original(*args, **kwargs)
 
     return schedule
