@@ -188,3 +188,16 @@ def test_widths_that_differ_are_refused() -> None:
     for terms, slots in (([Term(narrow, 1.0)], [clip(CALM)]), ([], [clip(narrow), clip(CALM)])):
         with pytest.raises(ValueError, match="different widths"):
             PhaseProgram.of(terms, slots)
+
+
+def test_a_row_key_tells_the_lanes_of_its_slots() -> None:
+    """A row's record says which lane gates a slot, and other gates of a program move it: such rows are not shared."""
+    one, other = sorted([gate(0.5), gate(0.75)], key=lambda gate: gate.digest)
+    slot = clip(REFUSAL, gate=other)
+    alone, behind = PhaseProgram.of((), [slot]), PhaseProgram.of([Term(CALM, 1.0, gate=one)], [slot])
+    assert [item.gate for item in alone.gated] == [other]
+    assert [item.gate for item in behind.gated] == [one, other]
+    assert alone.row_key != behind.row_key
+    last = PhaseProgram.of([Term(CALM, 1.0, gate=other)], [slot])  # the same lane: one row
+    assert last.row_key == alone.row_key
+    assert last.identity != alone.identity

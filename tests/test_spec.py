@@ -184,9 +184,9 @@ def test_a_new_kind_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) 
         kind: Literal["length"] = "length"
         length: Number
 
-        def term(self, vectors: Mapping[str, SteeringVector], path: str) -> Term:
-            vector, _ = self.narrowed_vector(vectors, path)
-            return Term(vector.normalized() * self.length, 1.0)
+        def lower(self, vectors: Mapping[str, SteeringVector], path: str) -> tuple[Term]:
+            vector, _ = self.acting(vectors, path)
+            return (Term(vector.normalized() * self.length, 1.0),)
 
     monkeypatch.setattr(trimtab.spec.request, "KINDS", (Add, Length))
 

@@ -1,5 +1,6 @@
 """Where steering acts: hook points, sites and phases, with one meaning in every model family."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -19,6 +20,11 @@ class HookPoint(StrEnum):
 
 
 HOOK_ORDER = {hook: position for position, hook in enumerate(HookPoint)}
+
+
+def in_order(hooks: Iterable[HookPoint]) -> tuple[HookPoint, ...]:
+    """Hook points as a forward pass reaches them within a layer, each once."""
+    return tuple(sorted(set(hooks), key=HOOK_ORDER.__getitem__))
 
 
 class Site(NamedTuple):

@@ -17,7 +17,7 @@ from trimtab.engines.vllm.worker import worker as worker_module
 from trimtab.engines.vllm.worker.attach import Attachment
 from trimtab.engines.vllm.worker.warmup import require_warm, warm_up_kernels
 from trimtab.errors import SteeringError
-from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, emit, set_emission
+from trimtab.ops import ROWS_ONLY, Emission, SlotForm, SteeringBuffers, emit, set_emission
 from trimtab.ops.warmup import late_variants, warmed_launches
 from trimtab.sites import HookPoint, Site
 
@@ -38,6 +38,7 @@ def attached(dtype: torch.dtype = torch.bfloat16, *, row_monitor: bool = False) 
     buffers = SteeringBuffers(
         SITES, hidden_size=WIDTH, max_rows=5, max_tokens=LONGEST, dtype=dtype, gates=2, max_probes=3,
         probe_sites={SITES[1]}, row_monitor={SITES[1]} if row_monitor else False,
+        slots=SlotForm(2, ("clip",), writes=False), slot_sites=SITES[1:],
     )  # fmt: skip
     terms = ROWS_ONLY._replace(row_monitor=row_monitor)
     modules: dict[Site, nn.Module] = {}
@@ -65,7 +66,12 @@ def test_a_warm_engine_compiles_nothing_in_service(kernels: Recorders, dtype: to
     serve(attachment, dtype)
     assert kernels.keys == keys
     assert late_variants() == late
-    assert [bool(launched) for launched in keys] == [True, False, True]  # no engine uses the operator's site monitor
+    assert [bool(launched) for launched in keys] == [
+        True,
+        False,
+        True,
+        True,
+    ]  # no engine uses the site monitor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -91,6 +97,7 @@ def test_what_was_warmed_is_a_number(kernels: Recorders) -> None:
     warm_up_kernels(CONFIG, attachment)
     assert warmed_launches(attachment.modules.values()) == {
         "apply_gates_kernel": 2 * SIZES * 4,  # from layer 1 on; adding and only deciding, one part and two
+        "apply_slots_kernel": 2 * SIZES * 2,  # where slots can act; one part and two
         "apply_steering_kernel": 3 * SIZES * 2,  # out of place and in place
     }
 
@@ -109,11 +116,12 @@ def test_an_engine_that_is_not_warm_does_not_start(kernels: Recorders) -> None:
     require_warm(attachment)
 
 
-def test_a_kernel_that_was_left_out_of_warm_up_is_noticed(kernels: Recorders) -> None:
+@pytest.mark.parametrize(("kernel", "layer"), [("apply_gates_kernel", 1), ("apply_slots_kernel", 2)])
+def test_a_kernel_that_was_left_out_of_warm_up_is_noticed(kernels: Recorders, kernel: str, layer: int) -> None:
     attachment = attached()
     warm_up_kernels(CONFIG, attachment)
-    del attachment.buffers.states[1].warmed["apply_gates_kernel"]
-    with pytest.raises(SteeringError, match="kernels of post_block:1 were not warmed"):
+    del attachment.buffers.states[layer].warmed[kernel]
+    with pytest.raises(SteeringError, match=f"kernels of post_block:{layer} were not warmed"):
         require_warm(attachment)
 
 
@@ -134,7 +142,7 @@ def test_the_worker_warms_before_it_captures(kernels: Recorders, monkeypatch: py
     monkeypatch.setattr(worker_module, "require_live_sites", lambda *args: calls.append("checked"))
     put_on(worker, WORKER, worker)
     assert worker.compile_or_warm_up_model() == "captured"
-    assert calls == [98, "checked"]
+    assert calls == [126, "checked"]
 
     monkeypatch.setattr(worker_module, "warm_up_kernels", lambda *args: None)
     worker._trimtab = kept(attached())

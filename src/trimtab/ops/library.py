@@ -184,6 +184,14 @@ def _gates_cuda(*tensors: Tensor) -> None:
     launch_apply_gates(_checked_gates(tensors))
 
 
+def _slots_cuda(*tensors: Tensor) -> None:
+    if not kernels_serve(tensors[0]):
+        return _slots_any_device(*tensors)
+    from trimtab.ops.kernels.apply_slots import launch_apply_slots
+
+    launch_apply_slots(_checked_slots(tensors))
+
+
 def _checked_steering(tensors: tuple[Tensor, ...]) -> SteeringOpArgs:
     args = SteeringOpArgs(*tensors)
     check_steering_args(args)
@@ -248,7 +256,7 @@ def _register() -> torch.library.Library:
         ),
         "steering_monitor": (_monitor_fake, _monitor_cpu, _monitor_cuda, _monitor_any_device),
         "apply_gates_": (_gates_fake, _gates_cpu, _gates_cuda, _gates_any_device),
-        "apply_slots_": (_slots_fake, _slots_cpu, _slots_any_device, _slots_any_device),
+        "apply_slots_": (_slots_fake, _slots_cpu, _slots_cuda, _slots_any_device),
     }
     for name, (fake, cpu, cuda, any_device) in implementations.items():
         library.define(SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]

@@ -27,6 +27,7 @@ from trimtab.ops.site_buffers import (
     row_monitor_tensors,
     steering_op_args,
 )
+from trimtab.ops.slot_buffers import slot_form, slot_op_args
 from trimtab.ops.variants import compiled_variants, late_variants, pause, watch
 from trimtab.sites import HookPoint
 
@@ -36,6 +37,7 @@ __all__ = [
     "unwarmed_sites",
     "warmed_launches",
     "warmup_apply_gates_kernel",
+    "warmup_apply_slots_kernel",
     "warmup_apply_steering_kernel",
     "warmup_steering_monitor_kernel",
 ]
@@ -123,6 +125,27 @@ def warmup_apply_gates_kernel(
     return _warm(apply_gates_kernel, sites, sizes, dtype, launches)
 
 
+def warmup_apply_slots_kernel(
+    modules: Iterable[nn.Module], sizes: Iterable[int], *, dtype: torch.dtype | None = None
+) -> int:
+    """Launch `apply_slots_` for every site of `modules` where slots can act, with the stream in one part and in two.
+
+    Buffers keep their values. Returns how many variants this compiled.
+    """
+
+    def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> int:
+        for rest in (None, hidden):
+            torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, torch.zeros_like(hidden), rest))
+        return 2
+
+    sites = [(module, hook) for module, hook in _served_sites(modules) if slot_form(module, hook) is not None]
+    if not sites:
+        return 0
+    from trimtab.ops.kernels.apply_slots import apply_slots_kernel
+
+    return _warm(apply_slots_kernel, sites, sizes, dtype, launches)
+
+
 def warmed_launches(modules: Iterable[nn.Module]) -> dict[str, int]:
     """How many launches warmed the sites of `modules`, by kernel. Empty where no kernel was: nothing is warm then."""
     total: Counter[str] = Counter()
@@ -147,6 +170,8 @@ def _kernels_of(module: nn.Module, hook: HookPoint) -> set[str]:
         kernels.add("steering_monitor_kernel")
     if gate_count(module, hook):
         kernels.add("apply_gates_kernel")
+    if slot_form(module, hook) is not None:
+        kernels.add("apply_slots_kernel")
     return kernels
 
 

@@ -187,7 +187,7 @@ def _decode_terms(
         gate = _index(parts[2], len(gates), "gates", f"{path}[{i}][2]") if len(parts) == 3 else None
         if gate is not None:
             try:
-                check_gate(gates[gate], vectors[vector][0])
+                check_gate(gates[gate], vectors[vector][0].sites, vectors[vector][0].hidden_size)
             except SteeringError as error:
                 raise SteeringError(f"{path}[{i}][2]", error.message) from None
         terms.append((vector, scale, gate))

@@ -35,6 +35,16 @@ class Term:
     reference: VectorReference | None = field(default=None, compare=False)
     gate: ResolvedGate | None = None
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where it acts, in forward order."""
+        return self.vector.sites
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.vector.hidden_size
+
 
 @dataclass(frozen=True)
 class PhaseProgram:
@@ -75,9 +85,9 @@ class PhaseProgram:
         gates = [*(item.gate for item in self.gated), *(slot.gate for slot in slots if slot.gate is not None)]
         gated = tuple(GatedProgram(gate, totals.get(gate.digest, EMPTY)) for gate in distinct(gates))
         digests = b"".join(slot.digest for slot in slots)
-        lanes = struct.pack(f"<{len(slots)}i", *_lanes(slots, gated))  # a row says which lanes its slots look at
-        key = hashlib.sha256(b"trimtab slot row 1\0" + struct.pack("?", bool(self.row_key)) + self.row_key)
-        key.update(lanes + digests)
+        own = _lanes(slots, gated)  # which a row's record tells
+        key = hashlib.sha256(b"trimtab slot row 1\0" + struct.pack("?", bool(self.row_key)) + self.row_key + digests)
+        key.update(struct.pack(f"<{len(own)}i", *own))
         whole = b"trimtab slot program 1\0" + struct.pack("?", bool(self.identity)) + bytes.fromhex(self.identity)
         return replace(
             self,

@@ -1,5 +1,6 @@
 """A request's steering with every name resolved: what the engines are given."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from trimtab.errors import SteeringError
 from trimtab.program.programs import PhaseProgram, Term, distinct, together
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.program.slots import Slot
-from trimtab.sites import GateLimits, Phase, Site
+from trimtab.sites import GateLimits, Phase, Site, SlotLimits
 
 
 class Origin(NamedTuple):
@@ -92,3 +93,14 @@ class ResolvedSteering:
                 f"has {most} different gates in one phase; this engine serves {limits.count} per request (its setting "
                 "`gates`). Interventions with equal gates share one",
             )
+
+    def check_slot_count(self, limits: SlotLimits, field: str) -> None:
+        """Raise `SteeringError` at `field` where more slots act at a site than an engine with these limits serves."""
+        for program in self.programs:
+            for site, count in Counter(site for slot in program.slots for site in slot.sites).items():
+                if count > limits.count:
+                    raise SteeringError(
+                        field,
+                        f"has {count} slots at {site} in one phase; this engine serves {limits.count} there: start it "
+                        f"with --steering-slots {count}, or leave interventions out",
+                    )

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from trimtab.errors import SteeringError
-from trimtab.sites import GateLimits, Phase, Site, site_order
+from trimtab.sites import GateLimits, HookPoint, Phase, Site, site_order
 from trimtab.vectors.vector import Part, SteeringVector
 from trimtab.wording import summary
 
@@ -31,13 +31,14 @@ MIN_SHARPNESS = 2.0**-126  # the smallest normal float32; 0 would mean a hard ga
 
 @dataclass(frozen=True)
 class VectorReference:
-    """How a vector can be named instead of sent: a registered vector, narrowed to `layers`, and then to `part`, if any
-    are given."""
+    """How a vector can be named instead of sent: a registered vector, acting at `layers` and `hooks` (as of
+    `SteeringVector.acting`), and of that `part`, where they are given."""
 
     name: str
     digest: bytes
     layers: tuple[int, ...] | None = None
     part: Part | None = None
+    hooks: tuple[HookPoint, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,20 +112,20 @@ class ResolvedGate:
         return hashlib.sha256(b"trimtab gate 1\0" + self.probe.digest + numbers).digest()
 
 
-def check_gate(gate: ResolvedGate, vector: SteeringVector) -> None:
-    """Raise `SteeringError` at `probe` where the gate cannot act on `vector`.
+def check_gate(gate: ResolvedGate, sites: Iterable[Site], width: int) -> None:
+    """Raise `SteeringError` at `probe` where the gate cannot stand before what acts at `sites` with vectors [width].
 
-    The factor exists from the probe's site on, in the order of the forward pass, so the vector may act there and later.
+    The factor exists from the probe's site on, in the order of the forward pass, so a vector may act there and later.
     """
-    early = [site for site in vector.sites if site_order(site) < site_order(gate.site)]
+    early = [site for site in sites if site_order(site) < site_order(gate.site)]
     if early:
         raise SteeringError(
             "probe",
             f"is read at {gate.site}, after the vector has acted at {summary(early)}: a gate works from its probe's "
             "site on; narrow the vector with `layers`, or train a probe at an earlier layer",
         )
-    if gate.probe.hidden_size != vector.hidden_size:
-        raise SteeringError("probe", f"has width {gate.probe.hidden_size}, but its vector has {vector.hidden_size}")
+    if gate.probe.hidden_size != width:
+        raise SteeringError("probe", f"has width {gate.probe.hidden_size}, but its vector has {width}")
 
 
 def check_served(gate: ResolvedGate, sites: Iterable[Site], limits: GateLimits) -> None:

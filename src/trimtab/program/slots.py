@@ -24,6 +24,9 @@ from trimtab.sites import Site
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
 
+NOTHING = 1e-6
+"""The length of a sum of unit vectors that is their rounding: vectors are given in float32."""
+
 
 class Part(NamedTuple):
     """`weight` times a vector, taken at unit length at each of its sites where `unit`."""
@@ -86,6 +89,11 @@ class Direction:
                 rows /= np.where(lengths == 0.0, 1.0, lengths)
             total[into] += part.weight * rows
         return total
+
+    def zero_among(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites at which it is no direction: zero but for rounding."""
+        lengths = np.linalg.norm(self.values(sites), axis=1)
+        return [site for site, length in zip(sites, lengths, strict=True) if length < NOTHING]
 
     def row(self, sites: Sequence[Site], out: FloatArray | None = None) -> FloatArray:
         """The content of its table row at `sites`, in units of `unit`: float32 [len(sites), H].

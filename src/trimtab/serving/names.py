@@ -30,7 +30,8 @@ def _named(
 ) -> Iterator[tuple[str, str, VectorRegistry | ProbeRegistry]]:
     """Where `steering` names something, what it names, and where that is looked up."""
     for index, step in enumerate(steering.interventions):
-        if isinstance(step.vector, str):
-            yield f"interventions[{index}].vector", step.vector, vectors
+        for field, source in step.sources.items():
+            if isinstance(source, str):
+                yield f"interventions[{index}].{field}", source, vectors
         if step.gate is not None and isinstance(step.gate.probe, str):
             yield f"interventions[{index}].gate.probe", step.gate.probe, probes

@@ -65,7 +65,8 @@ class ServerDefault:
             return 1.0 if found is None else found.left
 
         worst = min(range(len(request.interventions)), key=left)
-        names = [step.vector for step in self.spec.interventions if isinstance(step.vector, str)]
+        given = [source for step in self.spec.interventions for source in step.sources.values()]
+        names = [source for source in given if isinstance(source, str)]
         named = f" ({summary(names)})" if names else ""
         return SteeringError(
             f"interventions[{worst}]",

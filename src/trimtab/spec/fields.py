@@ -1,18 +1,18 @@
-"""Field types of a spec: what is taken for a number, a list of layers, a vector and a probe."""
+"""Field types of a spec: what is taken for a number, a number per layer, places, a vector and a probe."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from trimtab.errors import SteeringError
-from trimtab.sites import LAYERS_BELOW
+from trimtab.sites import LAYERS_BELOW, HookPoint, in_order
 from trimtab.vectors.inline import MAX_LAYERS, pack, parse_inline
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.values import LARGEST_FLOAT32
 from trimtab.vectors.vector import SteeringVector
-from trimtab.wording import shown, summary
+from trimtab.wording import shown, summary, with_suggestions
 
 MAX_NAME_CHARACTERS = 200
 
@@ -23,6 +23,40 @@ def _number(value: Any) -> float:
     if not -LARGEST_FLOAT32 <= value <= LARGEST_FLOAT32:  # compares whole numbers of any size; false for NaN
         raise SteeringError("", f"got {shown(value)}, want a number that is finite in float32")
     return float(value)
+
+
+class ByLayer(NamedTuple):
+    """A number for each of some layers, in their order."""
+
+    pairs: tuple[tuple[int, float], ...]
+
+
+def _number_or_by_layer(value: Any) -> float | ByLayer:
+    if isinstance(value, ByLayer):
+        return value
+    if not isinstance(value, Mapping):
+        return _number(value)
+    if not value:
+        raise SteeringError("", "is empty: give a number, or one for each layer")
+    if len(value) > MAX_LAYERS:
+        raise SteeringError("", f"has {len(value)} layers, at most {MAX_LAYERS} are allowed")
+    numbers: dict[int, float] = {}
+    for key, number in value.items():
+        layer = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 else key
+        _check_layer(layer, "", "as key")
+        if layer in numbers:
+            raise SteeringError("", f"layer {layer} is given twice")
+        try:
+            numbers[int(layer)] = _number(number)
+        except SteeringError as error:
+            raise SteeringError(str(layer), error.message) from None
+    return ByLayer(tuple(sorted(numbers.items())))
+
+
+def _check_layer(value: Any, path: str, where: str = "") -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+    if not whole or not 0 <= value < LAYERS_BELOW:
+        raise SteeringError(path, f"got {shown(value)}{where and ' ' + where}, want a layer, a whole number from 0")
 
 
 def _source(value: Any) -> str | SteeringVector:
@@ -60,16 +94,30 @@ def _layers(value: Any) -> tuple[int, ...]:
         raise SteeringError("", f"has {len(value)} layers, at most {MAX_LAYERS} are allowed")
     seen: set[int] = set()
     for index, layer in enumerate(value):
-        if (
-            isinstance(layer, (bool, np.bool_))
-            or not isinstance(layer, (int, np.integer))
-            or not 0 <= layer < LAYERS_BELOW
-        ):
-            raise SteeringError(f"[{index}]", f"got {shown(layer)}, want a layer, a whole number from 0")
+        _check_layer(layer, f"[{index}]")
         if layer in seen:
             raise SteeringError(f"[{index}]", f"layer {layer} is given twice")
         seen.add(int(layer))
     return tuple(sorted(seen))
+
+
+def _hooks(value: Any) -> tuple[HookPoint, ...]:
+    names = [hook.value for hook in HookPoint]
+    if not isinstance(value, (list, tuple)):
+        raise SteeringError("", f"got {type(value).__name__}, want a list of hook points")
+    if not value:
+        raise SteeringError("", "is empty, so nothing would be steered: name a hook point or leave it out")
+    for index, hook in enumerate(value):
+        if not isinstance(hook, str) or hook not in names:
+            hint = with_suggestions(hook, names)
+            raise SteeringError(f"[{index}]", f"got {shown(hook)}{hint}, want one of {', '.join(names)}")
+        if hook in value[:index]:
+            raise SteeringError(f"[{index}]", f"{hook} is given twice")
+    return in_order(map(HookPoint, value))
+
+
+def _dump_by_layer(value: float | ByLayer) -> Any:
+    return {str(layer): number for layer, number in value.pairs} if isinstance(value, ByLayer) else value
 
 
 def _dump_source(value: str | SteeringVector) -> Any:
@@ -88,6 +136,18 @@ Layers = Annotated[
     PlainValidator(_layers),
     PlainSerializer(list, return_type=list[int]),
     WithJsonSchema({"type": "array", "items": {"type": "integer"}}),
+]
+NumberOrByLayer = Annotated[
+    float | ByLayer,
+    PlainValidator(_number_or_by_layer),
+    PlainSerializer(_dump_by_layer),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "object", "additionalProperties": {"type": "number"}}]}),
+]
+Hooks = Annotated[
+    tuple[HookPoint, ...],
+    PlainValidator(_hooks),
+    PlainSerializer(lambda hooks: [hook.value for hook in hooks], return_type=list[str]),
+    WithJsonSchema({"type": "array", "items": {"type": "string", "enum": [hook.value for hook in HookPoint]}}),
 ]
 _SOURCE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
 Source = Annotated[str | SteeringVector, PlainValidator(_source), PlainSerializer(_dump_source), _SOURCE_SCHEMA]

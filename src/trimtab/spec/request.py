@@ -14,9 +14,10 @@ from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
-from trimtab.program import SPANS, Origin, PhaseProgram, ResolvedSteering, Term
+from trimtab.program import SPANS, Origin, PhaseProgram, ResolvedSteering, Slot, Term
 from trimtab.program.resolved_gate import check_gate, check_served
-from trimtab.sites import ModelSites, Phase
+from trimtab.program.slot_sets import formed
+from trimtab.sites import ModelSites, Phase, Site, SlotLimits, site_order
 from trimtab.spec.base import Model, below, keys_are_text
 from trimtab.spec.kinds import KINDS, Intervention
 from trimtab.vectors.inline import MAX_INLINE_BYTES
@@ -54,7 +55,8 @@ class Steering(Model):
 
     @model_validator(mode="after")
     def _inline_content_is_not_too_large(self) -> Self:
-        total = sum(step.vector.block.nbytes for step in self.interventions if isinstance(step.vector, SteeringVector))
+        given = [source for step in self.interventions for source in step.sources.values()]
+        total = sum(source.block.nbytes for source in given if isinstance(source, SteeringVector))
         gates = [step.gate for step in self.interventions if step.gate is not None]
         total += sum(gate.probe.vector.block.nbytes for gate in gates if isinstance(gate.probe, Probe))
         if total > MAX_INLINE_BYTES:
@@ -87,19 +89,22 @@ class Steering(Model):
         Raises `SteeringError` for unknown names, for sites and widths that the model does not have, for sums out of
         range, and for gates that the engine does not serve.
         """
-        for index, step in enumerate(self.interventions):
-            if step.gate is not None and not model.gates.count:  # before a look at names that no one can have given
+        for index, step in enumerate(self.interventions):  # before a look at names that no one can have given
+            if step.gate is not None and not model.gates.count:
                 raise SteeringError(f"interventions[{index}].gate", "this engine serves no gates: leave the gate out")
-        terms = self._terms(vectors, probes)
-        for index, term in enumerate(terms):
-            if term.vector.hidden_size != model.hidden_size or not model.sites.issuperset(term.vector.sites):
-                raise _misfit(term, model, f"interventions[{index}].vector", inline=term.reference is None)
-            if term.gate is not None:
-                with below(f"interventions[{index}].gate"):
-                    check_served(term.gate, term.vector.sites, model.gates)
-        programs = self._programs(terms)
-        resolved = ResolvedSteering(programs, *self._origins(programs, terms, vectors, probes or {}))
+            if step.responses and step.kind not in model.slots.kinds:
+                raise SteeringError(f"interventions[{index}].kind", _undeclared(step.kind, model.slots))
+        lowered = self._lowered(vectors, probes)
+        for index, items in enumerate(lowered):
+            for item in items:
+                self._check_sites(index, item, model)
+                if item.gate is not None:
+                    with below(f"interventions[{index}].gate"):
+                        check_served(item.gate, item.sites, model.gates)
+        programs = self._programs(lowered)
+        resolved = ResolvedSteering(programs, *self._origins(programs, lowered, vectors, probes or {}))
         resolved.check_gate_count(model.gates, "interventions")
+        resolved.check_slot_count(model.slots, "interventions")
         return resolved
 
     def identity(
@@ -112,32 +117,58 @@ class Steering(Model):
 
         In an engine with a monitor the identity of decode tokens is another: see `trimtab.program.monitor`.
         """
-        return self._programs(self._terms(vectors or {}, probes))[SPANS.index(Phase(phase))].identity
+        return self._programs(self._lowered(vectors or {}, probes))[SPANS.index(Phase(phase))].identity
 
-    def _terms(self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, Probe] | None) -> list[Term]:
-        terms: list[Term] = []
+    def _lowered(
+        self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, Probe] | None
+    ) -> list[tuple[Term | Slot, ...]]:
+        """What each intervention comes down to."""
+        lowered: list[tuple[Term | Slot, ...]] = []
+        width: int | None = None
         for index, step in enumerate(self.interventions):
             path = f"interventions[{index}]"
-            term = step.term(vectors, path)
+            items = step.lower(vectors, path)
+            for item in items:
+                width = item.hidden_size if width is None else width
+                if item.hidden_size != width:
+                    said = f"has width {item.hidden_size}, but interventions[0] has {width}"
+                    raise SteeringError(f"{path}.vector", said)
             if step.gate is not None:
                 with below(f"{path}.gate"):
                     gate = step.gate.resolve(probes or {})
-                    check_gate(gate, term.vector)
-                term = replace(term, gate=gate)
-            if terms and term.vector.hidden_size != terms[0].vector.hidden_size:
-                widths = f"has width {term.vector.hidden_size}, but interventions[0] has {terms[0].vector.hidden_size}"
-                raise SteeringError(f"{path}.vector", widths)
-            terms.append(term)
-        return terms
+                    for item in items:
+                        check_gate(gate, item.sites, item.hidden_size)
+                items = tuple(replace(item, gate=gate) for item in items)
+            named = (replace(item, kind=step.kind, path=path) if isinstance(item, Slot) else item for item in items)
+            lowered.append(tuple(named))
+        return lowered
 
-    def _programs(self, terms: list[Term]) -> tuple[PhaseProgram, ...]:
+    def _check_sites(self, index: int, item: Term | Slot, model: ModelSites) -> None:
+        """Raise `SteeringError` where the model, or its slots, do not have what an intervention acts on."""
+        step, path = self.interventions[index], f"interventions[{index}]"
+        if item.hidden_size != model.hidden_size:
+            said = f"has width {item.hidden_size}, this model has hidden size {model.hidden_size}"
+            raise SteeringError(f"{path}.vector", said)
+        if (site := next((site for site in item.sites if site not in model.sites), None)) is not None:
+            raise _misfit(site, model, step, path)
+        if isinstance(item, Slot):
+            outside = [site for site in item.sites if site not in model.slots.sites]
+            if outside:
+                served = summary([str(site) for site in sorted(model.slots.sites, key=site_order)])
+                said = f"acts at {outside[0]}, where this engine has no slots, which `{step.kind}` needs: they are at "
+                said += f"{served}; narrow it with `layers`, or start the engine with more --steering-slot-layers"
+                raise SteeringError(f"{path}.vector", said)
+
+    def _programs(self, lowered: list[tuple[Term | Slot, ...]]) -> tuple[PhaseProgram, ...]:
         made: dict[tuple[int, ...], PhaseProgram] = {}
 
         def program(phase: Phase) -> PhaseProgram:
             kept = tuple(index for index, step in enumerate(self.interventions) if step.phase in ("all", phase))
             if kept not in made:
+                items = [item for index in kept for item in lowered[index]]
+                terms = [item for item in items if isinstance(item, Term)]
                 with below("interventions"):
-                    made[kept] = PhaseProgram.of(terms[index] for index in kept)
+                    made[kept] = PhaseProgram.of(terms, (item for item in items if isinstance(item, Slot)))
             return made[kept]
 
         return tuple(map(program, SPANS))
@@ -145,7 +176,7 @@ class Steering(Model):
     def _origins(
         self,
         programs: Iterable[PhaseProgram],
-        terms: Iterable[Term],
+        lowered: Iterable[tuple[Term | Slot, ...]],
         vectors: Mapping[str, SteeringVector],
         probes: Mapping[str, Probe],
     ) -> tuple[tuple[Origin, ...], tuple[Origin, ...]]:
@@ -154,12 +185,23 @@ class Steering(Model):
         read = {item.gate.probe.digest for program in programs for item in program.gated}
         used: dict[Origin, None] = {}
         decided: dict[Origin, None] = {}
-        for step, term in zip(self.interventions, terms, strict=True):
-            if term.vector.digest in added:
-                used[_origin(step.vector, vectors)] = None
-            if step.gate is not None and term.gate is not None and term.gate.probe.digest in read:
+        for step, items in zip(self.interventions, lowered, strict=True):
+            if any(_acts(item, added) for item in items):
+                used.update((_origin(source, vectors), None) for source in step.sources.values())
+            if step.gate is not None and any(item.gate and item.gate.probe.digest in read for item in items):
                 decided[_origin(step.gate.probe, probes)] = None
         return tuple(used), tuple(decided)
+
+
+def _acts(item: Term | Slot, added: set[bytes]) -> bool:
+    return bool(formed([item])) if isinstance(item, Slot) else item.vector.digest in added
+
+
+def _undeclared(kind: str, limits: SlotLimits) -> str:
+    if not limits.count:
+        return f"this engine does not serve `{kind}`: start it with --steering-slots 1, and {kind} in --steering-kinds"
+    declared = ", ".join(sorted(limits.kinds))
+    return f"this engine does not serve `{kind}`, which it was not started for: add it to --steering-kinds ({declared})"
 
 
 def _origin(given: str | SteeringVector | Probe, names: Mapping[str, SteeringVector] | Mapping[str, Probe]) -> Origin:
@@ -167,19 +209,19 @@ def _origin(given: str | SteeringVector | Probe, names: Mapping[str, SteeringVec
     return Origin(name, content.digest, content.vector.digest if isinstance(content, Probe) else b"")
 
 
-def _misfit(term: Term, model: ModelSites, path: str, *, inline: bool) -> SteeringError:
-    vector = term.vector
-    if vector.hidden_size != model.hidden_size:
-        return SteeringError(path, f"has width {vector.hidden_size}, this model has hidden size {model.hidden_size}")
-    site = next(site for site in vector.sites if site not in model.sites)
-    here = f"{path}.{site.hook}" if inline else path
-    remedy = "" if inline else "; `layers` narrows a vector"
+def _misfit(site: Site, model: ModelSites, step: Intervention, path: str) -> SteeringError:
+    """The fault of an intervention that acts at `site`, which is not served."""
+    inline = isinstance(step.vector, SteeringVector)
+    here = f"{path}.vector.{site.hook}" if inline else f"{path}.vector"
+    by_layer = here if step.layers is None else f"{path}.layers"
+    by_hook = here if step.hooks is None else f"{path}.hooks"
+    remedy = "" if inline or step.layers is not None else "; `layers` narrows a vector"
     if site.layer >= model.num_layers:
-        return SteeringError(
-            here, f"layer {site.layer} does not exist: the layers are 0 to {model.num_layers - 1}{remedy}"
-        )
+        said = f"layer {site.layer} does not exist: the layers are 0 to {model.num_layers - 1}{remedy}"
+        return SteeringError(by_layer, said)
     if site.hook not in model.hook_points:
         served = ", ".join(hook.value for hook in model.hook_points)
-        return SteeringError(here, f"this model does not serve {site.hook}; it serves {served}")
+        return SteeringError(by_hook, f"this model does not serve {site.hook}; it serves {served}")
     layers = sorted(other.layer for other in model.sites if other.hook == site.hook)
-    return SteeringError(here, f"layer {site.layer} is not served at {site.hook}; served are {summary(layers)}{remedy}")
+    said = f"layer {site.layer} is not served at {site.hook}; served are {summary(layers)}{remedy}"
+    return SteeringError(by_layer, said)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.sites import Site, site_order
+from trimtab.sites import HookPoint, Site, in_order, site_order
 from trimtab.vectors.content import VectorMetadata
 from trimtab.vectors.files import read_file, reading, write_vector
 from trimtab.vectors.values import FloatArray, as_direction, as_site, largest
@@ -33,6 +33,9 @@ class Part(NamedTuple):
 
     site: Site
     before: bool
+
+
+Key = tuple[int, ...] | tuple[HookPoint, ...] | Part  # of a selection of sites
 
 
 class SteeringVector:
@@ -96,7 +99,8 @@ class SteeringVector:
         order = sorted(range(len(sites)), key=lambda i: site_order(sites[i]))
         if order != list(range(len(sites))):
             sites, block = tuple(sites[i] for i in order), block[order]
-        block = np.ascontiguousarray(block).view()
+        spread = len(block) > 1 and block.strides[0] == 0 and block[0].flags.c_contiguous
+        block = (block if spread else np.ascontiguousarray(block)).view()
         block.flags.writeable = False
         self._sites = sites
         self._block = block
@@ -104,7 +108,7 @@ class SteeringVector:
         self._digest: bytes | None = None
         self._directions: Mapping[Site, FloatArray] | None = None
         self._max_abs: float | None = None
-        self._narrowed: dict[tuple[int, ...] | Part, SteeringVector] = {}
+        self._narrowed: dict[Key, SteeringVector] = {}
         self._site_digests: list[bytes] | None = None
 
     # --- what it holds
@@ -226,6 +230,45 @@ class SteeringVector:
             raise SteeringError("layers", f"{given} {summary(mine)}")
         return self._narrow(wanted, [i for i, site in enumerate(self._sites) if site.layer in wanted])
 
+    def at_hooks(self, hooks: Iterable[HookPoint]) -> "SteeringVector":
+        """The same directions at these hook points alone. Raises `SteeringError` for one without a site."""
+        wanted = in_order(hooks)
+        if (known := self._narrowed.get(wanted)) is not None:
+            return known
+        mine = in_order(site.hook for site in self._sites)
+        missing = [hook.value for hook in wanted if hook not in mine]
+        if missing or not wanted:
+            given = f"{missing[0]} is not among its hook points" if missing else "no hook point is given; its own are"
+            raise SteeringError("hooks", f"{given} {summary(mine)}")
+        return self._narrow(wanted, [i for i, site in enumerate(self._sites) if site.hook in wanted])
+
+    def acting(self, layers: Iterable[int] | None, hooks: Iterable[HookPoint] | None) -> "SteeringVector":
+        """The vector where an intervention lets it act: one with one site is spread over `layers` and `hooks`, of
+        others their own at these are kept. Raises `SteeringError` as `at` and `at_hooks` do."""
+        if len(self._sites) == 1 and (layers, hooks) != (None, None):
+            own = self._sites[0]
+            places = (own.hook,) if hooks is None else tuple(hooks)
+            return self.spread(Site(layer, hook) for layer in layers or (own.layer,) for hook in places)
+        narrowed = self if layers is None else self.at(layers)
+        return narrowed if hooks is None else narrowed.at_hooks(hooks)
+
+    def spread(self, sites: Iterable[Site]) -> "SteeringVector":
+        """The one direction of a vector with one site, at each of `sites`. It is held once."""
+        if len(self._sites) != 1:
+            raise ValueError(f"a vector with {len(self._sites)} sites cannot be spread")
+        ordered = tuple(sorted(set(sites), key=site_order))
+        if ordered == self._sites:
+            return self
+        block = np.broadcast_to(self._block, (len(ordered), self.hidden_size))
+        spread = SteeringVector.from_block(ordered, block, self._metadata, max_abs=self.max_abs)
+        spread._site_digests = self._digests_of_sites() * len(ordered)
+        return spread
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether it has the direction of its first site at every site, held once."""
+        return len(self._sites) > 1 and self._block.strides[0] == 0
+
     def part(self, part: Part) -> "SteeringVector | None":
         """The same directions at the sites of `part` alone; None where the vector has none there."""
         if (known := self._narrowed.get(part)) is not None:
@@ -234,10 +277,12 @@ class SteeringVector:
         kept = range(cut) if part.before else range(cut, len(self._sites))
         return self._narrow(part, kept) if kept else None
 
-    def _narrow(self, key: tuple[int, ...] | Part, kept: list[int] | range) -> "SteeringVector":
+    def _narrow(self, key: Key, kept: list[int] | range) -> "SteeringVector":
         if len(kept) == len(self._sites):
             return self
         digests, sites = self._digests_of_sites(), tuple(self._sites[i] for i in kept)
+        if self.is_spread:
+            kept = range(len(kept))  # all rows are one
         rows = slice(kept.start, kept.stop) if isinstance(kept, range) else kept  # of a range, nothing is copied
         narrow = self._with_block(self._block[rows], self._metadata, sites)
         narrow._site_digests = [digests[i] for i in kept]

@@ -29,6 +29,7 @@ FIELD = "steering"  # the request's field, at every door
 
 # Labels of the refusal counter: a fixed set, since field paths hold what callers wrote.
 REASONS = frozenset({"interventions", "kind", "vector", "scale", "phase", "layers", "gate", "probe", "threshold"})
+REASONS |= {"hooks", "to", "strength", "factor", "min", "max", "value"}
 REASONS |= {"sharpness", "dtype", "shape", "layer_indices", "data", *HookPoint}
 REASONS |= {"disabled", "beam_search", "resumable", "twice", "route", "place"}
 
@@ -179,7 +180,8 @@ def _parse_default(given: Any) -> ServerDefault:
 
 def _names_alone(steering: Steering) -> bool:
     return all(
-        isinstance(step.vector, str) and (step.gate is None or isinstance(step.gate.probe, str))
+        all(isinstance(source, str) for source in step.sources.values())
+        and (step.gate is None or isinstance(step.gate.probe, str))
         for step in steering.interventions
     )
 

@@ -10,7 +10,12 @@ import torch
 
 from trimtab.engines.vllm.worker.attach import Attachment
 from trimtab.errors import SteeringError
-from trimtab.ops.warmup import unwarmed_sites, warmup_apply_gates_kernel, warmup_apply_steering_kernel
+from trimtab.ops.warmup import (
+    unwarmed_sites,
+    warmup_apply_gates_kernel,
+    warmup_apply_slots_kernel,
+    warmup_apply_steering_kernel,
+)
 
 
 def warm_up_kernels(vllm_config: Any, attachment: Attachment) -> None:
@@ -24,6 +29,7 @@ def warm_up_kernels(vllm_config: Any, attachment: Attachment) -> None:
     # A stream in two parts is given to the row monitor as their sum, which is not rounded.
     warmup_apply_steering_kernel(monitored, sizes, dtype=torch.float32, in_place=(False,))
     warmup_apply_gates_kernel(modules, sizes)
+    warmup_apply_slots_kernel(modules, sizes)
 
 
 def require_warm(attachment: Attachment) -> None:

@@ -1,0 +1,181 @@
+"""Triton kernel of `trimtab::apply_slots_`: all slots of one site in one launch, in place.
+
+A program takes one token at a time. A token whose row has no slot here costs the loads that tell. For another, all K
+rows that its slots read are on their way at once, and so are those that they write; where K rows are more than fits in
+registers, in pieces of their width. The source loads the stream twice, the compiled program once where there is one
+piece.
+"""
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from trimtab.ops.args import SlotOpArgs
+from trimtab.ops.kernels.launch import Launch, launch_sizes, named_arguments, on_device
+from trimtab.ops.kernels.responses import respond
+from trimtab.ops.variants import note_launch
+
+HELD = 16384
+"""Elements that a program holds at once of what its slots read; half as many where the numbers of more than 4 slots
+leave less room."""
+
+
+def slot_launch_sizes(width: int, slots: int, tokens: int, device: torch.device) -> Launch:
+    """The launch for N `tokens` of `width` H with K `slots`: a thread holds 32 elements or less."""
+    lines = triton.next_power_of_2(slots)
+    held = HELD if lines <= 4 else HELD // 2
+    sizes = launch_sizes(min(width, max(1, held // lines)), tokens, device)
+    return dataclasses.replace(sizes, num_warps=max(sizes.num_warps, lines * sizes.block // 1024))
+
+
+def launch_apply_slots(args: SlotOpArgs, sizes: Launch | None = None) -> None:
+    """Write what each token's slots make of the stream to `args.steered`."""
+    tokens, width = args.steered.shape
+    if tokens == 0 or width == 0:
+        return
+    slots = args.slot_rows.shape[1]
+    sizes = sizes or slot_launch_sizes(width, slots, tokens, args.steered.device)
+    with on_device(args.steered):
+        apply_slots_kernel[(sizes.programs,)](
+            **named_arguments(apply_slots_kernel, args),
+            tokens=tokens,
+            WIDTH=width,
+            BLOCK=sizes.block,
+            SLOTS=slots,
+            LINES=triton.next_power_of_2(slots),
+            SPLIT=args.hidden_rest.shape[0] > 0,
+            GATED=args.gate_values.shape[0] > 0,
+            num_warps=sizes.num_warps,
+            maxnreg=sizes.registers,
+        )
+    note_launch(apply_slots_kernel)
+
+
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=[
+        "tokens",
+        "steering_index_stride_0",
+        "slot_rows_stride_0",
+        "slot_rows_stride_1",
+        "slot_rows_stride_2",
+        "slot_codes_stride_0",
+        "slot_codes_stride_1",
+        "slot_codes_stride_2",
+        "slot_params_stride_0",
+        "slot_params_stride_1",
+        "slot_params_stride_2",
+        "slot_mix_stride_0",
+        "slot_mix_stride_1",
+        "slot_mix_stride_2",
+        "gate_values_stride_0",
+        "gate_values_stride_1",
+    ],
+    do_not_specialize_on_alignment=[
+        "p_steering_index",
+        "p_slot_rows",
+        "p_slot_codes",
+        "p_slot_params",
+        "p_slot_mix",
+        "p_gate_values",
+    ],
+)
+def apply_slots_kernel(  # type: ignore[no-untyped-def]
+    p_steered,
+    p_hidden_rest,
+    p_steering_table,
+    p_steering_index,
+    p_slot_rows,
+    p_slot_codes,
+    p_slot_params,
+    p_slot_mix,
+    p_gate_values,
+    tokens,
+    steered_stride_0,
+    steered_stride_1,
+    hidden_rest_stride_0,
+    hidden_rest_stride_1,
+    steering_table_stride_0,
+    steering_table_stride_1,
+    steering_index_stride_0,
+    slot_rows_stride_0,
+    slot_rows_stride_1,
+    slot_rows_stride_2,
+    slot_codes_stride_0,
+    slot_codes_stride_1,
+    slot_codes_stride_2,
+    slot_params_stride_0,
+    slot_params_stride_1,
+    slot_params_stride_2,
+    slot_mix_stride_0,
+    slot_mix_stride_1,
+    slot_mix_stride_2,
+    gate_values_stride_0,
+    gate_values_stride_1,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LINES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    i_slot = tl.arange(0, LINES)
+    is_slot = i_slot < SLOTS
+    for i_token in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        o_token = tl.cast(i_token, tl.int64)
+        o_record = tl.load(p_steering_index + o_token * steering_index_stride_0)
+        steered = is_slot & (o_record > 0)
+        at_rows = p_slot_rows + o_record * slot_rows_stride_0 + i_slot * slot_rows_stride_1
+        o_read = tl.load(at_rows, mask=steered, other=0)
+        o_write = tl.load(at_rows + slot_rows_stride_2, mask=steered, other=0)
+        if tl.max(o_read | o_write, 0) > 0:
+            at_codes = p_slot_codes + o_record * slot_codes_stride_0 + i_slot * slot_codes_stride_1
+            at_params = p_slot_params + o_record * slot_params_stride_0 + i_slot * slot_params_stride_1
+            at_mix = p_slot_mix + o_record * slot_mix_stride_0 + i_slot[:, None] * slot_mix_stride_1
+            code = tl.load(at_codes, mask=is_slot, other=0)
+            factor = tl.load(at_params, mask=is_slot, other=0.0)
+            bias = tl.load(at_params + slot_params_stride_2, mask=is_slot, other=0.0)
+            b_mix = tl.load(
+                at_mix + i_slot[None, :] * slot_mix_stride_2, mask=is_slot[:, None] & is_slot[None, :], other=0.0
+            )
+            opened = tl.full([LINES], 1.0, tl.float32)
+            if GATED:
+                gate = tl.load(at_codes + slot_codes_stride_2, mask=is_slot, other=0)
+                at_gates = p_gate_values + (gate - 1).to(tl.int64) * gate_values_stride_0
+                opened = tl.load(at_gates + o_token * gate_values_stride_1, mask=gate > 0, other=1.0)
+
+            score = tl.zeros([LINES], tl.float32)
+            for start in range(0, WIDTH, BLOCK):
+                o_h = start + tl.arange(0, BLOCK).to(tl.int64)
+                in_row = o_h < WIDTH
+                at_steered = p_steered + o_token * steered_stride_0 + o_h * steered_stride_1
+                b_y = tl.load(at_steered, mask=in_row, other=0.0).to(tl.float32)
+                if SPLIT:
+                    at_rest = p_hidden_rest + o_token * hidden_rest_stride_0 + o_h * hidden_rest_stride_1
+                    b_y += tl.load(at_rest, mask=in_row, other=0.0).to(tl.float32)
+                at_read = p_steering_table + o_read[:, None] * steering_table_stride_0
+                b_read = tl.load(
+                    at_read + o_h[None, :] * steering_table_stride_1,
+                    mask=(o_read > 0)[:, None] & in_row[None, :],
+                    other=0.0,
+                )
+                score += tl.sum(b_y[None, :] * b_read.to(tl.float32), 1)
+
+            u = tl.where(o_read > 0, score * factor, 0.0) + bias
+            c = respond(code, u, at_params + 2 * slot_params_stride_2, slot_params_stride_2, is_slot) * opened
+            amount = tl.sum(b_mix * c[None, :], 1)
+            o_along = tl.where(o_write > 0, o_write, o_read)
+            for start in range(0, WIDTH, BLOCK):
+                o_h = start + tl.arange(0, BLOCK).to(tl.int64)
+                in_row = o_h < WIDTH
+                at_steered = p_steered + o_token * steered_stride_0 + o_h * steered_stride_1
+                at_along = p_steering_table + o_along[:, None] * steering_table_stride_0
+                b_along = tl.load(
+                    at_along + o_h[None, :] * steering_table_stride_1,
+                    mask=(o_along > 0)[:, None] & in_row[None, :],
+                    other=0.0,
+                )
+                b_z = tl.load(at_steered, mask=in_row, other=0.0).to(tl.float32)
+                b_z += tl.sum(amount[:, None] * b_along.to(tl.float32), 0)
+                tl.store(at_steered, b_z.to(p_steered.dtype.element_ty), mask=in_row)
