@@ -7,8 +7,8 @@ import pytest
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import decode, encode
-from trimtab.program.monitor import LABEL, behind, monitor_of, reaches
-from trimtab.program.resolved_gate import ResolvedGate, VectorReference, check_monitor
+from trimtab.program.monitor import behind, monitor_of, reaches
+from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, VectorReference, check_monitor
 from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Phase, Site
 from trimtab.spec import Steering
 from trimtab.vectors import Probe, SteeringVector
@@ -18,7 +18,9 @@ SITES = frozenset(Site(layer, hook) for layer in range(LAYERS) for hook in HookP
 MODEL = ModelSites(WIDTH, LAYERS, SITES, GateLimits(2, SITES))
 ANGER = Probe.at(Site(1, HookPoint.MLP_IN), [1.0, 0.0])
 GATE = {"probe": ANGER, "threshold": 0.5, "sharpness": 2.0}
-MONITOR = ResolvedGate.of(ANGER.vector, 0.5, 2.0, reference=VectorReference(LABEL, ANGER.vector.digest), label=LABEL)
+MONITOR = ResolvedGate.of(
+    ANGER.vector, 0.5, 2.0, reference=VectorReference(MONITOR_LABEL, ANGER.vector.digest), label=MONITOR_LABEL
+)
 CALM = SteeringVector({Site(layer, HookPoint.POST_BLOCK): [1.0 + layer, 2.0] for layer in range(LAYERS)})
 VECTORS = {"calm": CALM}
 
@@ -155,6 +157,6 @@ def test_a_gate_that_equals_the_monitor_is_told_as_the_monitor_in_every_phase_an
     found = behind(steps.resolve(VECTORS, MODEL, {"anger": ANGER}), MONITOR)
     digests = {CALM.digest: CALM, ANGER.vector.digest: ANGER.vector}
     for told in (found, decode(encode(found), digests)):
-        assert {item.gate.label for program in told.programs for item in program.gated} == {LABEL}
+        assert {item.gate.label for program in told.programs for item in program.gated} == {MONITOR_LABEL}
     alone = Steering.parse({"interventions": [add(layers=[3], phase="decode", gate=anger)]})
     assert monitor_of(behind(alone.resolve(VECTORS, MODEL, {"anger": ANGER}), MONITOR)) == MONITOR.digest.hex()

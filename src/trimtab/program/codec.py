@@ -1,34 +1,41 @@
 """The form in which resolved steering travels between processes: plain dicts, lists, bytes and numbers, for msgpack.
 
-    {"version": 2, "vectors": [VECTOR, ...], "gates": [GATE, ...], "programs": [[TERM, ...], ...]}
-    a program for each phase, as `ResolvedSteering.programs` has them
+    {"version": 3, "vectors": [VECTOR, ...], "gates": [GATE, ...], "directions": [DIRECTION, ...], "slots": [SLOT, ...],
+     "programs": [[TERM, ...], ...], "acting": [[slot index, ...], ...]}
+    for each phase the terms of its program, as `ResolvedSteering.programs` has them, and its slots
     TERM = [vector index, scale], or [vector index, scale, gate index]
+    SLOT = [response, direction index of what it reads | None, of what it writes | None, NUMBERS, gate index | None]
+    NUMBERS = [[[[layer, hook], ...], [bias, numbers of the response ...]], ...]
+    DIRECTION = [[vector index, weight, whether at unit length], ...]
     GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)]
     VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector,
+           | {..., "hooks": [hook, ...]}                                                   at these hook points
            | {..., "part": [layer, hook, whether before]}                                  on one side of a site
-           | {"sites": [[layer, hook], ...], "width": int, "data": bytes}                  little-endian float32 [n, H]
+           | {"sites": [[layer, hook], ...], "width": int, "data": bytes}                  little-endian float32 [n, H],
+           | {..., "spread": True}                                                         or [1, H] for all sites
 
-The reader trusts nothing: digests of inline content are computed anew, registered ones are looked up by digest.
+The reader trusts nothing: digests of inline content are computed anew, registered ones are looked up by digest. What a
+request called its slots does not travel: it is no part of what they do.
 """
 
-from collections.abc import Container, Mapping, Set
+from collections.abc import Container, Mapping
 from typing import Any
 
-import numpy as np
-
 from trimtab.errors import SteeringError
-from trimtab.program import SPANS, PhaseProgram, ResolvedSteering, Term
+from trimtab.program.programs import PhaseProgram, Term
+from trimtab.program.resolved import SPANS, ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference, check_gate
-from trimtab.sites import LAYERS_BELOW, HookPoint, Site
-from trimtab.vectors.values import FloatArray
-from trimtab.vectors.vector import Part, SteeringVector
+from trimtab.program.slots import Slot
+from trimtab.program.wire_slots import decode_direction, decode_slot, encode_slot
+from trimtab.program.wire_values import check_keys, index_of, list_of, number_of, parts_of, truth_of
+from trimtab.program.wire_vectors import Known, decode_vector, encode_vector
+from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown
 
-VERSION = 2
-LARGEST_FLOAT64 = float(np.finfo(np.float64).max)
-WIDTHS_BELOW = 1 << 31
+VERSION = 3
 LONGEST_LABEL = 128  # characters, as of the names that can be registered
-KEYS = frozenset({"version", "vectors", "gates", "programs"})
+MOST_SLOTS = 256  # of a program: those of a request and of a server's default, split where a monitor begins
+KEYS = frozenset({"version", "vectors", "gates", "directions", "slots", "programs", "acting"})
 
 
 def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, views: bool = False) -> dict[str, Any]:
@@ -45,11 +52,17 @@ def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, 
         if vector.digest not in places:
             places[vector.digest] = len(vectors)
             known = reference is not None and (held is None or reference.digest in held)
-            vectors.append(_encode_vector(vector, reference if known else None, views))
+            vectors.append(encode_vector(vector, reference if known else None, views))
         return places[vector.digest]
 
     gates = {gate.digest: index for index, gate in enumerate(steering.gates)}
     encoded = [[place(g.probe, g.reference), g.threshold, g.sharpness, g.invert, g.label] for g in steering.gates]
+    slots = {slot.digest: slot for slot in steering.slots}
+    ways = {way.row_key: way for slot in slots.values() for way in slot.directions}
+    directions = [
+        [[place(part.vector, reference), part.weight, part.unit] for part, reference in way.told]
+        for way in ways.values()
+    ]
 
     def terms(program: PhaseProgram) -> list[list[Any]]:
         entries: list[list[Any]] = []
@@ -58,8 +71,16 @@ def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, 
             entries.append([place(term.vector, term.reference), term.scale, *gate])
         return entries
 
-    programs = [terms(program) for program in steering.programs]
-    return {"version": VERSION, "vectors": vectors, "gates": encoded, "programs": programs}
+    order = list(slots)
+    return {
+        "version": VERSION,
+        "vectors": vectors,
+        "gates": encoded,
+        "directions": directions,
+        "slots": [encode_slot(slot, list(ways), gates) for slot in slots.values()],
+        "programs": [terms(program) for program in steering.programs],
+        "acting": [[order.index(slot.digest) for slot in program.slots] for program in steering.programs],
+    }
 
 
 def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> ResolvedSteering:
@@ -67,99 +88,41 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
 
     `vectors_by_digest` holds the directions of registered probes too.
     """
-    _keys(wire, "wire", KEYS)
+    check_keys(wire, "wire", KEYS)
     if type(wire["version"]) is not int or wire["version"] != VERSION:
         raise SteeringError("wire.version", f"got {shown(wire['version'])}, this release reads version {VERSION}")
-    entries = _list(wire["vectors"], "wire.vectors")
-    vectors = [_decode_vector(entry, f"wire.vectors[{i}]", vectors_by_digest) for i, entry in enumerate(entries)]
+    entries = {key: list_of(wire[key], f"wire.{key}") for key in sorted(KEYS - {"version"})}
+    vectors = [
+        decode_vector(entry, f"wire.vectors[{i}]", vectors_by_digest) for i, entry in enumerate(entries["vectors"])
+    ]
     if len({vector.hidden_size for vector, _ in vectors}) > 1:
         raise SteeringError("wire.vectors", "the vectors have different widths")
-    gates = [
-        _decode_gate(entry, f"wire.gates[{i}]", vectors) for i, entry in enumerate(_list(wire["gates"], "wire.gates"))
+    gates = [_decode_gate(entry, f"wire.gates[{i}]", vectors) for i, entry in enumerate(entries["gates"])]
+    ways = [decode_direction(entry, f"wire.directions[{i}]", vectors) for i, entry in enumerate(entries["directions"])]
+    slots = [decode_slot(entry, f"wire.slots[{i}]", ways, gates) for i, entry in enumerate(entries["slots"])]
+    for key in ("programs", "acting"):
+        if (count := len(entries[key])) != len(SPANS):
+            raise SteeringError(f"wire.{key}", f"has {count} items, want one for each of {', '.join(SPANS)}")
+    read = [
+        (
+            _decode_terms(entries["programs"][i], f"wire.programs[{i}]", len(vectors), len(gates)),
+            _decode_acting(entries["acting"][i], f"wire.acting[{i}]", len(slots)),
+        )
+        for i in range(len(SPANS))
     ]
-    entries = _list(wire["programs"], "wire.programs")
-    if len(entries) != len(SPANS):
-        raise SteeringError("wire.programs", f"has {len(entries)} items, want one for each of {', '.join(SPANS)}")
-    read = [_decode_terms(entry, f"wire.programs[{i}]", vectors, gates) for i, entry in enumerate(entries)]
     programs: list[PhaseProgram] = []
-    for i, terms in enumerate(read):
-        first = read.index(terms)  # mostly all are alike, and then one object
-        programs.append(programs[first] if first < i else _program(terms, f"wire.programs[{i}]", vectors, gates))
+    for i, found in enumerate(read):
+        first = read.index(found)  # mostly all are alike, and then one object
+        programs.append(programs[first] if first < i else _program(found, f"wire.programs[{i}]", vectors, gates, slots))
     return ResolvedSteering(tuple(programs))
 
 
-def _encode_vector(vector: SteeringVector, reference: VectorReference | None, views: bool) -> dict[str, Any]:
-    if reference is not None:
-        layers = None if reference.layers is None else list(reference.layers)
-        named: dict[str, Any] = {"name": reference.name, "digest": reference.digest, "layers": layers}
-        if (part := reference.part) is not None:
-            named["part"] = [part.site.layer, part.site.hook.value, part.before]
-        return named
-    sites = [[site.layer, site.hook.value] for site in vector.sites]
-    data = vector.block.astype("<f4", copy=False).data.cast("B")
-    views = views and _sealed(vector.block)  # what is sent must be what was named by its digest
-    return {"sites": sites, "width": vector.hidden_size, "data": data if views else bytes(data)}
-
-
-def _sealed(block: FloatArray) -> bool:
-    """Whether the array that `block` is a view of is read-only too, so that no one can write to its numbers."""
-    return isinstance(block.base, np.ndarray) and not block.base.flags.writeable
-
-
-def _decode_vector(
-    entry: Any, path: str, vectors_by_digest: Mapping[bytes, SteeringVector]
-) -> tuple[SteeringVector, VectorReference | None]:
-    if isinstance(entry, Mapping) and "name" in entry:
-        return _decode_reference(entry, path, vectors_by_digest)
-    _keys(entry, path, {"sites", "width", "data"})
-    sites = [_site(site, f"{path}.sites[{i}]") for i, site in enumerate(_list(entry["sites"], f"{path}.sites"))]
-    width, data = entry["width"], entry["data"]
-    if type(width) is not int or not 0 < width < WIDTHS_BELOW:
-        raise SteeringError(f"{path}.width", f"got {shown(width)}, want a whole number above 0")
-    if not isinstance(data, (bytes, bytearray, memoryview)):
-        raise SteeringError(f"{path}.data", f"got {type(data).__name__}, want bytes")
-    size = memoryview(data).nbytes
-    if not sites or size != 4 * width * len(sites):
-        raise SteeringError(f"{path}.data", f"has {size} bytes, want {4 * width * len(sites)} for its sites and width")
-    block = np.frombuffer(bytes(data), dtype="<f4").reshape(len(sites), width)
-    return SteeringVector.from_block(sites, block, field=path), None
-
-
-def _decode_reference(
-    entry: Mapping[str, Any], path: str, vectors_by_digest: Mapping[bytes, SteeringVector]
-) -> tuple[SteeringVector, VectorReference]:
-    _keys(entry, path, {"name", "digest", "layers", "part"} if "part" in entry else {"name", "digest", "layers"})
-    name, digest, layers = entry["name"], entry["digest"], entry["layers"]
-    if not isinstance(name, str):
-        raise SteeringError(f"{path}.name", f"got {type(name).__name__}, want a string")
-    if not isinstance(digest, bytes) or (vector := vectors_by_digest.get(digest)) is None:
-        shown = digest.hex()[:16] if isinstance(digest, bytes) else type(digest).__name__
-        raise SteeringError(f"{path}.digest", f"vector {name!r:.80} ({shown}) is not registered in this process")
-    chosen = None
-    if layers is not None:
-        chosen = tuple(_layer(layer, f"{path}.layers[{i}]") for i, layer in enumerate(_list(layers, f"{path}.layers")))
-        try:
-            vector = vector.at(chosen)
-        except SteeringError as error:
-            raise SteeringError(f"{path}.layers", error.message) from None
-    if "part" not in entry:
-        return vector, VectorReference(name, digest, chosen)
-    part = _part(entry["part"], f"{path}.part")
-    if (kept := vector.part(part)) is None:
-        side = "before it" if part.before else "from it on"
-        raise SteeringError(f"{path}.part", f"vector {name!r:.80} has no site {side}: {part.site}")
-    return kept, VectorReference(name, digest, chosen, part)
-
-
-def _decode_gate(entry: Any, path: str, vectors: list[tuple[SteeringVector, VectorReference | None]]) -> ResolvedGate:
-    parts = _list(entry, path)
-    if len(parts) != 5:
-        raise SteeringError(path, f"has {len(parts)} items, want [vector index, threshold, sharpness, invert, label]")
+def _decode_gate(entry: Any, path: str, vectors: list[Known]) -> ResolvedGate:
+    parts = parts_of(entry, path, "vector index", "threshold", "sharpness", "invert", "label")
     index, threshold, sharpness, invert, label = parts
-    probe, reference = vectors[_index(index, len(vectors), "vectors", f"{path}[0]")]
-    threshold, sharpness = _number(threshold, f"{path}[1]"), _number(sharpness, f"{path}[2]")
-    if type(invert) is not bool:
-        raise SteeringError(f"{path}[3]", f"got {shown(invert)}, want true or false")
+    probe, reference = vectors[index_of(index, len(vectors), "vectors", f"{path}[0]")]
+    threshold, sharpness = number_of(threshold, f"{path}[1]"), number_of(sharpness, f"{path}[2]")
+    truth_of(invert, f"{path}[3]")
     if not isinstance(label, str) or len(label) > LONGEST_LABEL:
         raise SteeringError(f"{path}[4]", f"got {shown(label)}, want a string of at most {LONGEST_LABEL} characters")
     try:
@@ -168,87 +131,46 @@ def _decode_gate(entry: Any, path: str, vectors: list[tuple[SteeringVector, Vect
         raise SteeringError(path, f"{error.field}: {error.message}") from None
 
 
-def _decode_terms(
-    entries: Any,
-    path: str,
-    vectors: list[tuple[SteeringVector, VectorReference | None]],
-    gates: list[ResolvedGate],
-) -> list[tuple[int, float, int | None]]:
-    """Places of vectors, scales, and places of gates, of one program."""
-    terms: list[tuple[int, float, int | None]] = []
-    for i, entry in enumerate(_list(entries, path)):
-        parts = _list(entry, f"{path}[{i}]")
+Terms = list[tuple[int, float, int | None]]  # places of vectors, scales, and places of gates
+
+
+def _decode_terms(entry: Any, path: str, vectors: int, gates: int) -> Terms:
+    """The terms of one program, of so many vectors and gates."""
+    terms: Terms = []
+    for i, item in enumerate(list_of(entry, path)):
+        parts = list_of(item, f"{path}[{i}]")
         if len(parts) not in (2, 3):
             raise SteeringError(
-                f"{path}[{i}]", f"has {len(parts)} items, want [vector index, scale] and perhaps a gate"
+                f"{path}[{i}]", f"has {len(parts)} items, want [vector index, scale] or a gate index too"
             )
-        vector = _index(parts[0], len(vectors), "vectors", f"{path}[{i}][0]")
-        scale = _number(parts[1], f"{path}[{i}][1]")
-        gate = _index(parts[2], len(gates), "gates", f"{path}[{i}][2]") if len(parts) == 3 else None
-        if gate is not None:
-            try:
-                check_gate(gates[gate], vectors[vector][0].sites, vectors[vector][0].hidden_size)
-            except SteeringError as error:
-                raise SteeringError(f"{path}[{i}][2]", error.message) from None
+        vector = index_of(parts[0], vectors, "vectors", f"{path}[{i}][0]")
+        scale = number_of(parts[1], f"{path}[{i}][1]")
+        gate = index_of(parts[2], gates, "gates", f"{path}[{i}][2]") if len(parts) == 3 else None
         terms.append((vector, scale, gate))
     return terms
 
 
+def _decode_acting(entry: Any, path: str, slots: int) -> list[int]:
+    """The places of the slots of one program."""
+    items = list_of(entry, path)
+    if len(items) > MOST_SLOTS:
+        raise SteeringError(path, f"has {len(items)} slots, at most {MOST_SLOTS} are read")
+    return [index_of(item, slots, "slots", f"{path}[{i}]") for i, item in enumerate(items)]
+
+
 def _program(
-    terms: list[tuple[int, float, int | None]],
-    path: str,
-    vectors: list[tuple[SteeringVector, VectorReference | None]],
-    gates: list[ResolvedGate],
+    found: tuple[Terms, list[int]], path: str, vectors: list[Known], gates: list[ResolvedGate], slots: list[Slot]
 ) -> PhaseProgram:
+    terms: list[Term] = []
+    for i, (vector, scale, gate) in enumerate(found[0]):
+        term = Term(vectors[vector][0], scale, vectors[vector][1], None if gate is None else gates[gate])
+        if term.gate is not None:
+            try:
+                check_gate(term.gate, term.sites, term.hidden_size)
+            except SteeringError as error:
+                raise SteeringError(f"{path}[{i}][2]", error.message) from None
+        terms.append(term)
     try:
-        return PhaseProgram.of(
-            Term(vectors[vector][0], scale, vectors[vector][1], None if gate is None else gates[gate])
-            for vector, scale, gate in terms
-        )
+        return PhaseProgram.of(terms, (slots[index] for index in found[1]))
     except SteeringError as error:
         raise SteeringError(path, error.message) from None
-
-
-def _index(value: Any, count: int, what: str, path: str) -> int:
-    if type(value) is not int or not 0 <= value < count:
-        raise SteeringError(path, f"got {shown(value)}, want the index of one of {count} {what}")
-    return value
-
-
-def _number(value: Any, path: str) -> float:
-    if type(value) not in (float, int) or not abs(value) <= LARGEST_FLOAT64:  # float32 cannot hold every merged scale
-        raise SteeringError(path, f"got {shown(value)}, want a finite number")
-    return float(value)
-
-
-def _keys(entry: Any, path: str, wanted: Set[str]) -> None:
-    if not isinstance(entry, Mapping):
-        raise SteeringError(path, f"got {type(entry).__name__}, want an object with {', '.join(sorted(wanted))}")
-    if set(entry) != wanted:
-        raise SteeringError(path, f"has the keys {sorted(map(str, entry))}, want {sorted(wanted)}")
-
-
-def _list(value: Any, path: str) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise SteeringError(path, f"got {type(value).__name__}, want a list")
-    return list(value)
-
-
-def _layer(value: Any, path: str) -> int:
-    if type(value) is not int or not 0 <= value < LAYERS_BELOW:
-        raise SteeringError(path, f"got {shown(value)}, want a layer, a whole number from 0")
-    return value
-
-
-def _part(value: Any, path: str) -> Part:
-    parts = _list(value, path)
-    if len(parts) != 3 or type(parts[2]) is not bool:
-        raise SteeringError(path, f"got {shown(value)}, want [layer, hook, whether before]")
-    return Part(_site(parts[:2], path), parts[2])
-
-
-def _site(value: Any, path: str) -> Site:
-    pair = _list(value, path)
-    if len(pair) != 2 or not isinstance(pair[1], str) or pair[1] not in HookPoint.__members__.values():
-        raise SteeringError(path, f"got {shown(value)}, want [layer, hook]")
-    return Site(_layer(pair[0], f"{path}[0]"), HookPoint(pair[1]))

@@ -1,7 +1,7 @@
-"""An engine's monitor: one gate of its own before what decode tokens receive behind no gate of theirs.
+"""An engine's monitor: one gate of its own before what is done to decode tokens behind no gate of theirs.
 
-A monitor is sugar. Admission puts its gate before the part of each ungated decode term that lies at or after its
-probe's site; the part before that site keeps its full strength, and so do prompts. Everything else (identity, rows,
+A monitor is sugar. Admission puts its gate before the part of each ungated decode term, and slot, that lies at or after
+its probe's site; the part before that site keeps its full strength, and so do prompts. Everything else (identity, rows,
 receipts, meters, checks) is that of gates.
 """
 
@@ -12,10 +12,9 @@ from trimtab.program.programs import PhaseProgram, Term
 from trimtab.program.ranges import MIN_VALUE
 from trimtab.program.resolved import ResolvedSteering
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
+from trimtab.program.slots import Slot
 from trimtab.sites import Site, site_order
 from trimtab.vectors.vector import Part
-
-LABEL = MONITOR_LABEL
 
 
 def behind(steering: ResolvedSteering, monitor: ResolvedGate) -> ResolvedSteering:
@@ -24,13 +23,18 @@ def behind(steering: ResolvedSteering, monitor: ResolvedGate) -> ResolvedSteerin
     A gate of the request that equals the monitor is the monitor: both open alike, and reports tell of one.
     """
     equal = any(
-        item.gate == monitor and item.gate.label != LABEL for program in steering.programs for item in program.gated
+        item.gate == monitor and item.gate.label != MONITOR_LABEL
+        for program in steering.programs
+        for item in program.gated
     )
     if not (equal or reaches(steering, monitor.site)):
         return steering
     prefill = _renamed(steering.prefill, monitor)
-    decode = PhaseProgram.of(part for term in steering.decode.all_terms for part in _parts(term, monitor))
-    return _with_origins(replace(steering, programs=(prefill, decode)))
+    decode = PhaseProgram.of(
+        (part for term in steering.decode.all_terms for part in _parts(term, monitor)),
+        (part for slot in steering.decode.slots for part in _slot_parts(slot, monitor)),
+    )
+    return _with_origins(steering, replace(steering, programs=(prefill, decode)))
 
 
 def _renamed(program: PhaseProgram, monitor: ResolvedGate) -> PhaseProgram:
@@ -40,29 +44,37 @@ def _renamed(program: PhaseProgram, monitor: ResolvedGate) -> PhaseProgram:
     return replace(program, gated=gated)
 
 
-def _with_origins(steering: ResolvedSteering) -> ResolvedSteering:
+def _with_origins(before: ResolvedSteering, steering: ResolvedSteering) -> ResolvedSteering:
     """`steering` with the origins of what it still holds: terms may have cancelled behind the monitor's gate.
 
     Content that stood in the spec has no name that its parts would keep, so it stays as long as there is any.
     """
-    named = {term.reference.digest for term in steering.terms if term.reference is not None}
-    unnamed = any(term.reference is None for term in steering.terms)
-    read = {gate.probe.digest for gate in steering.gates if gate.label != LABEL}
+    gone = _named(before) - _named(steering)
+    read = {gate.probe.digest for gate in steering.gates if gate.label != MONITOR_LABEL}
     return replace(
         steering,
-        vectors=tuple(one for one in steering.vectors if (unnamed if one.name is None else one.digest in named)),
+        vectors=tuple(one for one in steering.vectors if (None if one.name is None else one.digest) not in gone),
         probes=tuple(one for one in steering.probes if one.direction in read),
     )
 
 
+def _named(steering: ResolvedSteering) -> set[bytes | None]:
+    """The digests by which the vectors are named, None for content."""
+    told = [reference for slot in steering.slots for way in slot.directions for _, reference in way.told]
+    told += [term.reference for term in steering.terms]
+    return {None if reference is None else reference.digest for reference in told}
+
+
 def reaches(steering: ResolvedSteering, site: Site) -> bool:
-    """Whether decode tokens receive something at `site` or later that stands behind no gate."""
-    return any(site_order(term.vector.sites[-1]) >= site_order(site) for term in steering.decode.terms)
+    """Whether something is done to decode tokens at `site` or later that stands behind no gate."""
+    last = [term.sites[-1] for term in steering.decode.terms]
+    last += [slot.sites[-1] for slot in steering.decode.slots if slot.gate is None]
+    return any(site_order(one) >= site_order(site) for one in last)
 
 
 def monitor_of(steering: ResolvedSteering) -> str:
     """Hex digest of the monitor that stands before what decode tokens receive; "" if none does."""
-    return next((item.gate.digest.hex() for item in steering.decode.gated if item.gate.label == LABEL), "")
+    return next((item.gate.digest.hex() for item in steering.decode.gated if item.gate.label == MONITOR_LABEL), "")
 
 
 def _parts(term: Term, monitor: ResolvedGate) -> Iterator[Term]:
@@ -77,3 +89,15 @@ def _parts(term: Term, monitor: ResolvedGate) -> Iterator[Term]:
         if reference is not None and vector is not term.vector:
             reference = replace(reference, part=part)
         yield Term(vector, term.scale, reference, gate)
+
+
+def _slot_parts(slot: Slot, monitor: ResolvedGate) -> Iterator[Slot]:
+    """The numbers of a slot before and behind the monitor; its directions stay whole, so that both share their rows."""
+    if slot.gate is not None:
+        yield replace(slot, gate=monitor) if slot.gate == monitor else slot
+        return
+    late = [site_order(site) >= site_order(monitor.site) for site in slot.sites]
+    for gate, behind in ((None, False), (monitor, True)):
+        numbers = tuple(one for one, is_late in zip(slot.numbers, late, strict=True) if is_late is behind)
+        if numbers:
+            yield replace(slot, numbers=numbers, gate=gate)

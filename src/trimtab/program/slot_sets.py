@@ -10,14 +10,15 @@ Directions that are nearly dependent would need steps much longer than c to do s
 twice is one slot, where both agree.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.program.slots import Numbers, Slot
+from trimtab.program.slots import Direction, Numbers, Slot
 from trimtab.responses import CLIP
 from trimtab.sites import Site, site_order
 
@@ -25,6 +26,8 @@ MOST_GROWTH = 10.0
 """How much further than along its own direction alone one slot of a set may move a token."""
 
 SAME = 1e-12  # 1 - |cosine| of what is one direction up to length and sign: float32 numbers times a scale differ less
+
+MOST_AT_ONCE = 1 << 22  # numbers in float64
 
 Matrix = npt.NDArray[np.float64]
 
@@ -79,9 +82,7 @@ def _with_numbers(slot: Slot, numbers: dict[Site, Numbers]) -> Slot | None:
 
 def _join(slots: Sequence[Slot], numbers: Sequence[dict[Site, Numbers]], sites: Sequence[Site]) -> None:
     """Join equal directions among `slots`, which all act at `sites`: the first keeps the `numbers` of all."""
-    units = np.stack([_units(slot, sites) for slot in slots], axis=1)  # [sites, slots, H]
-    cosines = units @ units.transpose(0, 2, 1)
-    for site, cosine in zip(sites, cosines, strict=True):
+    for site, cosine in zip(sites, _cosines(slots, sites), strict=True):
         kept: list[int] = []
         for index, slot in enumerate(slots):
             first = next((other for other in kept if 1.0 - abs(cosine[other, index]) < SAME), None)
@@ -96,15 +97,21 @@ def _join(slots: Sequence[Slot], numbers: Sequence[dict[Site, Numbers]], sites: 
         _check_growth([slots[index] for index in kept], cosine[np.ix_(kept, kept)], site)
 
 
-def _units(slot: Slot, sites: Sequence[Site]) -> Matrix:
-    assert slot.read is not None, "a member reads"
-    values = slot.read.values(sites)
-    lengths = np.linalg.norm(values, axis=1, keepdims=True)
-    if not lengths.all():
-        zero = sites[int(np.flatnonzero(lengths == 0.0)[0])]
-        raise SteeringError("", f"{_called(slot)} reads a direction that is zero at {zero}")
-    units: Matrix = values / lengths
-    return units
+def _cosines(slots: Sequence[Slot], sites: Sequence[Site]) -> Iterator[Matrix]:
+    """Those [K, K] of the directions that `slots` read, at each of `sites`; a few sites at a time."""
+    ways = [slot.read for slot in slots if slot.read is not None]
+    if all(way.is_spread for way in ways):
+        yield from itertools.repeat(next(_cosines_of(ways, sites[:1])), len(sites))
+    else:
+        yield from _cosines_of(ways, sites)
+
+
+def _cosines_of(ways: Sequence[Direction], sites: Sequence[Site]) -> Iterator[Matrix]:
+    few = max(1, MOST_AT_ONCE // (len(ways) * ways[0].hidden_size))
+    for start in range(0, len(sites), few):
+        values = np.stack([way.values(sites[start : start + few]) for way in ways], axis=1)  # [sites, K, H]
+        units = values / np.linalg.norm(values, axis=2, keepdims=True)
+        yield from units @ units.transpose(0, 2, 1)
 
 
 def _joined(slot: Slot, numbers: Numbers, other: Slot, others: Numbers, *, flipped: bool) -> Numbers | None:

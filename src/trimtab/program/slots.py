@@ -9,7 +9,7 @@ sites, with numbers of its own at each. Slots that write along what they read ar
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -63,22 +63,47 @@ class Direction:
         return hashlib.sha256(b"trimtab direction 1\0" + content).digest()
 
     @property
+    def told(self) -> Iterator[tuple[Part, VectorReference | None]]:
+        """Its parts with their references."""
+        return zip(self.parts, self.references or (None,) * len(self.parts), strict=True)
+
+    @property
     def names(self) -> str:
         """What to call it in messages: the names of its vectors, or the first digits of their digests."""
-        references = self.references or (None,) * len(self.parts)
-        named = zip(self.parts, references, strict=True)
         return " and ".join(
             repr(reference.name) if reference is not None else f"the vector {part.vector.digest.hex()[:12]}"
-            for part, reference in named
+            for part, reference in self.told
         )
 
     @cached_property
     def unit(self) -> float:
         """The power of two that `row` counts in, as of `PhaseProgram.unit`."""
-        return unit_of(float(np.abs(self.values(self.sites)).max()))
+        return unit_of(float(np.abs(self._values(self._different)).max()))
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether it is one row at all of its sites."""
+        return all(part.vector.is_spread for part in self.parts)
+
+    @property
+    def zero_at(self) -> Sequence[Site]:
+        """The sites at which it is no direction: zero but for rounding."""
+        lengths = np.linalg.norm(self._values(self._different), axis=1)
+        zero = [site for site, length in zip(self._different, lengths, strict=True) if length < NOTHING]
+        return self.sites if zero and self.is_spread else zero
 
     def values(self, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
-        """Float64 [len(sites), H]: the direction itself; zero where it has no site."""
+        """Float64 [len(sites), H]: the direction itself, zero where it has no site. Not to be written to."""
+        if len(sites) > 1 and self.is_spread and set(sites).issubset(self.sites):
+            return np.broadcast_to(self._values(sites[:1]), (len(sites), self.hidden_size))
+        return self._values(sites)
+
+    @property
+    def _different(self) -> tuple[Site, ...]:
+        """The sites that tell of all of its rows."""
+        return self.sites[:1] if self.is_spread else self.sites
+
+    def _values(self, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
         total = np.zeros((len(sites), self.hidden_size))
         for part in self.parts:
             held = {site: index for index, site in enumerate(part.vector.sites)}
@@ -89,11 +114,6 @@ class Direction:
                 rows /= np.where(lengths == 0.0, 1.0, lengths)
             total[into] += part.weight * rows
         return total
-
-    def zero_among(self, sites: Sequence[Site]) -> list[Site]:
-        """The sites at which it is no direction: zero but for rounding."""
-        lengths = np.linalg.norm(self.values(sites), axis=1)
-        return [site for site, length in zip(sites, lengths, strict=True) if length < NOTHING]
 
     def row(self, sites: Sequence[Site], out: FloatArray | None = None) -> FloatArray:
         """The content of its table row at `sites`, in units of `unit`: float32 [len(sites), H].

@@ -151,7 +151,7 @@ BAD = {
     "not json": ("{", "steering", "other"),
     "empty": ({}, "steering.interventions", "interventions"),
     "no interventions": ({"interventions": []}, "steering.interventions", "interventions"),
-    "unknown key": ({"interventions": [], "strength": 1}, "steering.strength", "other"),
+    "unknown key": ({"interventions": [], "amount": 1}, "steering.amount", "other"),
     "unknown name": (add("nobody"), "steering.interventions[0].vector", "vector"),
     "unknown kind": ({"interventions": [{"kind": "x", "vector": "calm"}]}, "steering.interventions[0].kind", "kind"),
     "unknown hook": (add({"resid": {"0": [1.0] * WIDTH}}), "steering.interventions[0].vector.resid", "vector"),

@@ -8,8 +8,7 @@ import pytest
 from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.frontend.admission import FrontEnd, Monitor
 from trimtab.errors import SteeringError
-from trimtab.program.monitor import LABEL
-from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
 from trimtab.vectors.probe import Probe
@@ -98,7 +97,7 @@ def test_a_default_behind_a_gate_is_binding_too() -> None:
 def test_a_push_behind_the_monitor_makes_up_for_nothing_that_is_taken_back_before_it() -> None:
     """The monitor may be half open, and a push behind it half of what it is; what stands before it is not."""
     site = Site(1, HookPoint.POST_BLOCK)
-    monitor = Monitor(ResolvedGate.of(Probe.at(site, [0.0, 1.0]).vector, 0.0, 1.0, label=LABEL), {})
+    monitor = Monitor(ResolvedGate.of(Probe.at(site, [0.0, 1.0]).vector, 0.0, 1.0, label=MONITOR_LABEL), {})
     sites = frozenset(Site(layer, HookPoint.POST_BLOCK) for layer in range(3))
     model = ModelSites(2, 3, sites, GateLimits(2, sites, monitor=OwnGate(monitor.gate.digest, site)))
     late = SteeringVector({Site(2, HookPoint.POST_BLOCK): [1.0, 0.0]})
@@ -113,7 +112,7 @@ def test_a_push_behind_the_monitor_makes_up_for_nothing_that_is_taken_back_befor
 
 
 def test_a_monitor_changes_nothing_about_the_promise() -> None:
-    monitor = Monitor(ResolvedGate.of(ANGER.vector, 0.0, 1.0, label=LABEL), {})
+    monitor = Monitor(ResolvedGate.of(ANGER.vector, 0.0, 1.0, label=MONITOR_LABEL), {})
     vectors, probes = VectorRegistry({"calm": CALM, "joy": JOY}), ProbeRegistry({"anger": ANGER})
     front = FrontEnd(MODEL, vectors, spec(add("calm", phase="decode")), probes=probes, monitor=monitor)
     with pytest.raises(SteeringError, match="binding"):

@@ -13,8 +13,8 @@ import pytest
 from trimtab.engines.vllm.carried import Carried, Decoded, checked, held_bytes
 from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
-from trimtab.program.monitor import LABEL, behind
-from trimtab.program.resolved_gate import ResolvedGate, VectorReference
+from trimtab.program.monitor import behind
+from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, VectorReference
 from trimtab.serving import memo
 from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
 from trimtab.spec import Steering
@@ -31,7 +31,7 @@ SETTINGS: Any = SimpleNamespace(
 
 
 PROBE = SteeringVector({SITES[1]: np.ones(WIDTH)})
-MONITOR = ResolvedGate.of(PROBE, 0.5, 2.0, reference=VectorReference(LABEL, PROBE.digest), label=LABEL)
+MONITOR = ResolvedGate.of(PROBE, 0.5, 2.0, reference=VectorReference(MONITOR_LABEL, PROBE.digest), label=MONITOR_LABEL)
 MONITORED = replace(MODEL, gates=GateLimits(monitor=OwnGate(MONITOR.digest, SITES[1])))
 WITH_PROBE: Any = SimpleNamespace(
     start_vectors={"calm": CALM}, start_probes={},

@@ -7,8 +7,8 @@ from typing import Any
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
-from trimtab.program.monitor import LABEL, behind
-from trimtab.program.resolved_gate import ResolvedGate, check_monitor
+from trimtab.program.monitor import behind
+from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, check_monitor
 from trimtab.sites import GateLimits, ModelSites
 from trimtab.spec import Gate, Steering
 from trimtab.spec.faults import join
@@ -45,7 +45,7 @@ def resolve_monitor(monitor: Any, probes: Mapping[str, Probe], hook_map: HookMap
         raise SteeringError("monitor.probe", f"is read at {gate.site}: {reason}")
     if gate.probe.hidden_size != (width := hook_map.sites.hidden_size):
         raise SteeringError("monitor.probe", f"has width {gate.probe.hidden_size}; this model needs {width}")
-    return replace(gate, label=LABEL)
+    return replace(gate, label=MONITOR_LABEL)
 
 
 def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> list[ResolvedSteering | None]:

@@ -4,6 +4,7 @@ A kind is one file of this folder, with one subclass of `Intervention`: see docs
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator
@@ -49,8 +50,7 @@ class Intervention(Model):
     @property
     def sources(self) -> dict[str, str | SteeringVector]:
         """The vectors that it is given, by the names of their fields."""
-        fields = (name for name, field in type(self).model_fields.items() if field.annotation == str | SteeringVector)
-        return {name: getattr(self, name) for name in fields}
+        return {name: getattr(self, name) for name in _sources_of(type(self))}
 
     def acting(
         self, vectors: Vectors, path: str, field: str = "vector"
@@ -80,11 +80,16 @@ class Intervention(Model):
         """The vector of a field at unit length. Raises `SteeringError` as `acting` does, and where it is zero."""
         vector, reference = self.acting(vectors, path, field)
         direction = Direction((Part(vector),), (reference,))
-        if zero := direction.zero_among(vector.sites):
+        if zero := direction.zero_at:
             raise SteeringError(
                 f"{path}.{field}", f"is zero at {summary(zero)}, which is no direction; `layers` narrows a vector"
             )
         return direction
+
+
+@cache
+def _sources_of(kind: type[Intervention]) -> tuple[str, ...]:
+    return tuple(name for name, field in kind.model_fields.items() if field.annotation == str | SteeringVector)
 
 
 def clip(

@@ -38,7 +38,7 @@ class Swap(Intervention):
         write = Direction(
             (*into.parts, *(Part(part.vector, -part.weight) for part in read.parts)), into.references + read.references
         )
-        if same := write.zero_among(read.sites):
+        if same := write.zero_at:
             said = f"is the same direction as `vector` at {summary(same)}, so nothing would change"
             raise SteeringError(f"{path}.to", said)
         return (clip(read, -1.0, write=write),)

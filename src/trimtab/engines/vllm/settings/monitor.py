@@ -8,8 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
-from trimtab.program.monitor import LABEL
-from trimtab.program.resolved_gate import ResolvedGate, VectorReference
+from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, VectorReference
 from trimtab.sites import GateLimits, Site, site_order
 from trimtab.spec.fields import Number
 from trimtab.vectors.probe import Probe
@@ -33,10 +32,10 @@ class MonitorSettings(BaseModel):
             probe = Probe.load(self.probe)
         except (OSError, ValueError) as error:
             raise SteeringError(f"{FIELD}.probe", f"{self.probe} cannot be loaded: {error}") from error
-        reference = VectorReference(LABEL, probe.vector.digest)  # each process reads the file
+        reference = VectorReference(MONITOR_LABEL, probe.vector.digest)  # each process reads the file
         threshold = self.threshold - probe.bias
         try:
-            return ResolvedGate.of(probe.vector, threshold, self.sharpness, self.invert, reference, LABEL)
+            return ResolvedGate.of(probe.vector, threshold, self.sharpness, self.invert, reference, MONITOR_LABEL)
         except SteeringError as error:
             raise SteeringError(f"{FIELD}.{error.field}", error.message) from None
 

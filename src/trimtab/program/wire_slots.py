@@ -1,0 +1,113 @@
+"""How slots and their directions travel between processes: see `trimtab.program.codec`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trimtab.errors import SteeringError
+from trimtab.program.ranges import MAX_VALUE
+from trimtab.program.resolved_gate import ResolvedGate, check_gate
+from trimtab.program.slots import Direction, Numbers, Part, Slot
+from trimtab.program.wire_values import index_of, list_of, number_of, parts_of, site_of, truth_of
+from trimtab.program.wire_vectors import Known
+from trimtab.responses import CLIP, RESPONSES
+from trimtab.sites import Site, site_order
+from trimtab.wording import shown
+
+MOST_PARTS = 8  # of a direction
+
+
+def encode_slot(slot: Slot, directions: Sequence[bytes], gates: Mapping[bytes, int]) -> list[Any]:
+    """The form of a slot; `directions` are the row keys, and `gates` the places of digests."""
+    read, write = (None if way is None else directions.index(way.row_key) for way in (slot.read, slot.write))
+    sites_of: dict[Numbers, list[list[Any]]] = {}  # mostly all are alike
+    for site, numbers in slot.numbers:
+        sites_of.setdefault(numbers, []).append([site.layer, site.hook.value])
+    numbers_of = [[sites, [numbers.bias, *numbers.own]] for numbers, sites in sites_of.items()]
+    return [slot.response, read, write, numbers_of, None if slot.gate is None else gates[slot.gate.digest]]
+
+
+def decode_direction(entry: Any, path: str, vectors: Sequence[Known]) -> Direction:
+    """The direction of a form. Raises `SteeringError`."""
+    entries = list_of(entry, path)
+    if not 0 < len(entries) <= MOST_PARTS:
+        raise SteeringError(path, f"has {len(entries)} parts, want 1 to {MOST_PARTS}")
+    parts: list[Part] = []
+    references = []
+    for i, item in enumerate(entries):
+        index, weight, unit = parts_of(item, f"{path}[{i}]", "vector index", "weight", "whether at unit length")
+        vector, reference = vectors[index_of(index, len(vectors), "vectors", f"{path}[{i}][0]")]
+        weight, unit = number_of(weight, f"{path}[{i}][1]"), truth_of(unit, f"{path}[{i}][2]")
+        if abs(weight) * (1.0 if unit else vector.max_abs) > MAX_VALUE:
+            raise SteeringError(f"{path}[{i}][1]", f"got {weight:g}: numbers exceed {MAX_VALUE:g}")
+        if parts and vector.sites != parts[0].vector.sites:
+            raise SteeringError(f"{path}[{i}][0]", "its vector has other sites than the first")
+        parts.append(Part(vector, weight, unit))
+        references.append(reference)
+    direction = Direction(tuple(parts), tuple(references))
+    if zero := direction.zero_at:
+        raise SteeringError(path, f"is zero at {zero[0]}")
+    return direction
+
+
+def decode_slot(entry: Any, path: str, directions: Sequence[Direction], gates: Sequence[ResolvedGate]) -> Slot:
+    """The slot of a form. Raises `SteeringError`, for what cannot be computed too."""
+    response, read, write, numbers, gate = parts_of(entry, path, "response", "read", "write", "numbers", "gate")
+    if not isinstance(response, str) or response not in RESPONSES:
+        raise SteeringError(f"{path}[0]", f"got {shown(response)}, want one of {', '.join(RESPONSES)}")
+    ways = [
+        None if way is None else directions[index_of(way, len(directions), "directions", f"{path}[{i}]")]
+        for i, way in enumerate((read, write), 1)
+    ]
+    known = [way for way in ways if way is not None]
+    if not known:
+        raise SteeringError(path, "neither reads nor writes")
+    told = _decode_numbers(numbers, f"{path}[3]", response)
+    for way in known:
+        if outside := set(told).difference(way.sites):
+            raise SteeringError(
+                f"{path}[3]", f"acts at {min(outside, key=site_order)}, where its direction has no site"
+            )
+    behind = None if gate is None else gates[index_of(gate, len(gates), "gates", f"{path}[4]")]
+    slot = Slot(response, ways[0], ways[1], tuple((site, told[site]) for site in sorted(told, key=site_order)), behind)
+    if behind is not None:
+        try:
+            check_gate(behind, slot.sites, slot.hidden_size)
+        except SteeringError as error:
+            raise SteeringError(f"{path}[4]", error.message) from None
+    return slot
+
+
+def _decode_numbers(entry: Any, path: str, response: str) -> dict[Site, Numbers]:
+    found: dict[Site, Numbers] = {}
+    names = RESPONSES[response].numbers
+    for i, item in enumerate(list_of(entry, path)):
+        sites, given = parts_of(item, f"{path}[{i}]", "sites", "numbers")
+        values = parts_of(given, f"{path}[{i}][1]", "bias", *names)
+        for j, value in enumerate(values):
+            if type(value) not in (float, int) or not (abs(value) <= MAX_VALUE or math.isinf(value)):
+                said = f"got {shown(value)}, want a number up to {MAX_VALUE:g}, or an infinite bound"
+                raise SteeringError(f"{path}[{i}][1][{j}]", said)
+        numbers = Numbers.of(*map(float, values))
+        if (fault := _fault_of(response, numbers)) is not None:
+            raise SteeringError(f"{path}[{i}][1]", fault)
+        for j, item in enumerate(list_of(sites, f"{path}[{i}][0]")):
+            site = site_of(item, f"{path}[{i}][0][{j}]")
+            if site in found:
+                raise SteeringError(f"{path}[{i}][0][{j}]", f"{site} is given twice")
+            found[site] = numbers
+    if not found:
+        raise SteeringError(path, "names no site")
+    return found
+
+
+def _fault_of(response: str, numbers: Numbers) -> str | None:
+    """What is wrong with the numbers of a slot, none of which is NaN; None if nothing is."""
+    if response == CLIP.name:
+        strength, low, high = numbers.own
+        if not math.isfinite(strength) or not math.isfinite(numbers.bias):
+            return "the bias and the strength of a clip must be finite"
+        return None if low <= high and low < math.inf and high > -math.inf else "a clip's bounds hold nothing"
+    return (
+        None if all(map(math.isfinite, (numbers.bias, *numbers.own))) else f"the numbers of {response} must be finite"
+    )
