@@ -85,7 +85,7 @@ def _decode_numbers(entry: Any, path: str, response: str) -> dict[Site, Numbers]
         sites, given = parts_of(item, f"{path}[{i}]", "sites", "numbers")
         values = parts_of(given, f"{path}[{i}][1]", "bias", *names)
         for j, value in enumerate(values):
-            if type(value) not in (float, int) or not (abs(value) <= MAX_VALUE or math.isinf(value)):
+            if type(value) not in (float, int) or not (abs(value) <= MAX_VALUE or abs(value) == math.inf):
                 said = f"got {shown(value)}, want a number up to {MAX_VALUE:g}, or an infinite bound"
                 raise SteeringError(f"{path}[{i}][1][{j}]", said)
         numbers = Numbers.of(*map(float, values))
