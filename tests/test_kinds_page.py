@@ -18,8 +18,8 @@ PAGE = (ROOT / "docs" / "kinds.md").read_text()
 
 
 def shown(path: str) -> str:
-    """The file that the page shows behind the first mention of its path that ends a line's words."""
-    found = re.search(rf"`{re.escape(path)}`[^`]*```python\n(.*?)```", PAGE, re.DOTALL)
+    """The file that the page shows behind the first mention of its path."""
+    found = re.search(rf"{re.escape(path)}[^`]*`?[^`]*```python\n(.*?)```", PAGE, re.DOTALL)
     assert found is not None, path
     return found[1]
 
