@@ -25,12 +25,17 @@ def stream_site(site: Site) -> Site:
     return Site(site.layer, HookPoint.POST_BLOCK) if site.hook is HookPoint.MLP_OUT else site
 
 
+def stream_norm(vector: SteeringVector, site: Site) -> float | None:
+    """The median norm of the stream at `site`, or None where the metadata of `vector` do not say what it is."""
+    norm = _number(vector, stream_norm_key(site))
+    return norm if norm is not None and norm > 0.0 else None
+
+
 def dose_of(vector: SteeringVector, scale: float = 1.0) -> float | None:
     """The dose of `scale` times `vector`, or None where its metadata do not say how long the stream is."""
     total = 0.0
     for site, norm in vector.norms().items():
-        stream = _number(vector, stream_norm_key(site))
-        if stream is None or stream <= 0:
+        if (stream := stream_norm(vector, site)) is None:
             return None
         total += abs(scale) * norm / stream
     return total
