@@ -153,8 +153,10 @@ def test_a_servers_default_is_part_of_the_sets() -> None:
     names = {"refusal": V, "mine": V * 0.5}
     clash = Steering.parse({"interventions": [{"kind": "clamp", "vector": "mine", "min": 3}]})
     clash.resolve(names, MODEL)
-    with pytest.raises(SteeringError, match=r"('refusal'|'mine').* ask for different things"):
-        merge(default.spec, clash).resolve(names, MODEL)
+    with pytest.raises(SteeringError, match=r"('refusal'|'mine').* ask for different things") as caught:
+        merge(default.spec, clash).resolve(names, MODEL, defaults=default.count)
+    assert "ablate at the default's interventions[0]" in caught.value.message
+    assert "clamp at interventions[0]" in caught.value.message
     same = Steering.parse({"interventions": [{"kind": "ablate", "vector": "mine"}]})
     assert len(merge(default.spec, same).resolve(names, MODEL).decode.slots) == 1
 

@@ -32,6 +32,11 @@ class ServerDefault:
             raise SteeringError("binding", f"got {shown(binding)}, want true or false")
         return cls(Steering.parse({key: value for key, value in given.items() if key != "binding"}), binding)
 
+    @property
+    def count(self) -> int:
+        """How many interventions it has."""
+        return len(self.spec.interventions)
+
     def shown(self) -> dict[str, Any]:
         """The default as the status route shows it."""
         return {**self.spec.model_dump(mode="json"), "binding": self.binding}

@@ -83,18 +83,21 @@ class Steering(Model):
         vectors: Mapping[str, SteeringVector],
         model: ModelSites,
         probes: Mapping[str, Probe] | None = None,
+        *,
+        defaults: int = 0,
     ) -> ResolvedSteering:
         """The programs that an engine serving `model` runs, names being looked up in `vectors` and `probes`.
 
+        The first `defaults` of the interventions are those of a server's default: where slots clash, the fault says so.
         Raises `SteeringError` for unknown names, for sites and widths that the model does not have, for sums out of
-        range, and for gates that the engine does not serve.
+        range, for slots that clash, and for kinds and gates that the engine does not serve.
         """
         for index, step in enumerate(self.interventions):  # before a look at names that no one can have given
             if step.gate is not None and not model.gates.count:
                 raise SteeringError(f"interventions[{index}].gate", "this engine serves no gates: leave the gate out")
             if step.responses and step.kind not in model.slots.kinds:
                 raise SteeringError(f"interventions[{index}].kind", _undeclared(step.kind, model.slots))
-        lowered = self._lowered(vectors, probes)
+        lowered = self._lowered(vectors, probes, defaults)
         for index, items in enumerate(lowered):
             for item in items:
                 self._check_sites(index, item, model)
@@ -120,7 +123,7 @@ class Steering(Model):
         return self._programs(self._lowered(vectors or {}, probes))[SPANS.index(Phase(phase))].identity
 
     def _lowered(
-        self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, Probe] | None
+        self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, Probe] | None, defaults: int = 0
     ) -> list[tuple[Term | Slot, ...]]:
         """What each intervention comes down to."""
         lowered: list[tuple[Term | Slot, ...]] = []
@@ -139,7 +142,8 @@ class Steering(Model):
                     for item in items:
                         check_gate(gate, item.sites, item.hidden_size)
                 items = tuple(replace(item, gate=gate) for item in items)
-            named = (replace(item, kind=step.kind, path=path) if isinstance(item, Slot) else item for item in items)
+            told = f"the default's {path}" if index < defaults else f"interventions[{index - defaults}]"
+            named = (replace(item, kind=step.kind, path=told) if isinstance(item, Slot) else item for item in items)
             lowered.append(tuple(named))
         return lowered
 

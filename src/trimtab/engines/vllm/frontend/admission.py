@@ -146,7 +146,8 @@ class FrontEnd:
         _, default = self._admit_default()
         left = self.default.left_by(steering, lambda part: self._monitored(self._resolve(part, names)), default)
         try:
-            return self._carried(self._resolve(merge(self.default.spec, steering), names), left)
+            together = self._resolve(merge(self.default.spec, steering), names, self.default.count)
+            return self._carried(together, left)
         except SteeringError as error:
             raise SteeringError("", f"together with the server's default spec: {error}") from error
 
@@ -158,9 +159,9 @@ class FrontEnd:
         self._last_names = names
         return names
 
-    def _resolve(self, steering: Steering, names: Catalogue) -> ResolvedSteering:
+    def _resolve(self, steering: Steering, names: Catalogue, defaults: int = 0) -> ResolvedSteering:
         check_known(steering, self.registry, self.probes)
-        return steering.resolve(names.vectors, self.model, names.probes)
+        return steering.resolve(names.vectors, self.model, names.probes, defaults=defaults)
 
     def _monitored(self, asked: ResolvedSteering) -> ResolvedSteering:
         return asked if self.monitor is None else behind(asked, self.monitor.gate)
