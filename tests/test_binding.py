@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 
 from trimtab.program import ResolvedSteering
 from trimtab.serving.binding import least_share
-from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site, site_order
+from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site, SlotLimits, site_order
 from trimtab.spec import Steering
 
 WIDTH, LAYERS = 3, 4
 SITES = frozenset(Site(layer, hook) for layer in range(LAYERS) for hook in HookPoint)
-MODEL = ModelSites(WIDTH, LAYERS, SITES, GateLimits(8, SITES))
+SLOTS = SlotLimits(8, SITES, frozenset({"ablate", "clamp", "scale", "swap"}))
+MODEL = ModelSites(WIDTH, LAYERS, SITES, GateLimits(8, SITES), slots=SLOTS)
 
 
 def resolved(*steps: dict[str, Any]) -> ResolvedSteering:
-    return Steering.parse({"interventions": [{"kind": "add", **step} for step in steps]}).resolve({}, MODEL)
+    return Steering.parse({"interventions": [{"kind": "add"} | step for step in steps]}).resolve({}, MODEL)
 
 
 def at(hook: str, layer: int, *row: float) -> dict[str, Any]:
@@ -63,6 +64,52 @@ def test_what_is_taken_back_counts_wherever_it_is_taken(own: list[dict[str, Any]
     assert share is not None
     assert share.left == pytest.approx(left, abs=1e-6)
     assert share.keeps_the_promise is (left >= 0.5)
+
+
+def slot(kind: str, *row: float, hook: str = "post_block", layer: int = 1, **more: Any) -> dict[str, Any]:
+    return {"kind": kind, "vector": at(hook, layer, *row), **more}
+
+
+@pytest.mark.parametrize(
+    ("own", "left"),
+    [
+        ([slot("ablate", 5.0, 0.0, 0.0)], 0.0),
+        ([slot("ablate", 5.0, 0.0, 0.0, strength=0.25)], 0.75),
+        ([slot("ablate", -1.0, 0.0, 0.0, strength=2.0)], -1.0),  # turned around
+        ([slot("ablate", 3.0, 4.0, 0.0)], 0.64),  # 1 - 0.6 * 0.6
+        ([slot("ablate", 0.0, 1.0, 0.0)], 1.0),  # across it
+        ([slot("clamp", 1.0, 0.0, 0.0, max=3.0)], 0.0),  # as if the stream were beyond its bound
+        ([slot("clamp", 1.0, 0.0, 0.0, value=3.0, strength=0.4)], 0.6),
+        ([slot("scale", 1.0, 0.0, 0.0, factor=3.0)], 1.0),  # more of it is not counted
+        ([slot("scale", 1.0, 0.0, 0.0, factor=0.75)], 0.75),
+        ([slot("swap", 1.0, 0.0, 0.0, to=at("post_block", 1, 0.0, 0.0, 1.0))], 0.0),
+        ([slot("ablate", 1.0, 0.0, 0.0, hook="pre_attn", layer=2)], 0.0),  # another name for the same place
+        ([slot("ablate", 1.0, 0.0, 0.0, layer=3)], 0.0),  # later in the stream
+        (
+            [
+                slot("ablate", 1.0, 0.0, 0.0, layer=2, strength=0.4),
+                slot("ablate", 1.0, 0.0, 0.0, layer=3, strength=0.4),
+            ],
+            0.36,
+        ),
+        ([slot("ablate", 1.0, 0.0, 0.0, layer=0)], 1.0),  # before there is anything of it
+        ([slot("ablate", 1.0, 0.0, 0.0, hook="mlp_out", layer=2)], 1.0),  # the branch has nothing of it
+        ([slot("ablate", 1.0, 0.0, 0.0, gate=gate())], 0.0),  # as if the gate were open
+        ([slot("ablate", 1.0, 0.0, 0.0, strength=0.25), back(0.25)], 0.5),
+        # Two directions of a set: together they span the default's, and each is moved as it asks.
+        ([slot("ablate", 1.0, 1.0, 0.0, strength=0.5), slot("ablate", 1.0, -1.0, 0.0, strength=0.5)], 0.5),
+        ([slot("ablate", 4.0, 3.0, 0.0), slot("ablate", 0.0, 1.0, 0.0)], 0.0),
+    ],
+)
+def test_a_slot_takes_back_what_it_turns_of_any_change(own: list[dict[str, Any]], left: float) -> None:
+    share = least_share(resolved(PUSH), resolved(*own))
+    assert share is not None
+    assert share.left == pytest.approx(left, abs=1e-6)
+    assert share.keeps_the_promise is (left >= 0.5 - 1e-6)
+
+
+def test_of_what_slots_of_a_default_do_nothing_is_measured() -> None:
+    assert least_share(resolved(slot("ablate", 1.0, 0.0, 0.0)), resolved(back(5.0))) is None
 
 
 def test_where_they_never_meet_nothing_is_taken() -> None:

@@ -10,18 +10,24 @@ is half open cannot make up for what takes back behind none. An engine's monitor
 adds; the default is measured with it open, as with its own gates. 1 is all of the default's push along its own
 direction, 0 none, below 0 the reverse.
 
+A slot of the request that turns the stream's projection back, as ablation does, takes of d what it would take of any
+change there: it is counted with its gate wide open and outside of its bounds, where it takes most, and where it would
+add to d it is not counted. What slots of a default do is not measured: at their own sites nothing that a request adds
+undoes it, since slots act after all that is added, and another slot on one of their directions is refused.
+
 The stream carries on what was added to it before. So the share is taken twice: of what is added at each site of the
 default, and, at each site of either, of all that was added to the stream up to there. What a request takes back in the
 layer before or after the default, or at another hook point with the same meaning, counts like what it takes back there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.program import SPANS, PhaseProgram, ResolvedSteering
+from trimtab.program import SPANS, PhaseProgram, ResolvedSteering, Slot
+from trimtab.program.slot_sets import mixing
 from trimtab.sites import HookPoint, Phase, Site, site_order
 
 LEAST_SHARE = 0.5  # of a binding default
@@ -30,7 +36,18 @@ _ROUNDING = 1e-6
 
 _NOT_OF_THE_STREAM = frozenset({HookPoint.MLP_IN})  # what is added there is gone behind the MLP
 
+_OF_A_BRANCH = frozenset({HookPoint.MLP_IN, HookPoint.MLP_OUT})  # what slots there read is not the whole stream
+
 Rows = npt.NDArray[np.float64]  # [sites, H]
+Row = npt.NDArray[np.float64]  # [H]
+
+
+class _Turn(NamedTuple):
+    """A slot as it acts on a change d of the stream at a site: it writes slope * (d . read) along `write`."""
+
+    read: Row
+    write: Row
+    slope: float
 
 
 class Share(NamedTuple):
@@ -62,35 +79,65 @@ def _shares(default: PhaseProgram, own: PhaseProgram, phase: Phase) -> Iterator[
     sites = sorted({*default.sites, *own.sites}, key=site_order)
     theirs = _sums(own, sites)
     carried = {gate: _carried(rows, sites) for gate, rows in theirs.items()}
+    turning = [_turning(own.slots, site) for site in sites]
     for gate, added in _sums(default, sites).items():
-        yield from _lowest(added, theirs, gate, sites, phase)
-        yield from _lowest(_carried(added, sites), carried, gate, sites, phase)
+        left = np.stack([_turned(row, slots) for row, slots in zip(added, turning, strict=True)])
+        yield from _lowest(added, left, theirs, gate, sites, phase)
+        yield from _lowest(_carried(added, sites), _carried(added, sites, turning), carried, gate, sites, phase)
 
 
-def _carried(rows: Rows, sites: Sequence[Site]) -> Rows:
-    """What the stream holds at each site of what was added up to there."""
+def _carried(rows: Rows, sites: Sequence[Site], turning: Sequence[Sequence[_Turn]] | None = None) -> Rows:
+    """What the stream holds at each site of what was added up to there, and of what slots have left of it."""
     result = np.empty_like(rows)
     total = np.zeros(rows.shape[1])
     for index, site in enumerate(sites):  # faster than `cumsum` along the first axis
         if site.hook not in _NOT_OF_THE_STREAM:
             total += rows[index]
+        if turning is not None and site.hook not in _OF_A_BRANCH:
+            total = _turned(total, turning[index])
         result[index] = total
     return result
 
 
+def _turning(slots: Iterable[Slot], site: Site) -> list[_Turn]:
+    """What the slots that act at `site` do to a change of the stream there, at most."""
+    acting = [slot for slot in slots if site in slot.at and slot.read is not None]
+    reads = [slot.read.values([site])[0] for slot in acting if slot.read is not None]
+    if not reads:
+        return []
+    writes = [slot.write.values([site])[0] if slot.write is not None else np.zeros(0) for slot in acting]
+    members = np.array([slot.is_member for slot in acting])
+    mixed = mixing(np.stack(reads), members) @ np.stack(reads)  # along which each member's own number is written
+    # The response of a clip falls by its strength, outside of its bounds, as its score grows.
+    return [
+        _Turn(read, mixed[index] if slot.is_member else writes[index], -slot.at[site].own[0])
+        for index, (slot, read) in enumerate(zip(acting, reads, strict=True))
+    ]
+
+
+def _turned(change: Row, slots: Iterable[_Turn]) -> Row:
+    """What is left of a change of the stream, by slots that turn it back."""
+    left = change
+    for slot in slots:
+        number = slot.slope * float(slot.read @ change)
+        if number * float(slot.write @ change) < 0.0:
+            left = left + number * slot.write
+    return left
+
+
 def _lowest(
-    added: Rows, theirs: dict[bytes, Rows], gate: bytes, sites: Sequence[Site], phase: Phase
+    added: Rows, left: Rows, theirs: dict[bytes, Rows], gate: bytes, sites: Sequence[Site], phase: Phase
 ) -> Iterator[Share]:
     strength = np.einsum("sh,sh->s", added, added)
-    taken = np.zeros(len(sites))
+    whole = np.einsum("sh,sh->s", left, added)
     for other, rows in theirs.items():
         along = np.einsum("sh,sh->s", rows, added)
-        taken += along if other == gate == b"" else np.minimum(along, 0.0)
+        whole += along if other == gate == b"" else np.minimum(along, 0.0)
     acts = strength > strength.max(initial=0.0) * _ROUNDING**2  # where a default takes itself back, little is left
     if acts.any():
-        left = np.where(acts, 1.0 + taken / np.where(acts, strength, 1.0), np.inf)
-        index = int(left.argmin())
-        yield Share(float(left[index]), phase, sites[index])
+        shares = np.where(acts, whole / np.where(acts, strength, 1.0), np.inf)
+        index = int(shares.argmin())
+        yield Share(float(shares[index]), phase, sites[index])
 
 
 def _sums(program: PhaseProgram, sites: Sequence[Site]) -> dict[bytes, Rows]:

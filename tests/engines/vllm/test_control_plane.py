@@ -213,6 +213,7 @@ def test_a_start_prints_vectors_probes_digests_default_monitor_and_who_may_chang
     lines = block.splitlines()
     assert lines[0] == "Steering is on at 3 sites: post_block:0, post_block:1, post_block:2"
     assert lines[1] == "  tables: 48 rows for requests in 0.0 MiB of each device"
+    assert lines[2].startswith("  slots: none, so requests can add and nothing else; --steering-slots")
     assert f"    calm {CALM.digest.hex()} (calm.safetensors)" in lines
     assert f"    mood {JOY.digest.hex()} (registered at run time)" in lines
     assert f"    anger {ANGER.digest.hex()} (anger.safetensors)" in lines

@@ -117,6 +117,8 @@ def test_what_an_engine_with_these_flags_would_be_refused_for_is_all_listed() ->
         "a file": ["steering.vectors.calm: /nowhere.gguf cannot be loaded"],
         "a default": ["'nobody'"],
         "a flag": ["--steering-colour"],
+        "slots": ["steering.kinds: is given without slots"],
+        "a kind": ["no kind 'clmap' (did you mean 'clamp'?)"],
         "a value": ["'sideways'"],
         "no steering": ["vLLM makes no configuration of this"],
     }

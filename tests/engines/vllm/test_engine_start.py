@@ -31,6 +31,11 @@ def outcome() -> dict[str, Any]:
         ("layer that scales its stream", "LlamaDecoderLayer cannot be steered: layer 2 hands on 0.5 times the stream"),
         ("monitor without effect", "an open gate has no effect at post_block:2, post_block:3:"),
         ("gates without effect", "an open gate has no effect at post_block:1, post_block:2, post_block:3:"),
+        ("slots without effect", "steering.slots: a slot has no effect at post_block:1, post_block:2: this engine"),
+        (
+            "slots that read nothing",
+            "a slot does not bring the stream to where it was asked at post_block:1, post_block:2",
+        ),
         ("gates that never shut", "a shut gate has no effect at post_block:1, post_block:2, post_block:3:"),
     ],
 )

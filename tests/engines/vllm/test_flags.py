@@ -38,6 +38,7 @@ def test_every_flag_reaches_its_setting(tmp_path: Path):
         "--steering-layers", "8-24", "--steering-hook-points", "post_block,pre_attn", "mlp_out",
         "--steering-max-rows", "64", "--steering-table-memory", "64MiB",
         "--steering-default", str(tmp_path / "spec.json"), "--steering-backend", "traced",
+        "--steering-slots", "2", "--steering-slot-layers", "9-12", "--steering-kinds", "clamp,scale", "swap",
         "--steering-row-monitor", "--steering-monitor", str(tmp_path / "monitor.json"),
         additional_config={"other": 1},
     )  # fmt: skip
@@ -50,6 +51,9 @@ def test_every_flag_reaches_its_setting(tmp_path: Path):
             "hook_points": ["post_block", "pre_attn", "mlp_out"],
             "max_rows": 64,
             "table_memory": "64MiB",
+            "slots": 2,
+            "slot_layers": "9-12",
+            "kinds": ["clamp", "scale", "swap"],
             "row_monitor": True,
             "monitor": {"probe": str(tmp_path / "anger.safetensors"), "threshold": 2},
             "default": spec,

@@ -1,5 +1,6 @@
 """How much of an addition arrives, measured on runners that stand in for vLLM's, with models that keep sizes or not."""
 
+import importlib
 import logging
 import math
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from trimtab.engines.vllm.worker.boundaries import LayerBoundary
 from trimtab.engines.vllm.worker.conventions import convention_of
 from trimtab.engines.vllm.worker.layers import steered_layer_class
 from trimtab.engines.vllm.worker.row_sizes import require_full_size, tolerance
+from trimtab.engines.vllm.worker.slot_check import require_live_slots
 from trimtab.errors import SteeringError
-from trimtab.ops import Emission, SteeringBuffers, set_emission
+from trimtab.ops import Emission, SlotForm, SteeringBuffers, set_emission
 from trimtab.sites import HookPoint, Site
 
 WIDTH, MOST, LAYERS = 48, 16, 4
@@ -97,13 +99,14 @@ class Model(nn.Module):
             state = out if isinstance(out, tuple) else (out,)
             if self._between is not None:
                 state = tuple(self._between(index, part) for part in state)
-        return state[0]
+        return state[0] if len(state) == 1 else state[0] + state[1]
 
 
 class Runner:
     intermediate_tensors = None
     supports_mm_inputs = False
     is_first_pp_rank = True
+    serves = False  # whether passes are asked for that replay graphs, as those that serve
 
     def __init__(self, model: Model, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -121,8 +124,8 @@ class Runner:
 
     @torch.inference_mode()
     def _dummy_run(self, tokens: int, **options: Any) -> tuple[Tensor]:
-        assert options["is_profile"]  # no graph is replayed
-        assert options["skip_eplb"]
+        assert self.serves or options["is_profile"]  # no graph is replayed
+        assert self.serves or options["skip_eplb"]
         assert tokens <= self.longest
         self.passes += 1
         self.kv_connector.set_disabled(True)
@@ -132,7 +135,7 @@ class Runner:
 
 
 def config(batched_tokens: int) -> Any:
-    return SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batched_tokens))
+    return SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=batched_tokens, max_num_seqs=MOST))
 
 
 def check(
@@ -145,11 +148,13 @@ def check(
     first: int = 0,
     spoil: Callable[[Runner], None] = lambda runner: None,
     batched_tokens: int = MOST,
+    slots: SlotForm | None = None,
+    required: Callable[[Any, Attachment, bool], None] = require_full_size,
 ) -> Runner:
     """Steer layers and measure; see that all is as before. `first` is the number of the stage's first layer."""
     held = {first + i: LayerBoundary.of(layer) for i, layer in enumerate(layers)}
     sites = [Site(index, hook) for index in held for hook in hooks]
-    buffers = SteeringBuffers(sites, hidden_size=WIDTH, max_rows=4, max_tokens=MOST, dtype=dtype)
+    buffers = SteeringBuffers(sites, hidden_size=WIDTH, max_rows=4, max_tokens=MOST, dtype=dtype, slots=slots)
     for site in sites:
         layer = held[site.layer].layer
         if not isinstance(layer, steered_layers.SteeredLayer):
@@ -159,13 +164,14 @@ def check(
     for state in buffers.states:
         state.resting = True  # as after a warm-up that ran real steps
     runner = Runner(Model(layers, between), dtype)
-    runner.longest = batched_tokens
+    runner.longest, runner.serves = batched_tokens, slots is not None
     spoil(runner)
     worker = SimpleNamespace(model_runner=runner, vllm_config=config(batched_tokens))
     attachment = Attachment(buffers, {site: held[site.layer].layer for site in sites}, (), held)
     try:
-        require_full_size(worker, attachment, v2)
+        required(worker, attachment, v2)
     finally:
+        assert buffers.slots is None or not buffers.slots.slab.any()
         assert all(state.resting for state in buffers.states)
         assert not buffers.table.any()
         assert not buffers.any_active.any()
@@ -173,6 +179,34 @@ def check(
         assert not runner.model.do_not_compile
         assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
     return runner
+
+
+SLOTTED = {"slots": SlotForm(2, ("clip",), False), "required": require_live_slots}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hooks", [(POST,), (PRE, POST)], ids=str)
+@pytest.mark.parametrize("kind", [Split, Whole, Normed])
+def test_slots_that_read_the_whole_stream_are_no_fault(
+    kind: Any, hooks: tuple[HookPoint, ...], dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, logger="vllm.trimtab"):
+        check(made(kind), hooks=hooks, dtype=dtype, **SLOTTED)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_slot_that_reads_a_part_of_the_stream_is_refused_by_site(
+    dtype: torch.dtype, v2: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emitting = importlib.import_module("trimtab.ops.emit")
+    original = emitting.slot_op_args
+    monkeypatch.setattr(
+        emitting, "slot_op_args", lambda module, hook, steered, rest: original(module, hook, steered, None)
+    )
+    with pytest.raises(SteeringError, match=r"leaves a part of it, at post_block:0 \(-?0\.\d+\), post_block:1 "):
+        check(made(Split), dtype=dtype, v2=v2, **SLOTTED)
 
 
 def made(kind: Callable[..., nn.Module], gain: float = 3.0) -> list[nn.Module]:

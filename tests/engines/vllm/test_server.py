@@ -233,6 +233,7 @@ BAD = {
     "unknown key": ({**add("calm"), "strength": 1}, "steering.strength"),
     "unknown name": (add("nobody"), "steering.interventions[0].vector"),
     "unknown kind": ({"interventions": [{"kind": "x", "vector": "calm"}]}, "steering.interventions[0].kind"),
+    "undeclared kind": ({"interventions": [{"kind": "ablate", "vector": "calm"}]}, "steering.interventions[0].kind"),
     "unknown phase": (add("calm", phase="later"), "steering.interventions[0].phase"),
     "unknown hook": (add(packed(CALM, "resid_mid")), "steering.interventions[0].vector.resid_mid"),
     "unserved hook": (add(packed(CALM, "pre_attn")), "steering.interventions[0].vector.pre_attn"),

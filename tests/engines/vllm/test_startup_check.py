@@ -1,5 +1,6 @@
 """The start-up check on a runner that stands in for vLLM's: a pipeline stage that adds to its input in place."""
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.vllm.worker.attach import Attachment
+from trimtab.engines.vllm.worker.slot_check import require_live_slots
 from trimtab.engines.vllm.worker.startup_check import require_live_sites
 from trimtab.errors import SteeringError
-from trimtab.ops import Emission, SteeringBuffers, set_emission
+from trimtab.ops import Emission, SlotForm, SteeringBuffers, set_emission
 from trimtab.ops.emit import emit
 from trimtab.sites import HookPoint, Site
 
@@ -46,22 +48,31 @@ class Runner:
         return (self.execute_model(tokens),)
 
 
+def attached(buffers: SteeringBuffers) -> list[nn.Module]:
+    layers = [nn.Module() for _ in SITES]
+    for layer, site in zip(layers, SITES, strict=True):
+        buffers.attach(layer, site)
+        set_emission(layer, Emission(eager=True))
+    return layers
+
+
+def worker_of(layers: list[nn.Module], first: bool = False, deaf: bool = False) -> Any:
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MOST))
+    return SimpleNamespace(model_runner=Runner(layers, first, deaf), vllm_config=config)
+
+
 def check(v2: bool, first: bool = False, deaf: bool = False, unmonitored: bool = False) -> None:
     buffers = SteeringBuffers(
         SITES, hidden_size=WIDTH, max_rows=4, max_tokens=MOST, dtype=torch.float32, gates=2, max_probes=3,
         probe_sites=SITES[:1], row_monitor=SITES[:1],
     )  # fmt: skip
-    layers = [nn.Module() for _ in SITES]
-    for layer, site in zip(layers, SITES, strict=True):
-        buffers.attach(layer, site)
-        set_emission(layer, Emission(eager=True))
+    layers = attached(buffers)
     if unmonitored:  # as a graph without the term, or with a flag of its own
         layers[0].register_buffer("steering_table_post_block_monitor_row_active", torch.zeros(1, dtype=torch.bool))
     before = [tensor.clone() for layer in layers for tensor in layer.buffers()]
     for state in buffers.states:
         state.resting = True  # as after a warm-up that ran real steps
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=MOST))
-    worker = SimpleNamespace(model_runner=Runner(layers, first, deaf), vllm_config=config)
+    worker = worker_of(layers, first, deaf)
     require_live_sites(worker, Attachment(buffers, dict(zip(SITES, layers, strict=True)), tuple(SITES[:1])), v2)
     assert all(state.resting for state in buffers.states)
     for old, new in zip(before, (tensor for layer in layers for tensor in layer.buffers()), strict=True):
@@ -84,3 +95,60 @@ def test_a_site_whose_result_the_stage_drops_is_named(v2: bool) -> None:
 def test_a_site_at_which_a_rows_probe_does_nothing_is_named(v2: bool) -> None:
     with pytest.raises(SteeringError, match=r"steering\.row_monitor: a row's probe has no effect at post_block:2"):
         check(v2, unmonitored=True)
+
+
+SLOTTED = SlotForm(2, ("clip",), True)
+
+
+def break_slots(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """Spoil what a site makes of its slots, in one of the ways in which a graph may be wrong."""
+    module = importlib.import_module("trimtab.ops.emit")
+    original = module.slot_op_args
+
+    def spoilt(layer: nn.Module, hook: HookPoint, steered: Tensor, rest: Tensor | None) -> Any:
+        args = original(layer, hook, steered, rest)
+        if fault == "none":
+            return args._replace(slot_rows=torch.zeros_like(args.slot_rows))
+        if fault == "second slot":
+            return args._replace(slot_mix=args.slot_mix * torch.tensor([[1.0], [0.0]]))
+        if fault == "reads nothing":
+            return args._replace(slot_params=args.slot_params * (torch.arange(args.slot_params.shape[-1]) > 0))
+        return args._replace(slot_codes=args.slot_codes * torch.tensor([1, 0], dtype=torch.int32))  # no gates
+
+    monkeypatch.setattr(module, "slot_op_args", spoilt)
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("gates", [0, 2])
+def test_an_engine_whose_slots_act_starts_and_is_left_as_new(v2: bool, gates: int) -> None:
+    check_slots(v2, gates)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("none", "a slot has no effect at post_block:2, post_block:3"),
+        ("second slot", "a slot has no effect at post_block:3"),
+        ("reads nothing", "a slot does not bring the stream to where it was asked at post_block:2, post_block:3"),
+        ("no gates", "a shut gate of a slot has no effect at post_block:2, post_block:3"),
+    ],
+)
+def test_an_engine_whose_slots_do_something_else_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, fault: str, said: str
+) -> None:
+    break_slots(monkeypatch, fault)
+    with pytest.raises(SteeringError, match=f"steering.slots: {said}: this engine would"):
+        check_slots(False, 2)
+
+
+def check_slots(v2: bool, gates: int) -> None:
+    buffers = SteeringBuffers(
+        SITES, hidden_size=WIDTH, max_rows=5, max_tokens=MOST, dtype=torch.float32, gates=gates, max_probes=3,
+        probe_sites=SITES[:1], slots=SLOTTED,
+    )  # fmt: skip
+    layers = attached(buffers)
+    before = [tensor.clone() for layer in layers for tensor in layer.buffers()]
+    probed = tuple(SITES[:1] if gates else ())
+    require_live_slots(worker_of(layers), Attachment(buffers, dict(zip(SITES, layers, strict=True)), probed), v2)
+    for old, new in zip(before, (tensor for layer in layers for tensor in layer.buffers()), strict=True):
+        assert torch.equal(old, new)

@@ -7,21 +7,23 @@ another process is a plain dict and is not trusted: the engine core reads it onc
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, Self
 
 from trimtab.engines.vllm.settings.config import SteeringSettings
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
+from trimtab.engines.vllm.settings.slots import check_slots
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import decode
 from trimtab.program.monitor import reaches
-from trimtab.program.resolved_gate import check_served
+from trimtab.program.resolved_gate import VectorReference, check_served
 from trimtab.program.room import check_room
 from trimtab.serving.memo import Recent, key_of
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import ModelSites
+from trimtab.vectors.vector import SteeringVector
 
 # In `extra_args` of each request of a steered engine whose front end looked for steering in it, found or not. A front
 # end that never loaded trimtab drops a request's `steering` without a word: the core refuses what lacks the mark.
@@ -120,11 +122,18 @@ def held_bytes(steering: ResolvedSteering) -> int:
     A part of a vector keeps all of it.
     """
     kept = {}
-    for term in steering.terms:
-        if term.reference is None or term.reference.layers is not None:
-            whole = term.vector.whole
-            kept[id(whole)] = whole.nbytes
+    for vector, reference in _vectors(steering):
+        if reference is None or reference.layers is not None or reference.hooks is not None:
+            kept[id(vector.whole)] = vector.whole.nbytes
     return sum(kept.values())
+
+
+def _vectors(steering: ResolvedSteering) -> Iterator[tuple[SteeringVector, VectorReference | None]]:
+    """Every vector that is added, read or written along, and how it can be told of."""
+    yield from ((term.vector, term.reference) for term in steering.terms)
+    for direction in (direction for slot in steering.slots for direction in slot.directions):
+        references = direction.references or (None,) * len(direction.parts)
+        yield from ((part.vector, reference) for part, reference in zip(direction.parts, references, strict=True))
 
 
 def _copied(vector: dict[str, Any]) -> dict[str, Any]:
@@ -149,10 +158,13 @@ def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
         )
     steering.check_gate_count(model.gates, SETTINGS_KEY)
     check_room(steering, model.room, SETTINGS_KEY)
-    for term in steering.terms:
-        if term.vector.hidden_size != model.hidden_size:
+    check_slots(steering.programs, model.slots, SETTINGS_KEY)
+    for vector, _ in _vectors(steering):
+        if vector.hidden_size != model.hidden_size:
             raise SteeringError(
-                SETTINGS_KEY, f"a vector of width {term.vector.hidden_size}; the model's is {model.hidden_size}"
+                SETTINGS_KEY, f"a vector of width {vector.hidden_size}; the model's is {model.hidden_size}"
             )
-        if term.gate is not None:
-            check_served(term.gate, term.vector.sites, model.gates)
+    gated = [(term.gate, term.vector.sites) for term in steering.terms]
+    for gate, sites in [*gated, *((slot.gate, slot.sites) for slot in steering.slots)]:
+        if gate is not None:
+            check_served(gate, sites, model.gates)

@@ -50,6 +50,8 @@ def flags() -> dict:
         "modes": ["--cpu-offload-gb", "1", "--kv-transfer-config", json.dumps(connector)],
         "modes and settings": ["--cpu-offload-gb", "1", "--steering-layers", "2-9"],
         "rows": ["--steering-max-rows", "2"],
+        "slots": ["--steering-kinds", "clamp"],
+        "a kind": ["--steering-slots", "1", "--steering-kinds", "clmap"],
         "a file": ["--steering-vectors", "calm=/nowhere.gguf"],
         "a default": ["--steering-default", str(default)],
         "a flag": ["--steering-colour", "red"],

@@ -28,6 +28,8 @@ def main() -> None:
         "layer that scales its stream": lambda: _scaling_inside(folder),
         "monitor without effect": lambda: _without_monitoring(folder),
         "gates without effect": lambda: _with_gates(folder, gate_count=lambda original: lambda module, hook: 0),
+        "slots without effect": lambda: _with_slots(folder, slot_form=lambda original: lambda module, hook: None),
+        "slots that read nothing": lambda: _with_slots(folder, slot_op_args=_blind),
         "gates that never shut": lambda: _with_gates(folder, gate_op_args=_open_all),
     }
     refused = {name: _refusal(start) for name, start in starts.items()}
@@ -151,6 +153,18 @@ def _with_gates(folder, settings=GATES, **faults):
     finally:
         for name, original in originals.items():
             setattr(emit, name, original)
+
+
+def _with_slots(folder, **faults):
+    return _with_gates(folder, {"slots": 2, "slot_layers": "1-2", "kinds": ["clamp", "swap"]}, **faults)
+
+
+def _blind(original):
+    def slot_op_args(*args):
+        given = original(*args)
+        return given._replace(slot_params=given.slot_params * (torch.arange(given.slot_params.shape[-1]) > 0))
+
+    return slot_op_args
 
 
 def _open_all(original):

@@ -102,6 +102,46 @@ def eight_specs() -> list[Spec]:
     ]
 
 
+HOOKS = ("pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block")
+SLOTS: dict[str, Any] = {"slots": 3, "kinds": ["ablate", "clamp", "scale", "swap"], "hook_points": list(HOOKS)}
+SLOTS["probe_layers"] = [0, 2]
+
+
+def slot(
+    kind: str, seed: int, layers: Sequence[int] = range(LAYERS), hooks: Sequence[str] = ("post_block",), **options: Any
+) -> dict[str, Any]:
+    """An intervention of a kind that does more than add, along random directions."""
+    vector = random_spec(seed, layers=layers, hooks=hooks)["interventions"][0]["vector"]
+    return {"kind": kind, "vector": vector} | options
+
+
+def slot_specs() -> list[dict[str, Any]]:
+    """Specs of all kinds: alone, in sets, beside what is added, behind gates, in either phase, at every hook point."""
+    gate = {"probe": {"post_attn": {"0": random_spec(70, layers=[0])["interventions"][0]["vector"]["post_block"]["0"]}}}
+    turned = slot("ablate", 47, [1, 2])  # overlaps with the direction that it stands beside
+    for layer, values in turned["vector"]["post_block"].items():
+        other = slot("clamp", 48, [1, 2])["vector"]["post_block"][layer]
+        turned["vector"]["post_block"][layer] = [round(a + 0.7 * b, 4) for a, b in zip(values, other, strict=True)]
+    spread = slot("clamp", 49, [2], max=-3.0) | {"layers": [1, 2, 3], "hooks": ["pre_attn", "post_attn", "mlp_in"]}
+    steps = [
+        [slot("ablate", 41, strength=2.0)],
+        [slot("clamp", 42, [1, 2], value=7.0)],
+        [slot("scale", 43, factor=-4.0, phase="decode")],
+        [slot("swap", 44, [0, 3], to=slot("swap", 45, [0, 3])["vector"])],
+        [turned, slot("clamp", 48, [1, 2], min=5.0, strength=0.75), slot("scale", 46, [2, 3], factor=3.0)],
+        [*random_spec(3, strength=2.0)["interventions"], slot("clamp", 50, value={str(n): 3.0 + n for n in range(4)})],
+        [slot("clamp", 51, [0, 1, 3], value=-8.0, gate=gate | {"threshold": 0.0, "hard": True})],
+        [slot("clamp", 52, hooks=HOOKS, value=3.0, phase="prefill"), slot("clamp", 53, hooks=HOOKS[3:], value=-4.0)],
+        [spread, *random_spec(5, layers=[3], phase="decode")["interventions"]],
+        [
+            slot("scale", 54, [1, 2], factor=5.0, gate=gate | {"threshold": 0.2, "sharpness": 0.5}),
+            {**random_spec(6, layers=[2])["interventions"][0], "gate": gate | {"threshold": 0.2, "sharpness": 0.5}},
+            slot("clamp", 55, [2], ["post_attn"], min=2.0, max=6.0),
+        ],
+    ]
+    return [{"interventions": some} for some in steps]
+
+
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Prompts of these lengths."""
     rng = np.random.default_rng(seed)

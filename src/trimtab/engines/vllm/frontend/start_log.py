@@ -12,7 +12,7 @@ from trimtab.engines.vllm.settings.tables import described, stamped_tables
 from trimtab.serving.admin_key import HEADER, VARIABLE, admin_key
 from trimtab.serving.registry import Registry
 from trimtab.serving.server_default import ServerDefault
-from trimtab.sites import site_order
+from trimtab.sites import SlotLimits, site_order
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import summary
@@ -33,6 +33,7 @@ def start_block(front_end: FrontEnd, settings: SteeringSettings) -> Iterator[str
     yield f"Steering is on at {len(sites)} sites: {summary(sites)}"
     if settings.stamp is not None:
         yield f"  tables: {described(stamped_tables(settings.stamp))}"
+    yield f"  slots: {_slots(front_end.model.slots)}"
     yield from _names(front_end.registry, settings.vectors)
     yield from _names(front_end.probes, settings.probes)
     yield f"  default: {'none' if front_end.default is None else json.dumps(_short(front_end.default))}"
@@ -41,6 +42,14 @@ def start_block(front_end: FrontEnd, settings: SteeringSettings) -> Iterator[str
         yield f"  names can be registered and deleted by whoever may send requests; {VARIABLE} sets a key for that"
     else:
         yield f"  names can be registered and deleted with the administrator's key, in the header {HEADER}"
+
+
+def _slots(limits: SlotLimits) -> str:
+    """Which kinds are served besides adding, and where."""
+    if not limits.count:
+        return "none, so requests can add and nothing else; --steering-slots N declares some"
+    sites = [str(site) for site in sorted(limits.sites, key=site_order)]
+    return f"{limits.count} at each of {len(sites)} sites, for {', '.join(sorted(limits.kinds))}: {summary(sites)}"
 
 
 def _names(registry: Registry[Any], files: Any) -> Iterator[str]:

@@ -95,6 +95,11 @@ class EndpointPlugin:
                     "per_phase": front_end.model.gates.count,
                     "probe_sites": list(map(str, sorted(front_end.model.gates.probe_sites, key=site_order))),
                 },
+                "slots": {
+                    "per_site": front_end.model.slots.count,
+                    "kinds": sorted(front_end.model.slots.kinds),
+                    "sites": list(map(str, sorted(front_end.model.slots.sites, key=site_order))),
+                },
                 "monitor": None if front_end.monitor is None else front_end.monitor.shown,
                 "default": None if front_end.default is None else front_end.default.shown(),
                 "workers": [{"engine": engine, **_shown(worker)} for engine in engines for worker in engines[engine]],

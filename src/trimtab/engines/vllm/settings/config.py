@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trimtab.engines.vllm.settings.content import loaded, require_same
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
 from trimtab.engines.vllm.settings.monitor import MonitorSettings, check_reach
+from trimtab.engines.vllm.settings.slots import MOST_SLOTS, checked_kinds, slot_limits
 from trimtab.engines.vllm.settings.tables import DEFAULT_SHARE, decide_tables, parse_memory, stamped_tables
 from trimtab.engines.vllm.settings.travelling import Travelling
 from trimtab.errors import SteeringError
 from trimtab.program.resolved_gate import ResolvedGate
-from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
+from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site, SlotLimits
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 from trimtab.version import __version__, code_version
@@ -40,6 +41,9 @@ class SteeringSettings(BaseModel):
     probes: dict[str, str] = Field(default_factory=dict)  # name -> file, loaded at start; each site is a probe site
     probe_layers: str | list[int] | None = None  # further probe sites: these layers at the hook points
     gates: int = Field(default=4, ge=0, le=16)  # different gates per phase of a request, where there is a probe site
+    slots: int = Field(default=0, ge=0, le=MOST_SLOTS)  # on one token at one site; 0 serves no kind but adding
+    slot_layers: str | list[int] | None = None  # where slots can act, at the hook points; None is wherever is steered
+    kinds: tuple[str, ...] | None = None  # of intervention that slots serve; None is `slots.DEFAULT_KINDS`
     row_monitor: bool = False  # gates of new tokens are run as probes of table rows where they are no more than that
     monitor: MonitorSettings | None = None  # before all steering of decode tokens that stands behind no gate
     default: dict[str, Any] | None = None  # a spec that the front end adds to every request
@@ -52,6 +56,11 @@ class SteeringSettings(BaseModel):
         if not hooks:
             raise ValueError("name at least one hook point")
         return tuple(hook for hook in HookPoint if hook in hooks)
+
+    @field_validator("kinds", mode="after")
+    @classmethod
+    def _known_kinds(cls, kinds: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if kinds is None else checked_kinds(kinds)
 
     @field_validator("table_memory", mode="after")
     @classmethod
@@ -116,6 +125,11 @@ class SteeringSettings(BaseModel):
             _check_readable(field, site, sites)
         return frozenset(site for _, site in [*named.items(), *wanted])
 
+    def chosen_slots(self, num_layers: int, sites: frozenset[Site]) -> SlotLimits:
+        """Which slots are served among the steered `sites`. Raises `SteeringError` where the settings do not fit."""
+        layers = None if self.slot_layers is None else _chosen(self.slot_layers, num_layers, "slot_layers")
+        return slot_limits(self.slots, self.kinds, layers, sites)
+
     @cached_property
     def start_vectors(self) -> dict[str, SteeringVector]:
         """The vectors of `vectors`, loaded once. Raises `SteeringError` naming the one whose file is bad, or does not
@@ -163,17 +177,18 @@ def model_sites(vllm_config: Any, settings: SteeringSettings) -> ModelSites:
     sites = frozenset(Site(layer, hook) for layer in chosen for hook in settings.hook_points)
     readable = settings.chosen_probe_sites(num_layers, sites)
     stages = _later_stages(vllm_config, num_layers)
+    slots = settings.chosen_slots(num_layers, sites)
     count = settings.gates if readable else 0
     room = stamped_tables(settings.stamp).room if settings.stamp else None  # not known before
     if (monitor := settings.start_monitor) is None:
-        return ModelSites(hidden_size, num_layers, sites, GateLimits(count, readable, stages), room)
+        return ModelSites(hidden_size, num_layers, sites, GateLimits(count, readable, stages), room, slots)
     field, width = f"{SETTINGS_KEY}.monitor.probe", monitor.probe.hidden_size
     if width != hidden_size:
         raise SteeringError(field, f"has width {width}, this model has hidden size {hidden_size}")
     _check_readable(field, monitor.site, sites)
     check_reach(monitor, sites, stages)
     limits = GateLimits(count, readable, stages, OwnGate(monitor.digest, monitor.site))
-    return ModelSites(hidden_size, num_layers, sites, limits, room)
+    return ModelSites(hidden_size, num_layers, sites, limits, room, slots)
 
 
 def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
@@ -194,6 +209,9 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
         "layers": sorted({site.layer for site in model.sites}),
         "gates": model.gates.count,
         "probe_sites": sorted(map(str, model.gates.probe_sites)),
+        "slots": model.slots.count,
+        "slot_sites": sorted(map(str, model.slots.sites)),
+        "kinds": sorted(model.slots.kinds),
         "row_monitor": settings.row_monitor,
         "monitor": "" if settings.start_monitor is None else settings.start_monitor.digest.hex(),
         "tables": decide_tables(vllm_config, model, memory, settings.max_rows, settings.row_monitor)._asdict(),

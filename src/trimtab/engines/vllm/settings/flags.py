@@ -27,6 +27,9 @@ _DESTINATIONS = {
     "steering_probes": "probes",
     "steering_probe_layers": "probe_layers",
     "steering_gates": "gates",
+    "steering_slots": "slots",
+    "steering_slot_layers": "slot_layers",
+    "steering_kinds": "kinds",
     "steering_row_monitor": "row_monitor",
     "steering_monitor": "monitor",
     "steering_default": "default",
@@ -106,6 +109,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="Different gates per phase of a request, where probes can be read. Default: 4; 0 serves none.",
     )
     group.add_argument(
+        "--steering-slots",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Slots on one token at one site, for interventions that do more than add: 16 at most. Default: 0, none.",
+    )
+    group.add_argument(
+        "--steering-slot-layers",
+        default=None,
+        metavar="LAYERS",
+        help="Layers at which slots can act, such as 8-16. Default: all that can be steered.",
+    )
+    group.add_argument(
+        "--steering-kinds",
+        nargs="+",
+        default=None,
+        metavar="KIND",
+        help="Kinds of intervention that slots serve. Adding needs none. Default: ablate, clamp, scale.",
+    )
+    group.add_argument(
         "--steering-row-monitor",
         action="store_true",
         default=None,
@@ -179,6 +202,8 @@ def settings_from_flags(given: Mapping[str, Any]) -> dict[str, Any]:
         settings["probes"] = parse_vector_flags(settings["probes"], "--steering-probes")
     if "hook_points" in settings:
         settings["hook_points"] = _parse_hook_points(settings["hook_points"])
+    if "kinds" in settings:
+        settings["kinds"] = _split(settings["kinds"])
     if "default" in settings:
         settings["default"] = _read_object(settings["default"], "--steering-default", "with interventions")
     if "monitor" in settings:
@@ -200,11 +225,16 @@ def parse_vector_flags(items: Sequence[str], flag: str = "--steering-vectors") -
 
 
 def _parse_hook_points(items: Sequence[str]) -> list[str]:
-    hooks = [hook for item in items for hook in item.split(",") if hook]
+    hooks = _split(items)
     for hook in hooks:
         if hook not in list(HookPoint):
             raise SteeringError("--steering-hook-points", f"{hook!r} is not one of {', '.join(HookPoint)}")
     return hooks
+
+
+def _split(items: Sequence[str]) -> list[str]:
+    """Names that were given one by one, or with commas between them."""
+    return [name for item in items for name in item.split(",") if name]
 
 
 def _read_monitor(path: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
+from trimtab.engines.vllm.settings.slots import most_slots, slot_form
 from trimtab.errors import SteeringError
 from trimtab.program.resolved_gate import probes_needed, rows_needed
 from trimtab.sites import ModelSites, Room
@@ -61,18 +62,23 @@ def decide_tables(
     from trimtab.ops.sizes import row_bytes, rows_within  # only here: it brings torch along
 
     dtype, gates = vllm_config.model_config.dtype, model.gates.per_token
-    stages, monitored = (
+    stages, monitored, slotted = (
         Counter(model.gates.stage(site.layer) for site in sites)
-        for sites in (model.sites, model.gates.read_sites if lowers else ())
+        for sites in (model.sites, model.gates.read_sites if lowers else (), model.slots.sites)
     )
+    form = slot_form(model.slots)
     each = max(
-        row_bytes(sites, model.hidden_size, dtype, probes=gates > 0, row_monitor_sites=monitored[stage])
+        row_bytes(
+            sites, model.hidden_size, dtype, probes=gates > 0, row_monitor_sites=monitored[stage], slots=form,
+            slot_sites=slotted[stage],
+        )
         for stage, sites in stages.items()
-    )
+    )  # fmt: skip
     requests = int(vllm_config.scheduler_config.max_num_seqs)
     rows = max_rows
     if rows is None:
-        least, most = rows_needed(1, gates), rows_needed(requests, gates)
+        slots = most_slots(model.slots)
+        least, most = rows_needed(1, gates, slots), rows_needed(requests, gates, slots)
         rows = rows_within(_budget(memory, most * each), each, least=least, most=most)
     return Tables(rows, min(rows, probes_needed(requests, gates)), rows * each, lowers)
 

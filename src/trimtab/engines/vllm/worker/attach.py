@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
+from trimtab.engines.vllm.settings.slots import slot_form
 from trimtab.engines.vllm.settings.tables import stamped_tables
 from trimtab.engines.vllm.worker.boundaries import LayerBoundary
 from trimtab.engines.vllm.worker.conventions import attention_join, branch_taps, convention_of
@@ -53,6 +54,8 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
         max_probes=tables.probes,
         probe_sites=wanted.gates.read_sites,
         row_monitor=wanted.gates.read_sites if settings.row_monitor else False,
+        slots=slot_form(wanted.slots),
+        slot_sites=wanted.slots.sites,
     )
     terms = ROWS_ONLY._replace(row_monitor=settings.row_monitor)  # at sites without its tensors it is in no graph
     mode = Emission(traced=settings.backend != "triton", terms=terms, eager=_runs_eagerly(vllm_config))
@@ -60,7 +63,7 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
     modules: dict[Site, nn.Module] = {}
     for index in sorted({site.layer for site in held}):
         hooks = {site.hook for site in held if site.layer == index}
-        read = Site(index, HookPoint.POST_ATTN) in wanted.gates.read_sites
+        read = Site(index, HookPoint.POST_ATTN) in wanted.gates.read_sites | wanted.slots.sites
         for hook, module in _place(layers[index], hooks, reads_join=read).items():
             site = Site(index, hook)
             buffers.attach(module, site)

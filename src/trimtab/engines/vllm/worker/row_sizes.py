@@ -148,22 +148,22 @@ def _factors(
     `adding` takes the strengths [n] of the tokens.
     """
     table = attachment.buffers.table
-    quiet = _streams(forward, attachment, layers)
+    quiet = streams(forward, attachment, layers)
     size = quiet.square().mean(dim=-1).sqrt().nan_to_num(nan=1.0).clamp(min=1.0)
     most = (_RANGE[0] if table.dtype == torch.float16 else _RANGE[1]) / _STEP
     weak = (_WEAK * size.log2().ceil().exp2()).clamp(max=most)  # powers of two, which every dtype holds
-    streams = []
+    loud = []
     for strength in (weak, _STEP * weak):
         with adding(strength):
-            streams.append(_streams(forward, attachment, layers))
+            loud.append(streams(forward, attachment, layers))
     pattern = canary_pattern(table.shape[2]).to(quiet)
-    moved = (streams[1] - streams[0]) / ((_STEP - 1) * weak)[:, None]
+    moved = (loud[1] - loud[0]) / ((_STEP - 1) * weak)[:, None]
     factors = moved @ pattern / pattern.square().sum()
     across = (moved - factors[:, None] * pattern).norm(dim=-1) / pattern.norm()
     return torch.where(across < _CLEAR, factors, math.nan)
 
 
-def _streams(forward: Forward, attachment: Attachment, layers: Sequence[int]) -> Tensor:
+def streams(forward: Forward, attachment: Attachment, layers: Sequence[int]) -> Tensor:
     """One pass: of each token the stream behind its layer, [n, H] float32; nan where none was seen."""
     table = attachment.buffers.table
     seen = torch.full((len(layers), table.shape[2]), math.nan, device=table.device)

@@ -9,7 +9,7 @@ it too; behind one that is shut they must change nothing.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from trimtab.ops.args import NO_THRESHOLD
 from trimtab.ops.host import awake
 from trimtab.sites import Site, site_order
 
-_STRENGTH = 64.0  # far above rounding in any dtype, far below float16's range
+STRENGTH = 64.0  # far above rounding in any dtype, far below float16's range
 
 
 def require_live_sites(worker: Any, attachment: Attachment, is_v2: bool) -> None:
@@ -40,25 +40,24 @@ def _require_live_sites(worker: Any, attachment: Attachment, is_v2: bool) -> Non
     forward = dummy_forward(worker, is_v2)
     most = min(int(worker.vllm_config.scheduler_config.max_num_seqs), buffers.table.shape[1] - 1)
 
-    def found(first: int, loud: Callable[[range], AbstractContextManager[None]], *, moving: bool) -> list[Site]:
+    def found(first: int, loud: Callable[[Sequence[int]], AbstractContextManager[None]], *, moving: bool) -> list[Site]:
         """The sites from `first` on whose canary changes the result (`moving`), or whose canary does not."""
-        total = len(buffers.sites)
-        chunks = [range(start, min(start + most, total)) for start in range(first, total, most)]
-        return [site for places in chunks for site, moved in _moved(buffers, places, forward, loud(places))
-                if moved is moving]  # fmt: skip
+        chunks = chunked(range(first, len(buffers.sites)), most)
+        return [change.site for places in chunks for change in changes(buffers, places, forward, loud(places))
+                if change.is_one is moving]  # fmt: skip
 
     dead = found(0, lambda places: canaries(buffers, places), moving=False)
     if dead:
-        raise _fault("steering", "steering has no effect", dead, "unsteered")
+        raise fault("steering", "steering has no effect", dead, "unsteered")
     if attachment.probe_sites:
         probed = buffers.sites.index(attachment.probe_sites[0])
         probes = attachment.probe_sites
         closed = found(probed, lambda places: _gated_canaries(buffers, places, probes, shut=False), moving=False)
         if closed:
-            raise _fault("steering.gates", "steering behind an open gate has no effect", closed, "unsteered")
+            raise fault("steering.gates", "steering behind an open gate has no effect", closed, "unsteered")
         open_ones = found(probed, lambda places: _gated_canaries(buffers, places, probes, shut=True), moving=True)
         if open_ones:
-            raise _fault("steering.gates", "a shut gate has no effect", open_ones, "as if it had no gates")
+            raise fault("steering.gates", "a shut gate has no effect", open_ones, "as if it had no gates")
     if buffers.row_monitor_sites:
         first = buffers.sites.index(buffers.row_monitor_sites[0])
         for shut, what, how in (
@@ -67,10 +66,11 @@ def _require_live_sites(worker: Any, attachment: Attachment, is_v2: bool) -> Non
         ):
             faulty = found(first, partial(_monitored_canaries, buffers, shut=shut), moving=shut)
             if wrong := [site for site in faulty if site in buffers.row_monitor_sites]:
-                raise _fault("steering.row_monitor", what, wrong, how)
+                raise fault("steering.row_monitor", what, wrong, how)
 
 
-def _fault(field: str, what: str, sites: list[Site], how: str) -> SteeringError:
+def fault(field: str, what: str, sites: list[Site], how: str) -> SteeringError:
+    """The error of an engine in which something is wrong at `sites`, and which would therefore answer in such a way."""
     return SteeringError(
         field,
         f"{what} at {', '.join(map(str, sites))}: this engine would answer {how} and does not start. This is a fault "
@@ -78,12 +78,26 @@ def _fault(field: str, what: str, sites: list[Site], how: str) -> SteeringError:
     )
 
 
-def _moved(
-    buffers: SteeringBuffers, places: range, forward: Forward, loudly: AbstractContextManager[None]
-) -> list[tuple[Site, bool]]:
-    """Whether the canary of each site changes what the model returns.
+class Change(NamedTuple):
+    """By how much something changes what the model returns, and by how much that differs from pass to pass anyway."""
 
-    Sites at which that is not finite are left out: dummy weights may overflow, which shows nothing either way.
+    site: Site
+    size: float
+    noise: float
+
+    @property
+    def is_one(self) -> bool:
+        """Whether something changed at all."""
+        return self.size > self.noise
+
+
+def changes(
+    buffers: SteeringBuffers, places: Sequence[int], forward: Forward, loudly: AbstractContextManager[None]
+) -> list[Change]:
+    """What `loudly` does to the i-th token of a batch, by the sites at `places`.
+
+    Sites at which the model's results are not finite are left out: dummy weights may overflow, which shows nothing
+    either way.
     """
     count = len(places)
     tokens = max(count, 2)  # a batch of one token is a shape of its own to compilers
@@ -91,9 +105,18 @@ def _moved(
     with loudly:
         loud = forward(tokens)
     noise = 4 * (quiet - again).abs().amax(dim=-1)  # kernels may add in another order each time
-    moved = (loud - quiet).abs().amax(dim=-1) > noise
+    sizes = (loud - quiet).abs().amax(dim=-1)
     finite = quiet.isfinite().all(dim=-1)
-    return [(buffers.sites[place], bool(moved[token])) for token, place in enumerate(places) if finite[token]]
+    return [
+        Change(buffers.sites[place], float(sizes[token]), float(noise[token]))
+        for token, place in enumerate(places)
+        if finite[token]
+    ]
+
+
+def chunked(places: Sequence[int], most: int) -> list[Sequence[int]]:
+    """`places` in parts, so many in a pass at most."""
+    return [places[start : start + most] for start in range(0, len(places), most)]
 
 
 def canary_pattern(width: int) -> Tensor:
@@ -102,12 +125,12 @@ def canary_pattern(width: int) -> Tensor:
 
 
 @contextmanager
-def canaries(buffers: SteeringBuffers, places: Sequence[int], strengths: Tensor | float = _STRENGTH) -> Iterator[None]:
+def canaries(buffers: SteeringBuffers, places: Sequence[int], strengths: Tensor | float = STRENGTH) -> Iterator[None]:
     """Steer token i at the i-th of `places`. `strengths` are one for all, or one for each token [n]."""
     count = len(places)
     try:
         buffers.index[:count] = torch.arange(1, count + 1, device=buffers.index.device)
-        with _rows(buffers, places, strengths):
+        with in_rows(buffers, places, strengths):
             yield
     finally:
         buffers.index[:count] = 0
@@ -115,20 +138,31 @@ def canaries(buffers: SteeringBuffers, places: Sequence[int], strengths: Tensor 
 
 @contextmanager
 def _gated_canaries(
-    buffers: SteeringBuffers, places: range, probe_sites: tuple[Site, ...], *, shut: bool
+    buffers: SteeringBuffers, places: Sequence[int], probe_sites: Sequence[Site], *, shut: bool
 ) -> Iterator[None]:
-    """The same behind a gate each, read at the nearest probe site; the gates of a token are tried in turn."""
+    """The same behind a gate each."""
+    assert buffers.gates is not None
+    with gate_of_each(buffers, places, probe_sites, shut=shut), in_rows(buffers, places):
+        for token in range(len(places)):
+            buffers.gates.rows[token, token % buffers.gates.count] = token + 1
+        yield
+
+
+@contextmanager
+def gate_of_each(
+    buffers: SteeringBuffers, places: Sequence[int], probe_sites: Sequence[Site], *, shut: bool
+) -> Iterator[None]:
+    """Token i has a gate, read at the probe site nearest before its site; it lets no row through yet. The gates of a
+    token are tried in turn: it is number i, modulo their count."""
     gates, count = buffers.gates, len(places)
     assert gates is not None
     try:
         for token, place in enumerate(places):
             slot, site = token % gates.count, buffers.sites[place]
-            gates.rows[token, slot] = token + 1
             gates.sites[token, slot] = max(gates.number(s) for s in probe_sites if site_order(s) <= site_order(site))
             # A hard gate of the probe in row 0, which is zero and so scores 0.
             gates.params[token, slot, :2] = torch.tensor([1.0, -NO_THRESHOLD if shut else NO_THRESHOLD])
-        with _rows(buffers, places):
-            yield
+        yield
     finally:
         gates.slab[:count] = 0
         gates.values.zero_()
@@ -136,7 +170,7 @@ def _gated_canaries(
 
 
 @contextmanager
-def _monitored_canaries(buffers: SteeringBuffers, places: range, *, shut: bool) -> Iterator[None]:
+def _monitored_canaries(buffers: SteeringBuffers, places: Sequence[int], *, shut: bool) -> Iterator[None]:
     """The same with a probe of each row where rows can have them, and every token counted as decode, where it acts."""
     monitored = {site: place for place, site in enumerate(buffers.row_monitor_sites)}
     behind = [(monitored[site], row) for row, site in enumerate(map(buffers.sites.__getitem__, places), 1)
@@ -156,7 +190,7 @@ def _monitored_canaries(buffers: SteeringBuffers, places: range, *, shut: bool) 
 
 
 @contextmanager
-def _rows(buffers: SteeringBuffers, places: Sequence[int], strengths: Tensor | float = _STRENGTH) -> Iterator[None]:
+def in_rows(buffers: SteeringBuffers, places: Sequence[int], strengths: Tensor | float = STRENGTH) -> Iterator[None]:
     """Row i + 1 holds a canary at the i-th of `places`."""
     count, width = len(places), buffers.table.shape[2]
     at, rows = list(places), list(range(1, count + 1))

@@ -12,6 +12,7 @@ from trimtab.engines.vllm.worker.attach import Attachment, attach
 from trimtab.engines.vllm.worker.row_sizes import require_full_size
 from trimtab.engines.vllm.worker.runner_v1 import DriveV1
 from trimtab.engines.vllm.worker.runner_v2 import DriveV2
+from trimtab.engines.vllm.worker.slot_check import require_live_slots
 from trimtab.engines.vllm.worker.startup_check import require_live_sites
 from trimtab.engines.vllm.worker.warmup import require_warm, warm_up_kernels
 from trimtab.errors import SteeringError
@@ -73,7 +74,7 @@ def worker_status(worker: Any, digest: bool = True, answers: Sequence[str] = ())
 
 def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]:
     steering = _steering(worker)
-    runtime, gates = steering.runtime, steering.attachment.buffers.gates
+    runtime, gates, slots = steering.runtime, steering.attachment.buffers.gates, steering.attachment.buffers.slots
     warmed = warmed_launches(steering.attachment.modules.values())  # by kernel; none where the device runs no kernels
     status = {
         "rank": int(worker.rank),
@@ -89,6 +90,7 @@ def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]
         "late_variants": late_variants(),
         "gates": [asdict(use) for use in runtime.gate_totals()] if runtime else [],
         "probe_sites": [str(site) for site in gates.probe_sites] if gates else [],
+        "slot_sites": [str(site) for site in slots.sites] if slots else [],
         "uses": {name: [asdict(use) for use in runtime.gate_report(name)] for name in answers} if runtime else {},
     }
     return status | {"digest": runtime.digest() if runtime else ""} if digest else status
@@ -117,6 +119,7 @@ def after_warm_up(worker: Any) -> None:
     """See that the model that will serve is steered, and at full size. Raises `SteeringError` if it is not."""
     steering = _steering(worker)
     require_live_sites(worker, steering.attachment, is_v2(worker.model_runner))
+    require_live_slots(worker, steering.attachment, is_v2(worker.model_runner))
     require_full_size(worker, steering.attachment, is_v2(worker.model_runner))
 
 

@@ -1,0 +1,103 @@
+"""The settings of slots: which kinds of intervention an engine serves besides adding, where, and how many at a time.
+
+What was not declared at start is not in the graphs of the engine: a request that asks for it is refused.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
+from trimtab.errors import SteeringError
+from trimtab.program import PhaseProgram
+from trimtab.responses import CLIP, RESPONSES
+from trimtab.sites import Site, SlotLimits
+from trimtab.spec.kinds import KINDS, Intervention
+from trimtab.spec.request import MAX_INTERVENTIONS
+from trimtab.wording import with_suggestions
+
+if TYPE_CHECKING:
+    from trimtab.ops.args import SlotForm
+
+MOST_SLOTS = 16
+DEFAULT_KINDS = ("ablate", "clamp", "scale")
+
+BY_NAME: dict[str, type[Intervention]] = {str(kind.model_fields["kind"].default): kind for kind in KINDS}
+DECLARED = tuple(name for name, kind in BY_NAME.items() if kind.responses)  # the others need no slot
+
+
+def checked_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
+    """Kinds that were named, each once, in the order of `KINDS`. Raises ValueError for one that does not exist."""
+    named = set(kinds)
+    for name in sorted(named - BY_NAME.keys()):
+        raise ValueError(f"there is no kind {name!r:.80}{with_suggestions(name, BY_NAME)}; the kinds are "
+                         f"{', '.join(DECLARED)}")  # fmt: skip
+    if not named.intersection(DECLARED):
+        raise ValueError(f"names no kind that needs slots: these are {', '.join(DECLARED)}")
+    return tuple(name for name in DECLARED if name in named)
+
+
+def slot_limits(
+    count: int, kinds: Sequence[str] | None, layers: Sequence[int] | None, sites: frozenset[Site]
+) -> SlotLimits:
+    """What the settings come to for an engine that steers `sites`: slots at `layers`, None being wherever it steers.
+
+    Raises `SteeringError` for settings that would have no effect, and for a layer that is not steered.
+    """
+    if not count:
+        for field, given in (("kinds", kinds), ("slot_layers", layers)):
+            if given is not None:
+                raise SteeringError(
+                    f"{SETTINGS_KEY}.{field}",
+                    "is given without slots, so no request could use them: set `slots` (--steering-slots N) too",
+                )
+        return SlotLimits()
+    steered = {site.layer for site in sites}
+    chosen = steered if layers is None else set(layers)
+    if outside := sorted(chosen - steered):
+        raise SteeringError(f"{SETTINGS_KEY}.slot_layers", f"layers {outside} are not among the steered layers")
+    at = frozenset(site for site in sites if site.layer in chosen)
+    return SlotLimits(count, at, frozenset(DEFAULT_KINDS if kinds is None else kinds))
+
+
+def slot_form(limits: SlotLimits) -> "SlotForm | None":
+    """What the graphs of an engine with these limits have of slots; None where they have none."""
+    if not limits.count:
+        return None
+    from trimtab.ops.args import SlotForm  # only here: it brings torch along
+
+    responses = tuple(sorted(_responses(limits), key=lambda name: RESPONSES[name].code))
+    return SlotForm(limits.count, responses, _writes(limits))
+
+
+def check_slots(programs: Iterable[PhaseProgram], limits: SlotLimits, field: str) -> None:
+    """Raise `SteeringError` at `field` for slots that the graphs of an engine with these limits do not have.
+
+    What a request may ask for is checked with the kinds that it names (`Steering.resolve`); this is for slots that
+    come from another process.
+    """
+    for program in programs:
+        at = Counter(site for slot in program.slots for site in slot.sites)
+        for site, count in at.items():
+            if site not in limits.sites:
+                raise SteeringError(field, f"this engine has no slots at {site} (its settings `slots`, `slot_layers`)")
+            if count > limits.count:
+                raise SteeringError(field, f"has {count} slots at {site}; this engine has {limits.count} (its `slots`)")
+        for slot in program.slots:
+            if slot.response not in _responses(limits) or (slot.write is not None and not _writes(limits)):
+                raise SteeringError(field, f"has a slot of a kind that this engine does not serve: {slot.response}")
+
+
+def _responses(limits: SlotLimits) -> set[str]:
+    """The responses of slots; one is always there, for the check at start."""
+    return {CLIP.name}.union(*(BY_NAME[name].responses for name in limits.kinds))
+
+
+def _writes(limits: SlotLimits) -> bool:
+    """Whether a slot may write along another direction than it reads."""
+    return any(BY_NAME[name].writes for name in limits.kinds)
+
+
+def most_slots(limits: SlotLimits) -> int:
+    """Slots that one phase of a request may have at all its sites together: each of its interventions may be one."""
+    return MAX_INTERVENTIONS if limits.count else 0
