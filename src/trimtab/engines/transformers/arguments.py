@@ -9,11 +9,15 @@ from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
 from trimtab.program.monitor import behind
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, check_monitor
-from trimtab.sites import GateLimits, ModelSites
+from trimtab.sites import GateLimits, ModelSites, SlotLimits
 from trimtab.spec import Gate, Steering
 from trimtab.spec.faults import join
+from trimtab.spec.kinds import KINDS
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
+
+MOST_SLOTS = 64
+"""Slots of one prompt at one site: more than the interventions of a spec, since some kinds come down to several."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,11 @@ class Names:
     monitor: ResolvedGate | None = None
 
     def served_by(self, hook_map: HookMap) -> ModelSites:
-        """The model's sites, with its gates."""
-        return replace(hook_map.sites, gates=GateLimits(self.gates, hook_map.sites.sites))
+        """The model's sites, with its gates, and with slots of every kind at all of them."""
+        sites = hook_map.sites.sites
+        kinds = frozenset(str(kind.model_fields["kind"].default) for kind in KINDS)
+        gates, slots = GateLimits(self.gates, sites), SlotLimits(MOST_SLOTS, sites, kinds)
+        return replace(hook_map.sites, gates=gates, slots=slots)
 
 
 def resolve_monitor(monitor: Any, probes: Mapping[str, Probe], hook_map: HookMap) -> ResolvedGate | None:

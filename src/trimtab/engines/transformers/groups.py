@@ -1,5 +1,6 @@
 """The buffers and the runtime of those steered sites that share a device."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,8 +13,11 @@ from torch import nn
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import DecoderLayers
 from trimtab.ops import SteeringBuffers, emit
+from trimtab.ops.args import SlotForm
 from trimtab.program import ResolvedSteering
-from trimtab.runtime import GateUse, SteeringRuntime, probes_needed, rows_needed
+from trimtab.program.lowering import contents_of
+from trimtab.responses import RESPONSES
+from trimtab.runtime import GateUse, SteeringRuntime
 from trimtab.sites import Site
 
 IntArray = npt.NDArray[np.int64]
@@ -34,10 +38,22 @@ def layer_devices(decoder: DecoderLayers) -> dict[int, torch.device]:
     return homes
 
 
+def slot_form(steering: Sequence[ResolvedSteering]) -> SlotForm | None:
+    """What the slots of buffers must be for all of `steering`; None where it has none."""
+    programs = [program for one in steering for program in one.programs]
+    slots = [slot for program in programs for slot in program.slots]
+    if not slots:
+        return None
+    at_sites = [Counter(site for slot in program.slots for site in slot.sites) for program in programs]
+    responses = sorted({slot.response for slot in slots}, key=lambda name: RESPONSES[name].code)
+    most = max(max(counts.values(), default=0) for counts in at_sites)
+    return SlotForm(most, tuple(responses), writes=any(slot.write is not None for slot in slots))
+
+
 class SiteGroup:
     """Steers `sites` on `device`: tensors that pass on another device are moved here and back.
 
-    Buffers are made when the number of rows is known, and made anew when passes grow.
+    Buffers are made when all that is steered is known, with room for just that, and made anew when passes grow.
     """
 
     def __init__(
@@ -48,32 +64,36 @@ class SiteGroup:
         dtype: torch.dtype,
         hidden_size: int,
         gates: int,
+        slots: SlotForm | None = None,
     ) -> None:
         self.sites = sites
         self._device, self._dtype, self._hidden_size = device, dtype, hidden_size
-        self._gates = gates
+        self._gates, self._slots = gates, slots
         self._holders = {site.layer: nn.Module() for site in sites}
         self._runtime: SteeringRuntime | None = None
         self._rows = 0
         self._uses: dict[tuple[int, str], GateUse] = {}  # by row and gate, of runtimes that grew out of use
 
     def prepare(self, steering: Sequence[ResolvedSteering | None], tokens: int) -> None:
-        """Make room for one row per steering, and for passes of up to `tokens` tokens."""
+        """Make room for all of `steering`, one for each row of a pass, and for passes of up to `tokens` tokens."""
         with _current(self._device):
             self._prepare(steering, tokens)
 
     def _prepare(self, steering: Sequence[ResolvedSteering | None], tokens: int) -> None:
         self._keep_gate_uses()
         rows = self._rows = len(steering)
+        needed = [contents_of(one, lowers=False) for one in {id(one): one for one in steering if one}.values()]
         buffers = SteeringBuffers(
             self.sites,
             hidden_size=self._hidden_size,
-            max_rows=rows_needed(rows, self._gates),
+            max_rows=1 + len(set[bytes]().union(*(contents.rows for contents in needed))),
             max_tokens=tokens,
             dtype=self._dtype,
             device=self._device,
             gates=self._gates,
-            max_probes=probes_needed(rows, self._gates),
+            max_probes=1 + len(set[bytes]().union(*(contents.probes for contents in needed))),
+            slots=self._slots,
+            slot_sites={site for one in steering if one for slot in one.slots for site in slot.sites},
         )
         for site in self.sites:
             buffers.attach(self._holders[site.layer], site)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from trimtab.engines.transformers.groups import SiteGroup
+from trimtab.engines.transformers.groups import SiteGroup, slot_form
 from trimtab.engines.transformers.progress import Progress
 from trimtab.engines.transformers.prompts import PromptBatch
 from trimtab.errors import SteeringError
@@ -50,8 +50,9 @@ class SteeringSession:
         for site in self._sites:
             first = self._sites[0] if gates else site
             places.setdefault(homes[first.layer], []).append(site)
+        width, slots = hook_map.sites.hidden_size, slot_form(steered)
         self._groups = [
-            SiteGroup(sites, device, dtype=dtype, hidden_size=hook_map.sites.hidden_size, gates=gates)
+            SiteGroup(sites, device, dtype=dtype, hidden_size=width, gates=gates, slots=slots)
             for device, sites in places.items()
         ]
         self._names = [name for row in range(progress.rows) for name in (NOT_STEERED, str(row), NOT_STEERED)]
