@@ -1,5 +1,6 @@
 """What a server's default promises: a binding one stands, one that is not is counted, and receipts tell the truth."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from trimtab.engines.vllm.frontend.admission import FrontEnd, Monitor
 from trimtab.errors import SteeringError
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
-from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
+from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site, SlotLimits
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
@@ -163,3 +164,46 @@ def test_a_spec_that_adds_nothing_is_admitted_and_its_receipt_names_nothing() ->
     gated = admitted(front, spec(add("joy", gate=GATE, layers=[1, 2]))).receipt
     assert [entry["digest"] for entry in gated["vectors"]] == [JOY.digest.hex()]
     assert [entry["name"] for entry in gated["probes"]] == ["anger"]
+
+
+SLOTTED = replace(MODEL, slots=SlotLimits(2, SITES, frozenset({"ablate", "clamp"})))
+
+
+def slot(kind: str, source: Any, **more: Any) -> dict[str, Any]:
+    return {"kind": kind, "vector": source, **more}
+
+
+def test_a_default_may_hold_any_kind_and_stands_beside_what_requests_ask_for() -> None:
+    front = front_end(spec(slot("clamp", "calm", max=1.0)), SLOTTED)
+    assert admitted(front, None).receipt["default_left"] == 1.0
+    both = admitted(front, spec(slot("ablate", "joy", layers=[1]), add("calm", scale=-3.0, layers=[0])))
+    assert [len(program.slots) for program in both.steering.programs] == [2, 2]
+    assert {vector["name"] for vector in both.receipt["vectors"]} == {"calm", "joy"}
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (slot("clamp", "calm", value=3.0), "ask for different things"),
+        (slot("ablate", vector(3), layers=[1], strength=0.5), "has 3 slots at post_block:1 .* --steering-slots 3"),
+    ],
+    ids=["contradiction", "count"],
+)
+def test_slots_of_a_default_hold_at_their_sites_and_count(own: dict[str, Any], said: str) -> None:
+    front = front_end(spec(slot("clamp", "calm", max=1.0), slot("ablate", "joy")), SLOTTED)
+    with pytest.raises(SteeringError, match=f"together with the server's default spec: .*{said}"):
+        front.admit(spec(own))
+    assert admitted(front, spec(add("calm", scale=9.0)))
+
+
+@pytest.mark.parametrize("binding", [True, False])
+def test_a_request_that_takes_the_defaults_direction_out_takes_it_back(binding: bool) -> None:
+    front = front_end(spec(add("calm"), binding=binding), SLOTTED)
+    assert admitted(front, spec(slot("ablate", "joy", layers=[3], strength=0.1))).receipt["default_left"] > 0.9
+    taking = spec(add("joy"), slot("ablate", "calm", layers=[2]))
+    if not binding:
+        assert admitted(front, taking).receipt["default_left"] < 0.5
+        return
+    with pytest.raises(SteeringError, match="takes back too much of the server's default spec") as caught:
+        front.admit(taking)
+    assert caught.value.field == "steering.interventions[1]"
