@@ -25,6 +25,19 @@ HERE = Site(2, HookPoint.POST_BLOCK)
 Row = npt.NDArray[np.float64]
 
 
+def clip(u: float, strength: float, low: float, high: float) -> float:
+    """As of `trimtab.responses`."""
+    return strength * (min(max(u, low), high) - u)
+
+
+def turn(u: float, v: float, own: float, other: float, length: float, when: float) -> float:
+    """As of `trimtab.responses`."""
+    return own * u + other * v + length * np.hypot(u, v) if (1.0, u, v)[int(when)] > 0 else 0.0
+
+
+RESPONSES = {"clip": clip, "turn": turn}
+
+
 def vector(seed: int = 0, sites: tuple[Site, ...] = (HERE,), scale: float = 1.0) -> SteeringVector:
     """Normal numbers, others at each site."""
     random = np.random.default_rng(seed)
@@ -54,10 +67,10 @@ def done(program: PhaseProgram, stream: Row, site: Site = HERE) -> Row:
     for slot in program.slots:
         if site not in slot.at or slot.gate is not None:
             continue
-        bias, (strength, low, high) = slot.at[site]
+        bias, own = slot.at[site]
         read = slot.read.values((site,))[0]
-        score = read @ added + bias
-        move = strength * (min(max(score, low), high) - score)
+        seen = [read @ added + bias] + ([] if slot.second is None else [slot.second.values((site,))[0] @ added])
+        move = RESPONSES[slot.response](*seen, *own)
         if slot.write is None:
             moves.append(move)
             rows.append(read)

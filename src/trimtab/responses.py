@@ -1,23 +1,45 @@
 """What a slot makes of the number that it reads: each response once, by its name, with the numbers that it is given.
 
-A slot reads one direction of the stream, u = y . a + bias, and writes c times a direction; c is its response to u. How
-each is computed on a device stands in `trimtab.ops.responses`, under the same names.
+A slot reads one direction of the stream, u = y . a + bias, and writes c times a direction; c is its response to u. Some
+responses see a second score too, v, which another slot of the site reads. How each is computed on a device stands in
+`trimtab.ops.responses`, under the same names.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-MOST_NUMBERS = 8  # that any response takes
+MOST_NUMBERS = 8
+"""That any response takes. The last is for the place of the second score, where a response sees one."""
 
 
-class Response(NamedTuple):
-    """One response: its name in programs, its code on devices, and what its numbers are called, in their order."""
+@dataclass(frozen=True)
+class Response:
+    """One response: its name in programs, its code on devices, and what its numbers are called, in their order.
+
+    Where the numbers that `nothing` names are as it says, the response is 0 whatever it sees.
+    """
 
     name: str
     code: int
     numbers: tuple[str, ...]
+    nothing: Mapping[str, float] = field(default_factory=dict)
+    sees_two: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.numbers) + self.sees_two > MOST_NUMBERS:
+            raise ValueError(f"the response {self.name!r} takes more than {MOST_NUMBERS} numbers")
+
+    def is_nothing(self, own: Sequence[float]) -> bool:
+        """Whether with these numbers it is 0 whatever it sees."""
+        numbers = dict(zip(self.numbers, own, strict=True))
+        return bool(self.nothing) and all(numbers[name] == value for name, value in self.nothing.items())
 
 
-CLIP = Response("clip", 0, ("strength", "low", "high"))  # c = strength * (min(max(u, low), high) - u)
+# c = strength * (min(max(u, low), high) - u)
+CLIP = Response("clip", 0, ("strength", "low", "high"), {"strength": 0.0})
 
-RESPONSES = {response.name: response for response in (CLIP,)}
+# c = own * u + other * v + length * |(u, v)|, where `when` is 1 only if u > 0, and where it is 2 only if v > 0
+TURN = Response("turn", 1, ("own", "other", "length", "when"), {"own": 0.0, "other": 0.0, "length": 0.0}, sees_two=True)
+
+RESPONSES = {response.name: response for response in (CLIP, TURN)}
 """Every response by its name. Codes are kept for ever: they are part of identities."""

@@ -1,5 +1,6 @@
 """Random slots on random tokens, and their meaning in float64: what the tests of `apply_slots_` share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from trimtab.ops import SlotForm, SteeringBuffers, slot_op_args
 from trimtab.ops.args import SlotOpArgs
+from trimtab.responses import RESPONSES, TURN
 from trimtab.sites import HookPoint, Site
 
 POST = HookPoint.POST_BLOCK
 SITE = Site(0, POST)
+RESPONSE_OF = {response.code: name for name, response in RESPONSES.items()}
 Array = npt.NDArray[np.float64]
 
 
@@ -36,11 +39,15 @@ def slotted(
     rows: int = 7,
     gates: int = 0,
     writes: bool = True,
+    responses: tuple[str, ...] = tuple(RESPONSES),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: str = "cpu",
 ) -> Slotted:
-    """A third of the slots are none, bounds are infinite as often as not, sets mix, some slots read nothing."""
+    """A third of the slots are none, bounds are infinite as often as not, sets mix, some slots read nothing.
+
+    Responses are drawn from `responses`, and second scores from the slots of the row.
+    """
     rng = np.random.default_rng(seed)
     buffers = SteeringBuffers(
         [SITE],
@@ -50,7 +57,7 @@ def slotted(
         dtype=dtype,
         device=device,
         gates=gates,
-        slots=SlotForm(slots, ("clip",), writes),
+        slots=SlotForm(slots, responses, writes),
     )
     buffers.any_active.fill_(True)
     buffers.table[0, 1:] = torch.from_numpy(rng.standard_normal((rows - 1, width)) / width**0.5).to(dtype)
@@ -71,11 +78,17 @@ def slotted(
     params[..., 2] = rng.uniform(-2, 2, shape)
     params[..., 3:5] = bounds
     params[..., 5:] = rng.standard_normal((*shape, 5))  # numbers of other responses
-    params[~on] = 0
+    codes = rng.choice([RESPONSES[name].code for name in responses], shape)
+    turns = codes == TURN.code
+    params[turns, 2:5] = rng.uniform(-2, 2, (turns.sum(), 3))
+    params[turns, 5] = rng.integers(0, 3, turns.sum())
+    params[turns, -1] = rng.integers(0, slots, turns.sum())
+    params[~on] = codes[~on] = 0
     mix = np.eye(slots) + rng.uniform(-1, 1, (rows, slots, slots)) * (rng.random((rows, 1, 1)) < 1 / 2)
     mix *= on[:, None, :] & on[:, :, None]
     state = buffers.slots
     state.rows[0] = torch.from_numpy(np.stack([read, write], -1))
+    state.codes[0, :, :, 0] = torch.from_numpy(codes)
     state.codes[0, :, :, 1] = torch.from_numpy(np.where(on, rng.integers(0, gates + 1, shape), 0))
     state.params[0] = torch.from_numpy(params)
     state.mix[0] = torch.from_numpy(mix)
@@ -99,14 +112,27 @@ def after(args: SlotOpArgs) -> Array:
     for token in range(len(steered)):
         row = int(args.steering_index[token])
         stream = steered[token] + rest[token] if len(rest) else steered[token]
-        numbers = []
-        for (read, _), (_, gate), (factor, bias, strength, low, high, *_) in zip(
-            rows[row], codes[row], params[row], strict=True
-        ):
-            u = bias + (factor * (stream @ table[read]) if read else 0.0)
-            c = strength * (min(max(u, low), high) - u)
-            numbers.append(c * (gates[gate - 1, token] if gate else 1.0))
+        scores = [
+            bias + (factor * (stream @ table[read]) if read else 0.0)
+            for (read, _), (factor, bias, *_) in zip(rows[row], params[row], strict=True)
+        ]
+        numbers = [
+            response(RESPONSE_OF[code], u, own, scores) * (gates[gate - 1, token] if gate else 1.0)
+            for u, (code, gate), (_, _, *own) in zip(scores, codes[row], params[row], strict=True)
+        ]
         for slot, (read, write) in enumerate(rows[row]):
             if read or write:
                 out[token] += (mix[row, slot] @ numbers) * table[write or read]
     return out
+
+
+def response(name: str, u: float, own: Sequence[float], scores: Sequence[float]) -> float:
+    """What `trimtab.responses` says of each."""
+    if name == "clip":
+        strength, low, high = own[:3]
+        return strength * (min(max(u, low), high) - u)
+    assert name == "turn"
+    mine, others, length, when = own[:4]
+    v = scores[int(own[-1])]
+    asked = (1.0, u, v)[int(when)]
+    return mine * u + others * v + length * np.hypot(u, v) if asked > 0 else 0.0

@@ -114,5 +114,5 @@ def test_every_response_has_an_expression_and_a_fragment_of_its_own_code() -> No
     for name, response in RESPONSES.items():
         assert getattr(fragments, f"{name.upper()}_CODE").value == response.code
         parameters = list(inspect.signature(EXPRESSIONS[name]).parameters)
-        assert parameters == ["u", *response.numbers]
+        assert parameters == ["u", *(["v"] if response.sees_two else []), *response.numbers]
         assert getattr(fragments, name).arg_names == parameters

@@ -15,7 +15,8 @@ NO_THRESHOLD = -1.0e30
 """Row-monitor threshold of a row without a probe: sigmoid(1 * (0 + 1e30)) is exactly 1 in float32."""
 
 SLOT_PARAMS = 2 + MOST_NUMBERS
-"""Numbers of a slot on the device: the factor of its read row, the bias of its score, and its response's own."""
+"""Numbers of a slot on the device: the factor of its read row, the bias of its score, and its response's own; where the
+response sees a second score, the last is the place of the slot, among the K, whose score that is."""
 
 
 class SteeringOpArgs(NamedTuple):
@@ -97,7 +98,7 @@ class SlotOpArgs(NamedTuple):
     steering_index: Tensor  # [T] int64: token -> row
     slot_rows: Tensor  # [R, K, 2] int64: what a slot reads and writes along; 0 reads nothing, or writes what it reads
     slot_codes: Tensor  # [R, K, 2] int32: code of the response; gate, counted from 1, or 0
-    slot_params: Tensor  # [R, K, 10] float32: read factor, bias, the response's own numbers
+    slot_params: Tensor  # [R, K, 10] float32: read factor, bias, the response's own numbers, place of a second score
     slot_mix: Tensor  # [R, K, K] float32: slot k writes sum(mix[k, j] * number j)
     gate_values: Tensor  # [G, T] float32: each gate's factor; or [0, T]
 

@@ -126,7 +126,7 @@ def apply_slots(y: Tensor, slots: Slots, form: SlotForm, rest: Tensor | None = N
     """`y` [N, H] float32, to which all has been added, with what the slots of each token's row make of it, unrounded.
 
         u_k = (y[i] . table[read_k]) * factor_k + bias_k,    bias_k where the slot reads nothing
-        c_k = response_k(u_k) * gate_k
+        c_k = response_k(u_k) * gate_k,    response_k(u_k, u_j) where it sees the score of another slot j too
         z[i] = y[i] + sum over k of (sum over j of mix[k, j] * c_j) * table[write_k],    table[read_k] where that is 0
 
     All slots read the same y; with `rest` [N, H], its sum with that. The responses are those of `form`. A token whose
@@ -137,12 +137,13 @@ def apply_slots(y: Tensor, slots: Slots, form: SlotForm, rest: Tensor | None = N
     parts = (slots.rows, slots.codes, slots.params, slots.mix)
     rows, codes, params, mix = (table_rows(part.flatten(1), token_rows).view(tokens, count, -1) for part in parts)
     stream = y if rest is None else y + rest.float()
-    written = []
+    scores, written = [], []
     for slot in range(count):
-        read, own = rows[:, slot, 0], params[:, slot].unbind(-1)
+        read, (factor, bias, *_) = rows[:, slot, 0], params[:, slot].unbind(-1)
         score = (stream * table_rows(slots.table, read).float()).sum(-1)
-        u = torch.where(read > 0, score * own[0], 0.0) + own[1]  # a choice: 0 times infinity is no 0
-        c = respond(form.responses, codes[:, slot, 0], u, own[2:])
+        scores.append(torch.where(read > 0, score * factor, 0.0) + bias)  # a choice: 0 times infinity is no 0
+    for slot, u in enumerate(scores):
+        c = respond(form.responses, codes[:, slot, 0], u, params[:, slot, 2:].unbind(-1), scores)
         written.append(c * _factor(slots.gate_values[:, :tokens], codes[:, slot, 1]))
     z = y
     for slot in range(count):

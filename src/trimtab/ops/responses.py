@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.responses import CLIP, RESPONSES
+from trimtab.responses import CLIP, RESPONSES, TURN
 
 
 def clip(u: Tensor, strength: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -17,20 +17,39 @@ def clip(u: Tensor, strength: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(kept == u, 0.0, strength * (kept - u))
 
 
-EXPRESSIONS: dict[str, Callable[..., Tensor]] = {CLIP.name: clip}
+def turn(u: Tensor, v: Tensor, own: Tensor, other: Tensor, length: Tensor, when: Tensor) -> Tensor:
+    """own * u + other * v + length * |(u, v)|; 0 where `when` is 1 and u is not above 0, or it is 2 and v is not."""
+    asked = torch.where(when == 1.0, u, torch.where(when == 2.0, v, 1.0))
+    return torch.where(asked > 0.0, own * u + other * v + length * torch.sqrt(u * u + v * v), 0.0)
 
 
-def respond(names: Sequence[str], codes: Tensor, u: Tensor, numbers: Sequence[Tensor]) -> Tensor:
+EXPRESSIONS: dict[str, Callable[..., Tensor]] = {CLIP.name: clip, TURN.name: turn}
+
+
+def respond(
+    names: Sequence[str], codes: Tensor, u: Tensor, numbers: Sequence[Tensor], scores: Sequence[Tensor]
+) -> Tensor:
     """c [N] of scores `u` [N], each by the response of its code [N] with its own `numbers`, each [N].
 
-    Only the responses that are named are computed; where there is one of them, codes are not looked at.
+    `scores` are those of all slots of the site, each [N]; where a response sees a second one, the last of the numbers
+    says which. Only the responses that are named are computed; where there is one of them, codes are not looked at.
     """
+    seen = [u, _second(scores, numbers[-1])] if any(RESPONSES[name].sees_two for name in names) else [u]
     first, *others = names
-    c = _expression(first, u, numbers)
+    c = _expression(first, seen, numbers)
     for name in others:
-        c = torch.where(codes == RESPONSES[name].code, _expression(name, u, numbers), c)
+        c = torch.where(codes == RESPONSES[name].code, _expression(name, seen, numbers), c)
     return c
 
 
-def _expression(name: str, u: Tensor, numbers: Sequence[Tensor]) -> Tensor:
-    return EXPRESSIONS[name](u, *numbers[: len(RESPONSES[name].numbers)])
+def _second(scores: Sequence[Tensor], place: Tensor) -> Tensor:
+    """The score at each `place` [N]: choices, since a sum would spread what is infinite."""
+    chosen = scores[0]
+    for number, score in enumerate(scores[1:], start=1):
+        chosen = torch.where(place == number, score, chosen)
+    return chosen
+
+
+def _expression(name: str, seen: Sequence[Tensor], numbers: Sequence[Tensor]) -> Tensor:
+    response = RESPONSES[name]
+    return EXPRESSIONS[name](*seen[: 1 + response.sees_two], *numbers[: len(response.numbers)])

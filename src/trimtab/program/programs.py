@@ -17,7 +17,7 @@ from trimtab.errors import SteeringError
 from trimtab.program.ranges import MAX_VALUE, fault_of_range, unit_of
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, VectorReference
 from trimtab.program.slot_sets import formed
-from trimtab.program.slots import Slot
+from trimtab.program.slots import Slot, check_seconds
 from trimtab.sites import Site, site_order
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
@@ -70,13 +70,14 @@ class PhaseProgram:
 
         One vector is its own row and its scale the factor, so that every scale of it shares one row; a sum has its
         scales inside the row. Terms behind equal gates are one gated sum, and gates of nothing are dropped. Raises
-        `ValueError` for different widths, `SteeringError` without a field for values out of range and for sets that
-        cannot be honoured (`trimtab.program.slot_sets`).
+        `ValueError` for different widths and for second scores that no slot reads, `SteeringError` without a field for
+        values out of range and for sets that cannot be honoured (`trimtab.program.slot_sets`).
         """
         summed, slots = cls._summed(terms), tuple(slots)
         if slots:
             _check_widths([*summed.vectors, *(vector for slot in slots for vector in slot.vectors)])
         kept = formed(slots)
+        check_seconds(kept)
         return summed._with_slots(kept) if kept else summed
 
     def _with_slots(self, slots: tuple[Slot, ...]) -> "PhaseProgram":

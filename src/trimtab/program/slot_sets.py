@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from trimtab.errors import SteeringError
 from trimtab.program.slots import Direction, Numbers, Slot
-from trimtab.responses import CLIP
+from trimtab.responses import CLIP, RESPONSES
 from trimtab.sites import Site, site_order
 
 MOST_GROWTH = 10.0
@@ -67,9 +67,8 @@ def mixing(rows: Matrix, members: npt.NDArray[np.bool_]) -> Matrix:
 
 def _active(slot: Slot) -> Slot | None:
     """`slot` where it does something: a clip of strength 0 does not."""
-    if slot.response != CLIP.name:
-        return slot
-    return _with_numbers(slot, {site: numbers for site, numbers in slot.numbers if numbers.own[0] != 0.0})
+    is_nothing = RESPONSES[slot.response].is_nothing
+    return _with_numbers(slot, {site: numbers for site, numbers in slot.numbers if not is_nothing(numbers.own)})
 
 
 def _with_numbers(slot: Slot, numbers: dict[Site, Numbers]) -> Slot | None:

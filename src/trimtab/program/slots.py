@@ -3,14 +3,15 @@
     u = y . a + bias,    c = response(u),    z = y + c * w
 
 y is the stream at the site once all that is added has been, a and w are directions. A slot acts so at each of its
-sites, with numbers of its own at each. Slots that write along what they read are members of their site's set: see
-`trimtab.program.slot_sets`.
+sites, with numbers of its own at each. Some responses see a second score, which another slot of the program reads.
+Slots that write along what they read are members of their site's set: see `trimtab.program.slot_sets`.
 """
 
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
@@ -28,6 +29,13 @@ NOTHING = 1e-6
 """The length of a sum of unit vectors that is their rounding: vectors are given in float32."""
 
 
+class Form(StrEnum):
+    """What a direction is of its parts."""
+
+    SUM = "sum"
+    ORTHOGONAL = "orthogonal"  # the first of two less what it has along the second, at unit length
+
+
 class Part(NamedTuple):
     """`weight` times a vector, taken at unit length at each of its sites where `unit`."""
 
@@ -38,13 +46,14 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Direction:
-    """What a slot reads or writes along: a sum of vectors that have the same sites. It is the content of a table row.
+    """What a slot reads or writes along, made of vectors that have the same sites. It is the content of a table row.
 
     `references` say how a process that holds the same vectors can be told of each.
     """
 
     parts: tuple[Part, ...]
     references: tuple[VectorReference | None, ...] = field(default=(), compare=False)
+    form: Form = Form.SUM
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -60,7 +69,8 @@ class Direction:
     def row_key(self) -> bytes:
         """Names the content of its table row."""
         content = b"".join(part.vector.digest + struct.pack("<d?", part.weight, part.unit) for part in self.parts)
-        return hashlib.sha256(b"trimtab direction 1\0" + content).digest()
+        form = b"" if self.form is Form.SUM else self.form.encode() + b"\0"
+        return hashlib.sha256(b"trimtab direction 1\0" + form + content).digest()
 
     @property
     def told(self) -> Iterator[tuple[Part, VectorReference | None]]:
@@ -104,16 +114,22 @@ class Direction:
         return self.sites[:1] if self.is_spread else self.sites
 
     def _values(self, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
-        total = np.zeros((len(sites), self.hidden_size))
-        for part in self.parts:
-            held = {site: index for index, site in enumerate(part.vector.sites)}
-            into = [index for index, site in enumerate(sites) if site in held]
-            rows = part.vector.block[[held[sites[index]] for index in into]].astype(np.float64)
-            if part.unit:
-                lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-                rows /= np.where(lengths == 0.0, 1.0, lengths)
-            total[into] += part.weight * rows
-        return total
+        first, *others = (self._part(part, sites) for part in self.parts)
+        if self.form is Form.ORTHOGONAL:
+            (second,) = others
+            left = first - (first * second).sum(axis=1, keepdims=True) * second
+            return np.where(np.linalg.norm(left, axis=1, keepdims=True) < NOTHING, 0.0, _at_unit_length(left))
+        for other in others:
+            first += other
+        return first
+
+    def _part(self, part: Part, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
+        result = np.zeros((len(sites), self.hidden_size))
+        held = {site: index for index, site in enumerate(part.vector.sites)}
+        into = [index for index, site in enumerate(sites) if site in held]
+        rows = part.vector.block[[held[sites[index]] for index in into]].astype(np.float64)
+        result[into] = part.weight * (_at_unit_length(rows) if part.unit else rows)
+        return result
 
     def row(self, sites: Sequence[Site], out: FloatArray | None = None) -> FloatArray:
         """The content of its table row at `sites`, in units of `unit`: float32 [len(sites), H].
@@ -123,6 +139,12 @@ class Direction:
         """
         result = np.empty((len(sites), self.hidden_size), np.float32) if out is None else out
         return np.multiply(self.values(sites), 1.0 / self.unit, out=result, casting="same_kind")
+
+
+def _at_unit_length(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    result: npt.NDArray[np.float64] = rows / np.where(lengths == 0.0, 1.0, lengths)
+    return result
 
 
 class Numbers(NamedTuple):
@@ -141,7 +163,10 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """One slot. `read` None reads nothing, u = bias; `write` None writes along `read`, as a member of the set."""
+    """One slot. `read` None reads nothing, u = bias; `write` None writes along `read`, as a member of the set.
+
+    `second` is the direction of the second score, where the response sees one: another slot of the program reads it.
+    """
 
     response: str  # a key of `RESPONSES`
     read: Direction | None
@@ -150,6 +175,7 @@ class Slot:
     gate: ResolvedGate | None = None
     kind: str = field(default="", compare=False)  # what a request called it, for messages and reports
     path: str = field(default="", compare=False)  # where a request asked for it
+    second: Direction | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -190,4 +216,23 @@ class Slot:
         for site, numbers in self.numbers:
             whole.update(f"{site}\0".encode() + np.array([numbers.bias, *numbers.own], "<f4").tobytes())
         whole.update(b"" if self.gate is None else self.gate.digest)
+        whole.update(b"" if self.second is None else b"second\0" + self.second.row_key)
         return whole.digest()
+
+
+def place_of_second(slot: Slot, acting: Sequence[Slot], site: Site) -> int:
+    """Which of the slots `acting` at `site` reads the second score of `slot`. Raises ValueError where none does."""
+    assert slot.second is not None, "its response sees one score"
+    for place, other in enumerate(acting):
+        if other.read == slot.second and other.at[site].bias == 0.0:
+            return place
+    raise ValueError(f"no slot at {site} reads the second score of one with the response {slot.response!r}")
+
+
+def check_seconds(slots: Sequence[Slot]) -> None:
+    """Raise ValueError where the response of one of a program's slots sees a score that no slot reads."""
+    for slot in slots:
+        if (slot.second is not None) != RESPONSES[slot.response].sees_two:
+            raise ValueError(f"the response {slot.response!r} sees another number of scores than the slot has")
+        for site in slot.sites if slot.second is not None else ():
+            place_of_second(slot, [other for other in slots if site in other.at], site)

@@ -12,10 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.ops.args import SlotOpArgs
+from trimtab.ops.args import SLOT_PARAMS, SlotOpArgs
 from trimtab.ops.kernels.launch import Launch, launch_sizes, named_arguments, on_device
-from trimtab.ops.kernels.responses import respond
+from trimtab.ops.kernels.responses import SEES_TWO, respond, respond_to_two
 from trimtab.ops.variants import note_launch
+
+LAST = tl.constexpr(SLOT_PARAMS - 1)  # where the place of a second score stands
 
 HELD = 16384
 """Elements that a program holds at once of what its slots read; half as many where the numbers of more than 4 slots
@@ -132,13 +134,9 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
         if tl.max(o_read | o_write, 0) > 0:
             at_codes = p_slot_codes + o_record * slot_codes_stride_0 + i_slot * slot_codes_stride_1
             at_params = p_slot_params + o_record * slot_params_stride_0 + i_slot * slot_params_stride_1
-            at_mix = p_slot_mix + o_record * slot_mix_stride_0 + i_slot[:, None] * slot_mix_stride_1
             code = tl.load(at_codes, mask=is_slot, other=0)
             factor = tl.load(at_params, mask=is_slot, other=0.0)
             bias = tl.load(at_params + slot_params_stride_2, mask=is_slot, other=0.0)
-            b_mix = tl.load(
-                at_mix + i_slot[None, :] * slot_mix_stride_2, mask=is_slot[:, None] & is_slot[None, :], other=0.0
-            )
             opened = tl.full([LINES], 1.0, tl.float32)
             if GATED:
                 gate = tl.load(at_codes + slot_codes_stride_2, mask=is_slot, other=0)
@@ -162,8 +160,18 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                 )
                 score += tl.sum(b_y[None, :] * b_read.to(tl.float32), 1)
 
+            at_mix = p_slot_mix + o_record * slot_mix_stride_0 + i_slot[:, None] * slot_mix_stride_1
+            b_mix = tl.load(
+                at_mix + i_slot[None, :] * slot_mix_stride_2, mask=is_slot[:, None] & is_slot[None, :], other=0.0
+            )
             u = tl.where(o_read > 0, score * factor, 0.0) + bias
-            c = respond(code, u, at_params + 2 * slot_params_stride_2, slot_params_stride_2, is_slot) * opened
+            at_numbers = at_params + 2 * slot_params_stride_2
+            c = respond(code, u, at_numbers, slot_params_stride_2, is_slot)
+            if tl.max(code, 0) >= SEES_TWO:
+                place = tl.load(at_params + LAST * slot_params_stride_2, mask=is_slot, other=0.0).to(tl.int32)
+                v = tl.sum(tl.where(place[:, None] == i_slot[None, :], u[None, :], 0.0), 1)
+                c = respond_to_two(c, code, u, v, at_numbers, slot_params_stride_2, is_slot)
+            c *= opened
             amount = tl.sum(b_mix * c[None, :], 1)
             o_along = tl.where(o_write > 0, o_write, o_read)
             for start in range(0, WIDTH, BLOCK):

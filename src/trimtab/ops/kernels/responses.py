@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
-from trimtab.responses import CLIP
+from trimtab.responses import CLIP, TURN
 
 CLIP_CODE = tl.constexpr(CLIP.code)
+TURN_CODE = tl.constexpr(TURN.code)
+SEES_TWO = TURN_CODE  # the least code of a response that sees two scores
 
 
 @triton.jit
@@ -16,9 +18,26 @@ def clip(u, strength, low, high):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def turn(u, v, own, other, length, when):  # type: ignore[no-untyped-def]
+    """0 where `when` is 1 and u is not above 0, or it is 2 and v is not."""
+    asked = tl.where(when == 1.0, u, tl.where(when == 2.0, v, 1.0))
+    return tl.where(asked > 0.0, own * u + other * v + length * tl.sqrt(u * u + v * v), 0.0)
+
+
+@triton.jit
 def respond(code, u, p_numbers, stride, mask):  # type: ignore[no-untyped-def]
     """c of each score by the response of its code; the response's own numbers lie `stride` apart."""
     first = tl.load(p_numbers, mask=mask, other=0.0)
     second = tl.load(p_numbers + stride, mask=mask, other=0.0)
     third = tl.load(p_numbers + 2 * stride, mask=mask, other=0.0)
     return tl.where(code == CLIP_CODE, clip(u, first, second, third), 0.0)
+
+
+@triton.jit
+def respond_to_two(c, code, u, v, p_numbers, stride, mask):  # type: ignore[no-untyped-def]
+    """`c`, but of responses that see a second score `v`."""
+    first = tl.load(p_numbers, mask=mask, other=0.0)
+    second = tl.load(p_numbers + stride, mask=mask, other=0.0)
+    third = tl.load(p_numbers + 2 * stride, mask=mask, other=0.0)
+    fourth = tl.load(p_numbers + 3 * stride, mask=mask, other=0.0)
+    return tl.where(code == TURN_CODE, turn(u, v, first, second, third, fourth), c)

@@ -92,6 +92,16 @@ def _sources_of(kind: type[Intervention]) -> tuple[str, ...]:
     return tuple(name for name, field in kind.model_fields.items() if field.annotation == str | SteeringVector)
 
 
+def same_places(first: Direction, other: Direction, path: str, field: str) -> None:
+    """Raise `SteeringError` at `field` of `path` where `other`, which it gave, is not at the sites of `vector`."""
+    if first.hidden_size != other.hidden_size:
+        said = f"has width {other.hidden_size}, but `vector` has {first.hidden_size}"
+        raise SteeringError(f"{path}.{field}", said)
+    if first.sites != other.sites:
+        mine, theirs = (summary([str(site) for site in way.sites]) for way in (other, first))
+        raise SteeringError(f"{path}.{field}", f"acts at {mine}, but `vector` at {theirs}")
+
+
 def clip(
     read: Direction,
     strength: float,

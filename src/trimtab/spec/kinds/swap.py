@@ -12,9 +12,8 @@ from trimtab.errors import SteeringError
 from trimtab.program import Direction, Slot
 from trimtab.program.slots import Part
 from trimtab.responses import CLIP
-from trimtab.sites import Site
 from trimtab.spec.fields import Source
-from trimtab.spec.kinds.intervention import Intervention, Vectors, clip
+from trimtab.spec.kinds.intervention import Intervention, Vectors, clip, same_places
 from trimtab.wording import summary
 
 
@@ -30,11 +29,7 @@ class Swap(Intervention):
     def lower(self, vectors: Vectors, path: str) -> tuple[Slot]:
         """A slot that reads `vector`, and writes `to` less `vector`. Raises `SteeringError` below `path`."""
         read, into = self.direction(vectors, path), self.direction(vectors, path, "to")
-        if read.hidden_size != into.hidden_size:
-            widths = f"has width {into.hidden_size}, but `vector` has {read.hidden_size}"
-            raise SteeringError(f"{path}.to", widths)
-        if read.sites != into.sites:
-            raise SteeringError(f"{path}.to", f"acts at {_named(into.sites)}, but `vector` at {_named(read.sites)}")
+        same_places(read, into, path, "to")
         write = Direction(
             (*into.parts, *(Part(part.vector, -part.weight) for part in read.parts)), into.references + read.references
         )
@@ -42,7 +37,3 @@ class Swap(Intervention):
             said = f"is the same direction as `vector` at {summary(same)}, so nothing would change"
             raise SteeringError(f"{path}.to", said)
         return (clip(read, -1.0, write=write),)
-
-
-def _named(sites: tuple[Site, ...]) -> str:
-    return summary([str(site) for site in sites])
