@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinds_cases import HERE, MODEL, H, Row, done, resolve, unit, vector
+from kinds_cases import HERE, LAYERS, SITES, H, Row, done, resolve, unit, vector
+from kinds_device import served
 from trimtab.errors import SteeringError
 from trimtab.program.codec import decode, encode
-from trimtab.sites import HookPoint, Site, SlotLimits
+from trimtab.sites import HookPoint, ModelSites, Site, SlotLimits
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
 
@@ -55,7 +57,7 @@ def test_to_turns_it_to_one_angle_whatever_it_had(x: Row, degrees: float) -> Non
 def test_adaptive_turns_tokens_that_lie_on_the_side_of_the_vector(x: Row, degrees: float, how: str) -> None:
     found = left(x, rotate(adaptive=True, **{how: degrees}))
     always = left(x, rotate(**{how: degrees}))
-    np.testing.assert_array_equal(found, always if x @ A > 0 else x)
+    np.testing.assert_allclose(found, always if x @ A > 0 else x, atol=1e-9)
 
 
 @given(streams, angles, st.sampled_from(["by", "to"]))
@@ -169,14 +171,44 @@ def test_refusals_name_the_field(said: dict[str, Any], field: str, message: str)
     assert message in caught.value.message
 
 
+@given(st.lists(streams, min_size=1, max_size=5), angles, st.sampled_from(["by", "to"]), st.booleans())
+def test_the_device_turns_each_token(rows: list[Row], degrees: float, how: str, adaptive: bool) -> None:
+    """Beside slots of a set and another turn, whose places among the slots differ from request to request."""
+    steps = [rotate(adaptive=adaptive, **{how: degrees}), {"kind": "clamp", "vector": vector(5), "max": -1.0}]
+    steps.append({"kind": "rotate", "vector": vector(6), "plane": vector(7), "by": 50})
+    x = np.stack(rows).astype(np.float32)
+    expected = [left(row.astype(np.float64), *steps) for row in x]
+    np.testing.assert_allclose(served(x, *steps), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_directions_keep_lengths_to_the_rounding_of_the_stream(dtype: torch.dtype) -> None:
+    random = np.random.default_rng(4)
+    v, p, x = random.normal(size=512), random.normal(size=512), random.normal(size=(20, 512)).astype(np.float32) * 9
+    x = torch.from_numpy(x).to(dtype).float().numpy()
+    found = served(
+        x,
+        rotate(vector=SteeringVector({HERE: v}), plane=SteeringVector({HERE: p}), to=120),
+        dtype=dtype,
+        model=ModelSites(512, LAYERS, SITES, slots=SlotLimits(2, SITES, frozenset({"rotate"}))),
+    )
+    lengths = np.linalg.norm(x.astype(np.float64), axis=1)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), lengths, rtol=3e-4)
+    a = v / np.linalg.norm(v)
+    b = p - (p @ a) * a
+    b /= np.linalg.norm(b)
+    at = np.degrees(np.arctan2(found @ b, found @ a))
+    np.testing.assert_allclose(at, 120, atol=1.0)
+
+
 def test_limits() -> None:
     """Two slots at each of its sites."""
     for count, kinds, field in ((1, {"rotate"}, "interventions"), (4, {"ablate"}, "interventions[0].kind")):
-        model = type(MODEL)(H, 6, MODEL.sites, slots=SlotLimits(count, MODEL.sites, frozenset(kinds)))
+        model = ModelSites(H, LAYERS, SITES, slots=SlotLimits(count, SITES, frozenset(kinds)))
         with pytest.raises(SteeringError) as caught:
             resolve(rotate(by=3), model=model)
         assert caught.value.field == field
-    model = type(MODEL)(H, 6, MODEL.sites, slots=SlotLimits(2, MODEL.sites, frozenset({"rotate"})))
+    model = ModelSites(H, LAYERS, SITES, slots=SlotLimits(2, SITES, frozenset({"rotate"})))
     assert len(resolve(rotate(by=3), model=model).decode.slots) == 2
 
 

@@ -4,9 +4,10 @@
      "programs": [[TERM, ...], ...], "acting": [[slot index, ...], ...]}
     for each phase the terms of its program, as `ResolvedSteering.programs` has them, and its slots
     TERM = [vector index, scale], or [vector index, scale, gate index]
-    SLOT = [response, direction index of what it reads | None, of what it writes | None, NUMBERS, gate index | None]
+    SLOT = [response, direction index of what it reads | None, of what it writes | None, NUMBERS, gate index | None],
+           or [..., direction index of its second score]
     NUMBERS = [[[[layer, hook], ...], [bias, numbers of the response ...]], ...]
-    DIRECTION = [[vector index, weight, whether at unit length], ...]
+    DIRECTION = [[vector index, weight, whether at unit length], ...], a sum, or [..., form]
     GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)]
     VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector,
            | {..., "hooks": [hook, ...]}                                                   at these hook points
@@ -26,7 +27,7 @@ from trimtab.program.programs import PhaseProgram, Term
 from trimtab.program.resolved import SPANS, ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference, check_gate
 from trimtab.program.slots import Slot
-from trimtab.program.wire_slots import decode_direction, decode_slot, encode_slot
+from trimtab.program.wire_slots import decode_direction, decode_slot, encode_slot, form_told
 from trimtab.program.wire_values import check_keys, index_of, list_of, number_of, parts_of, truth_of
 from trimtab.program.wire_vectors import Known, decode_vector, encode_vector
 from trimtab.vectors.vector import SteeringVector
@@ -60,7 +61,7 @@ def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, 
     slots = {slot.digest: slot for slot in steering.slots}
     ways = {way.row_key: way for slot in slots.values() for way in slot.directions}
     directions = [
-        [[place(part.vector, reference), part.weight, part.unit] for part, reference in way.told]
+        [*([place(part.vector, reference), part.weight, part.unit] for part, reference in way.told), *form_told(way)]
         for way in ways.values()
     ]
 

@@ -70,8 +70,8 @@ class PhaseProgram:
 
         One vector is its own row and its scale the factor, so that every scale of it shares one row; a sum has its
         scales inside the row. Terms behind equal gates are one gated sum, and gates of nothing are dropped. Raises
-        `ValueError` for different widths and for second scores that no slot reads, `SteeringError` without a field for
-        values out of range and for sets that cannot be honoured (`trimtab.program.slot_sets`).
+        `ValueError` for different widths, `SteeringError` without a field for values out of range, for sets that cannot
+        be honoured (`trimtab.program.slot_sets`), and for second scores that no slot reads.
         """
         summed, slots = cls._summed(terms), tuple(slots)
         if slots:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from trimtab.errors import SteeringError
 from trimtab.program.ranges import unit_of
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.responses import RESPONSES
@@ -221,18 +222,18 @@ class Slot:
 
 
 def place_of_second(slot: Slot, acting: Sequence[Slot], site: Site) -> int:
-    """Which of the slots `acting` at `site` reads the second score of `slot`. Raises ValueError where none does."""
+    """Which of the slots `acting` at `site` reads the second score of `slot`. Raises `SteeringError` if none does."""
     assert slot.second is not None, "its response sees one score"
     for place, other in enumerate(acting):
         if other.read == slot.second and other.at[site].bias == 0.0:
             return place
-    raise ValueError(f"no slot at {site} reads the second score of one with the response {slot.response!r}")
+    raise SteeringError("", f"no slot at {site} reads the second score of one with the response {slot.response!r}")
 
 
 def check_seconds(slots: Sequence[Slot]) -> None:
-    """Raise ValueError where the response of one of a program's slots sees a score that no slot reads."""
+    """Raise `SteeringError` where the response of one of a program's slots sees a score that no slot reads."""
     for slot in slots:
         if (slot.second is not None) != RESPONSES[slot.response].sees_two:
-            raise ValueError(f"the response {slot.response!r} sees another number of scores than the slot has")
+            raise SteeringError("", f"the response {slot.response!r} sees another number of scores than the slot has")
         for site in slot.sites if slot.second is not None else ():
             place_of_second(slot, [other for other in slots if site in other.at], site)

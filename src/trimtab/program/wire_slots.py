@@ -7,7 +7,7 @@ from typing import Any
 from trimtab.errors import SteeringError
 from trimtab.program.ranges import MAX_VALUE
 from trimtab.program.resolved_gate import ResolvedGate, check_gate
-from trimtab.program.slots import Direction, Numbers, Part, Slot
+from trimtab.program.slots import Direction, Form, Numbers, Part, Slot
 from trimtab.program.wire_values import index_of, list_of, number_of, parts_of, site_of, truth_of
 from trimtab.program.wire_vectors import Known
 from trimtab.responses import CLIP, RESPONSES
@@ -19,17 +19,30 @@ MOST_PARTS = 8  # of a direction
 
 def encode_slot(slot: Slot, directions: Sequence[bytes], gates: Mapping[bytes, int]) -> list[Any]:
     """The form of a slot; `directions` are the row keys, and `gates` the places of digests."""
-    read, write = (None if way is None else directions.index(way.row_key) for way in (slot.read, slot.write))
+    read, write, second = (
+        None if way is None else directions.index(way.row_key) for way in (slot.read, slot.write, slot.second)
+    )
     sites_of: dict[Numbers, list[list[Any]]] = {}  # mostly all are alike
     for site, numbers in slot.numbers:
         sites_of.setdefault(numbers, []).append([site.layer, site.hook.value])
     numbers_of = [[sites, [numbers.bias, *numbers.own]] for numbers, sites in sites_of.items()]
-    return [slot.response, read, write, numbers_of, None if slot.gate is None else gates[slot.gate.digest]]
+    gate = None if slot.gate is None else gates[slot.gate.digest]
+    return [slot.response, read, write, numbers_of, gate, *([] if second is None else [second])]
+
+
+def form_told(direction: Direction) -> list[str]:
+    """What the form of a direction says behind its parts."""
+    return [] if direction.form is Form.SUM else [direction.form.value]
 
 
 def decode_direction(entry: Any, path: str, vectors: Sequence[Known]) -> Direction:
     """The direction of a form. Raises `SteeringError`."""
-    entries = list_of(entry, path)
+    entries, form = list_of(entry, path), Form.SUM
+    if entries and isinstance(entries[-1], str):
+        if entries[-1] not in Form.__members__.values():
+            said = f"got {shown(entries[-1])}, want one of {', '.join(Form)}"
+            raise SteeringError(f"{path}[{len(entries) - 1}]", said)
+        form = Form(entries.pop())
     if not 0 < len(entries) <= MOST_PARTS:
         raise SteeringError(path, f"has {len(entries)} parts, want 1 to {MOST_PARTS}")
     parts: list[Part] = []
@@ -44,7 +57,9 @@ def decode_direction(entry: Any, path: str, vectors: Sequence[Known]) -> Directi
             raise SteeringError(f"{path}[{i}][0]", "its vector has other sites than the first")
         parts.append(Part(vector, weight, unit))
         references.append(reference)
-    direction = Direction(tuple(parts), tuple(references))
+    if form is Form.ORTHOGONAL and len(parts) != 2:
+        raise SteeringError(path, f"has {len(parts)} parts, want 2 of one direction that is orthogonal to another")
+    direction = Direction(tuple(parts), tuple(references), form)
     if zero := direction.zero_at:
         raise SteeringError(path, f"is zero at {zero[0]}")
     return direction
@@ -52,15 +67,17 @@ def decode_direction(entry: Any, path: str, vectors: Sequence[Known]) -> Directi
 
 def decode_slot(entry: Any, path: str, directions: Sequence[Direction], gates: Sequence[ResolvedGate]) -> Slot:
     """The slot of a form. Raises `SteeringError`, for what cannot be computed too."""
-    response, read, write, numbers, gate = parts_of(entry, path, "response", "read", "write", "numbers", "gate")
+    parts = list_of(entry, path)
+    second = parts.pop() if len(parts) == 6 else None
+    response, read, write, numbers, gate = parts_of(parts, path, "response", "read", "write", "numbers", "gate")
     if not isinstance(response, str) or response not in RESPONSES:
         raise SteeringError(f"{path}[0]", f"got {shown(response)}, want one of {', '.join(RESPONSES)}")
     ways = [
         None if way is None else directions[index_of(way, len(directions), "directions", f"{path}[{i}]")]
-        for i, way in enumerate((read, write), 1)
+        for i, way in ((1, read), (2, write), (5, second))
     ]
     known = [way for way in ways if way is not None]
-    if not known:
+    if (read, write) == (None, None):
         raise SteeringError(path, "neither reads nor writes")
     told = _decode_numbers(numbers, f"{path}[3]", response)
     for way in known:
@@ -69,7 +86,8 @@ def decode_slot(entry: Any, path: str, directions: Sequence[Direction], gates: S
                 f"{path}[3]", f"acts at {min(outside, key=site_order)}, where its direction has no site"
             )
     behind = None if gate is None else gates[index_of(gate, len(gates), "gates", f"{path}[4]")]
-    slot = Slot(response, ways[0], ways[1], tuple((site, told[site]) for site in sorted(told, key=site_order)), behind)
+    numbers = tuple((site, told[site]) for site in sorted(told, key=site_order))
+    slot = Slot(response, ways[0], ways[1], numbers, behind, second=ways[2])
     if behind is not None:
         try:
             check_gate(behind, slot.sites, slot.hidden_size)

@@ -18,6 +18,7 @@ from trimtab.ops.buffers import SteeringBuffers
 from trimtab.ops.slot_buffers import SlotBuffers, slot_record
 from trimtab.program import PhaseProgram, ResolvedSteering, Slot
 from trimtab.program.slot_sets import mixing
+from trimtab.program.slots import place_of_second
 from trimtab.responses import RESPONSES
 from trimtab.runtime.upload import RowUploader
 from trimtab.sites import Site
@@ -124,6 +125,9 @@ class SlotRows:
                     lines["codes"][position, k] = RESPONSES[slot.response].code, record.lanes[index]
                     factor = 0.0 if slot.read is None else slot.read.unit
                     lines["params"][position, k, : 2 + len(own)] = factor, bias, *own
+                    if slot.second is not None:
+                        others = [record.slots[other] for other in acting]
+                        lines["params"][position, k, -1] = place_of_second(slot, others, site)
                 if acting:
                     mix = stored.mix(acting, position)
                     lines["mix"][position, : len(acting), : len(acting)] = mix

@@ -20,14 +20,14 @@ from trimtab.ops.variants import note_launch
 LAST = tl.constexpr(SLOT_PARAMS - 1)  # where the place of a second score stands
 
 HELD = 16384
-"""Elements that a program holds at once of what its slots read; half as many where the numbers of more than 4 slots
-leave less room."""
+"""Elements that a program holds at once of what its slots read; half as many where the numbers of more than 4 slots, or
+what is known of more than one piece, leave less room."""
 
 
 def slot_launch_sizes(width: int, slots: int, tokens: int, device: torch.device) -> Launch:
     """The launch for N `tokens` of `width` H with K `slots`: a thread holds 32 elements or less."""
     lines = triton.next_power_of_2(slots)
-    held = HELD if lines <= 4 else HELD // 2
+    held = HELD if lines <= 4 and lines * width <= HELD else HELD // 2
     sizes = launch_sizes(min(width, max(1, held // lines)), tokens, device)
     return dataclasses.replace(sizes, num_warps=max(sizes.num_warps, lines * sizes.block // 1024))
 
@@ -134,9 +134,13 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
         if tl.max(o_read | o_write, 0) > 0:
             at_codes = p_slot_codes + o_record * slot_codes_stride_0 + i_slot * slot_codes_stride_1
             at_params = p_slot_params + o_record * slot_params_stride_0 + i_slot * slot_params_stride_1
+            at_mix = p_slot_mix + o_record * slot_mix_stride_0 + i_slot[:, None] * slot_mix_stride_1
             code = tl.load(at_codes, mask=is_slot, other=0)
             factor = tl.load(at_params, mask=is_slot, other=0.0)
             bias = tl.load(at_params + slot_params_stride_2, mask=is_slot, other=0.0)
+            b_mix = tl.load(
+                at_mix + i_slot[None, :] * slot_mix_stride_2, mask=is_slot[:, None] & is_slot[None, :], other=0.0
+            )
             opened = tl.full([LINES], 1.0, tl.float32)
             if GATED:
                 gate = tl.load(at_codes + slot_codes_stride_2, mask=is_slot, other=0)
@@ -160,10 +164,6 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                 )
                 score += tl.sum(b_y[None, :] * b_read.to(tl.float32), 1)
 
-            at_mix = p_slot_mix + o_record * slot_mix_stride_0 + i_slot[:, None] * slot_mix_stride_1
-            b_mix = tl.load(
-                at_mix + i_slot[None, :] * slot_mix_stride_2, mask=is_slot[:, None] & is_slot[None, :], other=0.0
-            )
             u = tl.where(o_read > 0, score * factor, 0.0) + bias
             at_numbers = at_params + 2 * slot_params_stride_2
             c = respond(code, u, at_numbers, slot_params_stride_2, is_slot)
