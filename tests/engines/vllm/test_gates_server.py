@@ -1,4 +1,4 @@
-"""Gates over HTTP: probes by name, inline and registered later; what gates did; refusals; metrics.
+"""Gates and slots over HTTP: probes by name, inline and registered later; what gates did; refusals; metrics.
 
 The oracle is the embedded engine on the same weights.
 """
@@ -40,7 +40,8 @@ def client(folder: Path) -> Iterator[httpx.Client]:
     with serving(
         folder / "model", "--enable-steering", "--steering-vectors", f"calm={folder / 'calm.safetensors'}",
         "--steering-probes", f"anger={folder / 'anger.safetensors'}", "--steering-probe-layers", "0",
-        "--steering-gates", "2", log=folder / "server.log",
+        "--steering-gates", "2", "--steering-slots", "1", "--steering-slot-layers", "1-2",
+        "--steering-kinds", "clamp", "swap", log=folder / "server.log",
     ) as client:  # fmt: skip
         yield client
 
@@ -55,6 +56,10 @@ def embedded(folder: Path) -> Iterator[SteeredModel]:
 def gated(probe: Any, **options: Any) -> dict[str, Any]:
     gate = {"probe": probe, "threshold": 0.5} | options
     return {"interventions": [{"kind": "add", "vector": "calm", "scale": 2.0, "gate": gate}]}
+
+
+def inline_at(layer: int) -> dict[str, Any]:
+    return {"post_block": {str(layer): LATE.direction.tolist()}}
 
 
 def ask(client: httpx.Client, steering: Any, **more: Any) -> httpx.Response:
@@ -134,6 +139,52 @@ def test_a_gate_that_is_not_served_is_a_400_with_its_place(client) -> None:
     assert answer.json()["error"]["param"] == "steering.interventions[0].gate.probe"
     streamed = ask(client, gated(inline(LATE)), stream=True)
     assert streamed.status_code == 400
+
+
+CLAMP = {"kind": "clamp", "vector": "calm", "value": 4.0}
+TO = {"post_block": {str(layer): np.random.default_rng(layer).normal(size=WIDTH).round(4).tolist() for layer in (1, 2)}}
+ANGRY = {"probe": "anger", "threshold": 0.5}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[CLAMP], [{"kind": "swap", "vector": "calm", "to": TO}], [{**CLAMP, "gate": ANGRY, "phase": "decode"}]],
+    ids=["clamp", "swap", "gated clamp"],
+)
+def test_a_slot_over_http_answers_as_the_embedded_engine_and_its_receipt_names_its_vectors(
+    client, embedded, steps: list[dict[str, Any]]
+) -> None:
+    spec = {"interventions": steps}
+    answer, want = ask(client, spec).json(), expected(embedded, spec)
+    assert answer["choices"][0]["text"].split() == want.text.split()
+    assert want.text != expected(embedded, None).text
+    receipt, told = want.receipt.as_json(), dict(answer["steering"])
+    assert len(receipt.pop("gates", [])) == len(told.pop("gates", [])) == ("gate" in steps[0])
+    assert told == receipt
+    names = [vector["name"] for vector in told["vectors"]]
+    assert names == (["calm", None] if "to" in steps[0] else ["calm"])
+
+
+@pytest.mark.parametrize(
+    ("steps", "field", "flag"),
+    [
+        ([{"kind": "ablate", "vector": "calm"}], "interventions[0].kind", "--steering-kinds"),
+        ([{**CLAMP, "vector": inline_at(3)}], "interventions[0].vector", "--steering-slot-layers"),
+        ([CLAMP, {**CLAMP, "vector": TO}], "interventions", "--steering-slots"),
+    ],
+    ids=["kind", "site", "count"],
+)
+def test_what_was_not_declared_at_start_is_a_400_that_names_the_flag(client, steps, field: str, flag: str) -> None:
+    answer = ask(client, {"interventions": steps})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(f"steering.{field}")
+    assert flag in answer.json()["error"]["message"]
+
+
+def test_the_status_page_and_the_start_log_tell_of_slots(client, folder) -> None:
+    sites = ["post_block:1", "post_block:2"]
+    assert client.get("/v1/steering").json()["slots"] == {"per_site": 1, "kinds": ["clamp", "swap"], "sites": sites}
+    assert f"slots: 1 at each of 2 sites, for clamp, swap: {', '.join(sites)}" in (folder / "server.log").read_text()
 
 
 def test_the_status_page_and_the_metrics_tell_of_gates(client) -> None:

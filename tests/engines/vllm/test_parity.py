@@ -42,8 +42,23 @@ def test_steering_survives_a_reload_of_the_weights(outcome: dict[str, Any]) -> N
     assert outcome["reloaded"] == []
 
 
-def test_a_prompt_longer_than_the_token_budget_is_steered_chunk_by_chunk(outcome: dict[str, Any]) -> None:
-    assert outcome["chunked"] == []
+def test_every_kind_in_one_batch_answers_as_the_embedded_engine_does_chunk_by_chunk(outcome: dict[str, Any]) -> None:
+    assert outcome["slots differ"] >= outcome["requests"] // 2
+    assert outcome["slots"] == []
+    assert outcome["slots again"] == []
+    assert outcome["slots alone"] == []
+    (status,) = outcome["slots status"]
+    assert len(status["slot_sites"]) == len(status["sites"]) == 20
+    assert status["rows_in_use"] == status["late_variants"] == 0
+
+
+def test_receipts_tell_of_slots_as_the_embedded_engines_do(outcome: dict[str, Any]) -> None:
+    assert outcome["slots receipts"] == []
+
+
+def test_more_slots_than_there_are_is_refused_with_the_flag_named(outcome: dict[str, Any]) -> None:
+    assert "4 slots" in outcome["slots refused"]
+    assert "--steering-slots" in outcome["slots refused"]
 
 
 def test_preempted_requests_come_back_to_the_same_answer_with_the_prefix_cache_on(outcome: dict[str, Any]) -> None:

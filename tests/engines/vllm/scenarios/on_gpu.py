@@ -48,11 +48,12 @@ def main(scenario: str, runner: str, mode: str, requests: int, ranks: str = "") 
 def _told(case: str, outcome: dict) -> int:
     """Print what was found; 1 if an answer differed, a total is wrong or a kernel was compiled late."""
     compared = ("mixed", "unsteered", "again", "alone", "reloaded", "chunked", "preempted")
-    compared += ("next turn", "pre_attn", "mlp_out")
+    compared += ("next turn", "pre_attn", "mlp_out", "slots", "slots again", "slots alone")
     found = {name: len(outcome[name]) for name in compared if name in outcome or name == "mixed"}
     counts = {name: outcome[name] for name in outcome if name.startswith("differs") or name.startswith("steered")}
     totals = "" if "totals" not in outcome else "right" if outcome["totals"] == outcome["tokens"] else "WRONG"
-    late = sum(rank["late_variants"] for rank in outcome["status"])
+    statuses = [*outcome["status"], *outcome.get("slots status", [])]
+    late = sum(rank["late_variants"] for rank in statuses)
     print(
         f"{case}answers that differ: {_plain(found)}; {_plain(counts) + '; ' if counts else ''}"
         f"preemptions {outcome.get('preemptions', '-')}; {totals and f'gate totals {totals}; '}"

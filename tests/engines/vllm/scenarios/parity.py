@@ -3,6 +3,7 @@
 import sys
 
 from support import (
+    SLOTS,
     differences,
     eight_specs,
     engine,
@@ -11,7 +12,10 @@ from support import (
     preemptions,
     random_prompts,
     random_spec,
+    receipts,
     report,
+    slot,
+    slot_specs,
     status,
     tight_engine,
     tiny_model,
@@ -36,28 +40,51 @@ def main(mode: str, requests: int) -> None:
         "status": status(llm),
         "unmeasured": unmeasured,
     }
-    long = random_prompts([150, 190, 97, 130], seed=3)
-    long_specs = [random_spec(11, phase="prefill"), random_spec(12, phase="decode"), random_spec(13), None]
     if mode == "eager":
         llm.collective_rpc("reload_weights")
         llm.reset_prefix_cache()
         outcome["reloaded"] = differences(generate(llm, prompts[:16], specs[:16], counts[:16]), expected[:16])
-        outcome |= _chunked(folder, model, long, long_specs) | _preempted(folder, model)
-    report(outcome)
+        outcome |= _preempted(folder, model)
+    report(outcome | _slots(folder, model, mode, requests))
 
 
-def _chunked(folder, model, prompts, specs):
-    """A budget smaller than every prompt, so that a prompt takes several steps beside the others' answers."""
-    llm = engine(folder, steering={}, max_num_batched_tokens=48, max_num_seqs=8)
-    expected = oracle(model, prompts, specs)
-    return {"chunked": differences(generate(llm, prompts, specs), expected)}
+def _slots(folder, model, mode, requests):
+    """Every kind in one batch with what is added and with nothing, at a budget smaller than many prompts, so that a
+    prompt takes several steps beside the others' answers."""
+    long = [random_spec(11, phase="prefill"), random_spec(12, phase="decode"), random_spec(13), None]
+    kinds = [*slot_specs(), *long]
+    specs = [kinds[i % len(kinds)] for i in range(requests)]
+    prompts = random_prompts([5 + (37 * i) % 83 for i in range(requests - 4)] + [150, 190, 97, 130], seed=3)
+    expected, plain = oracle(model, prompts, specs), oracle(model, prompts, [None] * requests)
+    llm = engine(folder, steering=SLOTS, mode=mode, max_num_batched_tokens=48, max_num_seqs=8)
+    return {
+        "slots differ": sum(e != p for e, p in zip(expected, plain, strict=True)),
+        "slots": differences(generate(llm, prompts, specs), expected),
+        "slots again": differences(generate(llm, prompts, specs), expected),  # prompts now in the prefix cache
+        "slots alone": differences(
+            [generate(llm, prompts[i : i + 1], specs[i : i + 1])[0] for i in range(4)], expected[:4]
+        ),
+        "slots status": status(llm),
+        "slots receipts": receipts(llm, model, prompts[:8], specs[:8], [1, 2, 5, 1, 1, 3, 4, 2]),
+        "slots refused": _refused(llm),
+    }
+
+
+def _refused(llm):
+    """What a request is told that asks for more slots than there are."""
+    try:
+        generate(llm, [[5, 6]], [{"interventions": [slot("ablate", 60 + i, [1]) for i in range(4)]}], 1)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _preempted(folder, model):
     """A batch that the KV cache has no room for: requests are thrown out and computed anew."""
     prompts = random_prompts([60 + i for i in range(8)], seed=5)
     specs = [random_spec(20 + i, phase=("all", "prefill", "decode")[i % 3]) if i % 4 else None for i in range(8)]
-    llm = tight_engine(folder, steering={})
+    specs[2], specs[4], specs[7] = (slot_specs()[i] for i in (2, 4, 9))
+    llm = tight_engine(folder, steering=SLOTS)
     found = generate(llm, prompts, specs, 40)
     return {
         "preempted": differences(found, oracle(model, prompts, specs, 40)),
