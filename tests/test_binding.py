@@ -15,7 +15,7 @@ from trimtab.spec import Steering
 
 WIDTH, LAYERS = 3, 4
 SITES = frozenset(Site(layer, hook) for layer in range(LAYERS) for hook in HookPoint)
-SLOTS = SlotLimits(8, SITES, frozenset({"ablate", "clamp", "scale", "swap"}))
+SLOTS = SlotLimits(8, SITES, frozenset({"ablate", "clamp", "scale", "swap", "rotate"}))
 MODEL = ModelSites(WIDTH, LAYERS, SITES, GateLimits(8, SITES), slots=SLOTS)
 
 
@@ -96,6 +96,10 @@ def slot(kind: str, *row: float, hook: str = "post_block", layer: int = 1, **mor
         ([slot("ablate", 1.0, 0.0, 0.0, hook="mlp_out", layer=2)], 1.0),  # the branch has nothing of it
         ([slot("ablate", 1.0, 0.0, 0.0, gate=gate())], 0.0),  # as if the gate were open
         ([slot("ablate", 1.0, 0.0, 0.0, strength=0.25), back(0.25)], 0.5),
+        ([slot("rotate", 1.0, 0.0, 0.0, plane=at("post_block", 1, 0.0, 1.0, 0.0), by=60.0)], 0.5),
+        ([slot("rotate", 0.0, 1.0, 0.0, plane=at("post_block", 1, 1.0, 0.0, 0.0), by=180.0)], -1.0),
+        ([slot("rotate", 0.0, 1.0, 0.0, plane=at("post_block", 1, 0.0, 0.0, 1.0), by=90.0)], 1.0),  # across it
+        ([slot("rotate", 1.0, 0.0, 0.0, plane=at("post_block", 1, 0.0, 1.0, 0.0), to=90.0)], 0.0),
         # Two directions of a set: together they span the default's, and each is moved as it asks.
         ([slot("ablate", 1.0, 1.0, 0.0, strength=0.5), slot("ablate", 1.0, -1.0, 0.0, strength=0.5)], 0.5),
         ([slot("ablate", 4.0, 3.0, 0.0), slot("ablate", 0.0, 1.0, 0.0)], 0.0),

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from trimtab.program import SPANS, PhaseProgram, ResolvedSteering, Slot
 from trimtab.program.slot_sets import mixing
+from trimtab.responses import CLIP, TURN
 from trimtab.sites import HookPoint, Phase, Site, site_order
 
 LEAST_SHARE = 0.5  # of a binding default
@@ -43,11 +44,13 @@ Row = npt.NDArray[np.float64]  # [H]
 
 
 class _Turn(NamedTuple):
-    """A slot as it acts on a change d of the stream at a site: it writes slope * (d . read) along `write`."""
+    """A slot as it acts on a change d of the stream at a site, at most: what it writes along `write` changes by
+    d . linear, and up to `spread` of the length of what d has along `reads` more or less."""
 
-    read: Row
     write: Row
-    slope: float
+    linear: Row
+    reads: Rows
+    spread: float = 0.0
 
 
 class Share(NamedTuple):
@@ -101,26 +104,35 @@ def _carried(rows: Rows, sites: Sequence[Site], turning: Sequence[Sequence[_Turn
 
 def _turning(slots: Iterable[Slot], site: Site) -> list[_Turn]:
     """What the slots that act at `site` do to a change of the stream there, at most."""
-    acting = [slot for slot in slots if site in slot.at and slot.read is not None]
-    reads = [slot.read.values([site])[0] for slot in acting if slot.read is not None]
-    if not reads:
+    acting = [(slot, slot.read.values([site])[0]) for slot in slots if slot.read is not None and site in slot.at]
+    if not acting:
         return []
-    writes = [slot.write.values([site])[0] if slot.write is not None else np.zeros(0) for slot in acting]
-    members = np.array([slot.is_member for slot in acting])
-    mixed = mixing(np.stack(reads), members) @ np.stack(reads)  # along which each member's own number is written
-    # The response of a clip falls by its strength, outside of its bounds, as its score grows.
-    return [
-        _Turn(read, mixed[index] if slot.is_member else writes[index], -slot.at[site].own[0])
-        for index, (slot, read) in enumerate(zip(acting, reads, strict=True))
-    ]
+    reads = np.stack([read for _, read in acting])
+    mixed = mixing(reads, np.array([slot.is_member for slot, _ in acting])) @ reads  # along which numbers are written
+    turning = []
+    for (slot, read), along in zip(acting, mixed, strict=True):
+        write = along if slot.write is None else slot.write.values([site])[0]
+        turning.append(_turn(slot, read, write, site))
+    return turning
+
+
+def _turn(slot: Slot, read: Row, write: Row, site: Site) -> _Turn:
+    own = slot.at[site].own
+    if slot.response == CLIP.name:  # falls by its strength as its score grows, outside of its bounds
+        return _Turn(write, -own[0] * read, read[None])
+    if slot.response == TURN.name and slot.second is not None:
+        second = slot.second.values([site])[0]
+        return _Turn(write, own[0] * read + own[1] * second, np.stack([read, second]), abs(own[2]))
+    return _Turn(write, np.zeros_like(read), read[None], 1.0)  # as much as there is, in either direction
 
 
 def _turned(change: Row, slots: Iterable[_Turn]) -> Row:
     """What is left of a change of the stream, by slots that turn it back."""
     left = change
     for slot in slots:
-        number = slot.slope * float(slot.read @ change)
-        if number * float(slot.write @ change) < 0.0:
+        along = float(slot.write @ change)
+        number = float(slot.linear @ change) - np.sign(along) * slot.spread * float(np.linalg.norm(slot.reads @ change))
+        if number * along < 0.0:
             left = left + number * slot.write
     return left
 
