@@ -108,8 +108,8 @@ def test_receipts_tell_of_the_same_vectors_behind_a_monitor() -> None:
     asked = resolve(*twice, {"kind": "add", "vector": "joy"}, names=NAMES)
     assert behind(asked, MONITOR).vectors == asked.vectors
     cancelled = resolve(
-        swap(), {"kind": "add", "vector": "joy", "gate": GATE, **LATE, "scale": -1},
-        {"kind": "add", "vector": "joy", **LATE}, names=NAMES,
+        swap(), {"kind": "add", "vector": "joy", "gate": GATE, **LATE, **DECODE, "scale": -1},
+        {"kind": "add", "vector": "joy", **LATE, **DECODE}, names=NAMES,
     )  # fmt: skip
     steering = behind(cancelled, MONITOR)
     assert not [term for term in steering.decode.all_terms]

@@ -1,6 +1,7 @@
 """Slots between processes: what is sent comes back the same, and what is malformed is refused whoever sent it."""
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 
 from kinds_cases import HERE, SITES, H, resolve, vector
 from trimtab.errors import SteeringError
-from trimtab.program import ResolvedSteering
+from trimtab.program import Direction, Numbers, PhaseProgram, ResolvedSteering, Slot
 from trimtab.program.codec import decode, encode
 from trimtab.program.monitor import behind
 from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.program.slots import Part
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.vector import SteeringVector
 
@@ -56,6 +58,15 @@ def test_slots_come_back_bit_for_bit(steering: ResolvedSteering) -> None:
             for way, again in zip(one.directions, other.directions, strict=True):
                 assert way.row_key == again.row_key
                 assert way.row(way.sites).tobytes() == again.row(way.sites).tobytes()
+
+
+def test_what_no_kind_says_yet_comes_back_too() -> None:
+    """Weights, lengths as they are, a bias, and slots that read nothing: kinds to come need them."""
+    raw, half = Direction((Part(CALM, 1.0, unit=False),)), Direction((Part(CALM, 0.5), Part(vector(7), -2.0)))
+    numbers = ((HERE, Numbers.of(0.25, -3.0, -math.inf, 2.0)),)
+    slots = [Slot("clip", raw, half, numbers), Slot("clip", None, raw, numbers), Slot("clip", half, None, numbers)]
+    steering = ResolvedSteering((PhaseProgram.of([], slots), PhaseProgram.of([], slots[:2])))
+    assert decode(through_msgpack(encode(steering)), {}) == steering
 
 
 def test_a_spread_vector_travels_as_one_row_or_as_its_name() -> None:

@@ -98,10 +98,9 @@ class Direction:
 
     @property
     def zero_at(self) -> Sequence[Site]:
-        """The sites at which it is no direction: zero but for rounding."""
+        """The sites at which it is no direction, zero but for rounding; the first of them where it is spread."""
         lengths = np.linalg.norm(self._values(self._different), axis=1)
-        zero = [site for site, length in zip(self._different, lengths, strict=True) if length < NOTHING]
-        return self.sites if zero and self.is_spread else zero
+        return [site for site, length in zip(self._different, lengths, strict=True) if length < NOTHING]
 
     def values(self, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
         """Float64 [len(sites), H]: the direction itself, zero where it has no site. Not to be written to."""
