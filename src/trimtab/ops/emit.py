@@ -7,6 +7,7 @@ from trimtab.ops import reference
 from trimtab.ops.args import SteeringOpArgs
 from trimtab.ops.emission import emission
 from trimtab.ops.gate_buffers import decided_gates, decides, gate_count, gate_op_args
+from trimtab.ops.gather import stored
 from trimtab.ops.host import rests
 from trimtab.ops.site_buffers import has_steering, monitor_op_args, steering_op_args
 from trimtab.ops.slot_buffers import site_slots, slot_form, slot_op_args
@@ -49,7 +50,7 @@ def emit(
         out = reference.add_steering(args, terms, gates, scored)
         if slots is not None:
             out = reference.apply_slots(out, site_slots(module, hook), slots, rest)
-        out = _stored(out.to(tokens.dtype).contiguous())
+        out = stored(out.to(tokens.dtype).contiguous())
     else:
         if monitor is not None:
             torch.ops.trimtab.steering_monitor(*monitor)
@@ -63,17 +64,6 @@ def emit(
         if slots is not None:
             torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, out, rest))
     return out if hidden.dim() == 2 else out.reshape(hidden.shape)
-
-
-def _stored(out: Tensor) -> Tensor:
-    """`out`, which the compiler now computes once and stores in the model's dtype.
-
-    It would otherwise repeat the whole sum wherever it is used, or keep a float32 copy for that. A view by strides is
-    the one operation whose input a compiler must have in memory. It also lets the sum be computed where its inputs are
-    made, behind the norm that reads them too, instead of in front of the next one.
-    """
-    tokens, width = out.shape  # one by one: vLLM, which cuts the graph, would hand on a whole size as several arguments
-    return torch.as_strided(out, (tokens, width), (width, 1))
 
 
 def _added_to_part(args: SteeringOpArgs, rest: Tensor) -> Tensor:

@@ -45,6 +45,30 @@ def table_rows(table: Tensor, rows: Tensor) -> Tensor:
     return found
 
 
+def table_numbers(table: Tensor, rows: Tensor) -> Tensor:
+    """`table[rows]` [N, M] of a table [R, M] of few numbers, of which the first row is read too.
+
+    A compiler reads them once per token: a condition on the row would make it read them once per element of whatever
+    they are multiplied with. It is told not to look whether the rows are within the table.
+    """
+    if not torch.compiler.is_compiling():
+        return table[rows]
+    found: Tensor = torch.ops.aten._unsafe_index.Tensor(table, [rows])
+    return found
+
+
+def stored(value: Tensor) -> Tensor:
+    """`value`, contiguous and of one dimension or two, which the compiler now computes once and stores.
+
+    It would otherwise repeat the whole sum wherever it is used, or keep a float32 copy for that. A view by strides is
+    the one operation whose input a compiler must have in memory. It also lets a token's result be computed where its
+    inputs are made, behind the norm that reads them too, instead of in front of the next one; and numbers that a token
+    has only one of be computed once per token, and not once per element of what they are multiplied with.
+    """
+    sizes = (*value.shape,)  # one by one: vLLM, which cuts the graph, would hand on a whole size as several arguments
+    return torch.as_strided(value, sizes, (*sizes[1:], 1))
+
+
 @cache
 def teach_inductor() -> None:
     """Make torch.compile generate code for `table_rows`. To be called before a steered module is first compiled.

@@ -19,7 +19,7 @@ from trimtab.ops.args import (
     check_monitor_args,
     check_steering_args,
 )
-from trimtab.ops.gather import table_rows
+from trimtab.ops.gather import stored, table_numbers, table_rows
 from trimtab.ops.responses import respond
 
 
@@ -134,8 +134,10 @@ def apply_slots(y: Tensor, slots: Slots, form: SlotForm, rest: Tensor | None = N
     """
     tokens, count = y.shape[0], form.count
     token_rows = slots.token_rows[:tokens]
-    parts = (slots.rows, slots.codes, slots.params, slots.mix)
-    rows, codes, params, mix = (table_rows(part.flatten(1), token_rows).view(tokens, count, -1) for part in parts)
+    rows, codes, params, mix = (
+        table_numbers(part.flatten(1), token_rows).view(tokens, *part.shape[1:])
+        for part in (slots.rows, slots.codes, slots.params, slots.mix)
+    )
     stream = y if rest is None else y + rest.float()
     scores, written = [], []
     for slot in range(count):
@@ -144,23 +146,23 @@ def apply_slots(y: Tensor, slots: Slots, form: SlotForm, rest: Tensor | None = N
         scores.append(torch.where(read > 0, score * factor, 0.0) + bias)  # a choice: 0 times infinity is no 0
     for slot, u in enumerate(scores):
         c = respond(form.responses, codes[:, slot, 0], u, params[:, slot, 2:].unbind(-1), scores)
-        written.append(c * _factor(slots.gate_values[:, :tokens], codes[:, slot, 1]))
+        written.append(_gated(c, slots.gate_values, codes[:, slot, 1]))
     z = y
     for slot in range(count):
         along, other = rows[:, slot, 0], rows[:, slot, 1]
         if form.writes:
             along = torch.where(other > 0, other, along)
         amount = sum((mix[:, slot, j] * c for j, c in enumerate(written)), start=torch.zeros_like(written[0]))
-        z = z + table_rows(slots.table, along).float() * amount[:, None]
+        z = z + table_rows(slots.table, along).float() * stored(amount)[:, None]
     return z
 
 
-def _factor(values: Tensor, gate: Tensor) -> Tensor | float:
-    """What each token's `gate` [N], counted from 1, lets through, of `values` [G, N]; 1 where there is none."""
-    factor: Tensor | float = 1.0
+def _gated(c: Tensor, values: Tensor, gate: Tensor) -> Tensor:
+    """`c` [N] times what each token's `gate` [N], counted from 1, lets through, of `values` [G, T]; 0 is no gate."""
+    gated = c
     for number, value in enumerate(values.unbind(0), start=1):
-        factor = torch.where(gate == number, value, factor)
-    return factor
+        gated = torch.where(gate == number, c * value[: c.shape[0]], gated)
+    return gated
 
 
 def decide_gates(stream: Tensor, args: GateOpArgs) -> None:
