@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from trimtab.engines.vllm.worker.attach import _place
 from trimtab.engines.vllm.worker.conventions import Convention
 from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_join_class, steered_layer_class
 from trimtab.ops import SteeringBuffers
@@ -147,6 +148,33 @@ def test_where_the_attention_is_added_the_whole_stream_is_read_and_its_output_is
     due = x + rest + open_for.float()[:, None]
     for found, wanted in zip(norm(x.clone(), rest.clone()), (torch.tanh(due), due), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+class Joined(nn.Module):
+    """A layer of the form whose source shows where its attention ends and what adds it to the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm, self.mlp = Branch(), Join(), Branch()
+
+    def forward(self, hidden_states: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_states = self.attention(hidden_states)
+        hidden_states, residual = self.norm(hidden_states, residual)
+        hidden_states = self.mlp(hidden_states)
+        return hidden_states, residual
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_only_where_something_reads_the_addition_moves_to_the_norm_behind_the_attention(x: Tensor, read: bool) -> None:
+    layer, buffers = Joined(), buffers_for(HookPoint.POST_ATTN)
+    placed = _place(layer, {HookPoint.POST_ATTN}, reads_join=read)
+    assert placed == {HookPoint.POST_ATTN: layer.norm if read else layer.attention}
+    assert type(layer.attention) is Branch or not read
+    assert type(layer.norm) is Join or read
+    buffers.attach(placed[HookPoint.POST_ATTN], buffers.sites[0])
+    hidden, residual = layer(x, x.clone())
+    torch.testing.assert_close(residual, 3 * x + added(1))
+    torch.testing.assert_close(hidden, 2 * torch.tanh(3 * x + added(1)))
 
 
 def test_results_are_steered_in_place_and_inputs_are_not(x: Tensor) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from support import (
     HIDDEN,
     SCRATCH,
+    SLOTS,
     differences,
     eight_specs,
     engine,
@@ -19,6 +20,8 @@ from support import (
     random_prompts,
     random_spec,
     report,
+    slot,
+    slot_specs,
     status,
     tight_engine,
     tiny_model,
@@ -50,15 +53,19 @@ def mixed_specs():
         *eight_specs(),
         {"interventions": [*gated, *random_spec(32, layers=[2, 3], strength=1.5)["interventions"]]},
         random_spec(33, hooks=HOOKS, layers=[0, 1, 2], strength=0.7),
+        slot_specs()[1],
+        {"interventions": [slot("clamp", 34, [0, 1, 2], hooks=HOOKS, value=4.0), slot("ablate", 35, [1, 2])]},
+        {"interventions": [*gated, {**slot("scale", 36, [1, 3], factor=-3.0), "gate": gated[0]["gate"]}]},
+        slot_specs()[3],
     ]
 
 
 def main(mode, requests):
     folder, model = tiny_model()
     setting, ours = monitor()
-    settings = {"monitor": setting, "hook_points": HOOKS, "probe_layers": [0]}
+    settings = SLOTS | {"monitor": setting, "hook_points": HOOKS, "probe_layers": [0]}
     prompts = random_prompts([3 + (7 * i) % 61 for i in range(requests)])
-    specs = [mixed_specs()[i % 10] for i in range(requests)]
+    specs = [mixed_specs()[i % 14] for i in range(requests)]
     counts = [8 + i % 7 for i in range(requests)]
     expected = oracle(model, prompts, specs, counts, monitor=ours)
     unmonitored = oracle(model, prompts, specs, counts)

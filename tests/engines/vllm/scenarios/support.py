@@ -103,7 +103,11 @@ def eight_specs() -> list[Spec]:
 
 
 HOOKS = ("pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block")
-SLOTS: dict[str, Any] = {"slots": 3, "kinds": ["ablate", "clamp", "scale", "swap"], "hook_points": list(HOOKS)}
+SLOTS: dict[str, Any] = {
+    "slots": 3,
+    "kinds": ["ablate", "clamp", "scale", "swap", "rotate"],
+    "hook_points": list(HOOKS),
+}
 SLOTS["probe_layers"] = [0, 2]
 
 
@@ -138,6 +142,7 @@ def slot_specs() -> list[dict[str, Any]]:
             {**random_spec(6, layers=[2])["interventions"][0], "gate": gate | {"threshold": 0.2, "sharpness": 0.5}},
             slot("clamp", 55, [2], ["post_attn"], min=2.0, max=6.0),
         ],
+        [slot("rotate", 56, [1, 2], plane=slot("rotate", 57, [1, 2])["vector"], to=30.0), slot("ablate", 58, [2])],
     ]
     return [{"interventions": some} for some in steps]
 
