@@ -59,6 +59,29 @@ def test_sites_are_steered_where_their_layers_are(monkeypatch: Any, made: Any) -
     assert out[0].receipt.steered_tokens == {Phase.PREFILL: 5, Phase.DECODE: 4}
 
 
+def test_slots_act_where_their_layers_are(monkeypatch: Any, made: Any) -> None:
+    def acts(vector: Any, *layers: int) -> dict[str, Any]:
+        return {"post_block": {str(layer): vector.tolist() for layer in layers}}
+
+    spec = {
+        "interventions": [
+            {"kind": "ablate", "vector": acts(numbers(1), 0, 1)},
+            {"kind": "clamp", "vector": acts(numbers(2), 1, 2), "max": -0.5},
+            {"kind": "swap", "vector": acts(numbers(3), 0), "to": acts(numbers(4), 0)},
+            *additions(),
+        ]
+    }
+    outputs = []
+    for homes in ({0: ONE, 1: ONE, 2: ONE}, {0: ONE, 1: OTHER, 2: OTHER}):
+        monkeypatch.setattr(model, "layer_devices", lambda _, homes=homes: homes)
+        with SteeredModel(FAMILIES["llama"].model()) as steered:
+            made.clear()
+            outputs.append(steered.generate(PROMPTS, [spec, None], max_new_tokens=5))
+        assert [device for device, _ in made] == list(dict.fromkeys(homes.values()))
+    assert outputs[0] == outputs[1]
+    assert {"post_block:1", "post_block:2"} <= made[1][1]
+
+
 @pytest.mark.parametrize("how", ["gate", "monitor"])
 def test_what_one_site_decides_reaches_the_sites_on_other_devices(monkeypatch: Any, made: Any, how: str) -> None:
     gate = {"probe": {"post_block": {"0": numbers(9).tolist()}}, "threshold": 0.5}

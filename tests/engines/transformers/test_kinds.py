@@ -1,5 +1,11 @@
 """Every kind of intervention in every family, against its formula in float64 in the family's own layers."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -182,3 +188,28 @@ def test_what_cannot_be_honoured_is_refused_at_its_place():
         ):
             with pytest.raises(SteeringError, match=rf"steering\[1\]\.interventions\[0\].*{message}"):
                 model.generate(PROMPTS[:2], [None, {"interventions": [step]}])
+
+
+def test_a_kind_that_somebody_adds_runs_beside_the_others(tmp_path):
+    """The kind of docs/kinds.md, in a copy of the package that has its file, as this engine runs it in a batch."""
+    root = Path(__file__).parents[3]
+    shutil.copytree(root / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    page = (root / "docs" / "kinds.md").read_text()
+    file = re.search(r"`src/trimtab/spec/kinds/reflect\.py`:\n\n```python\n(.*?)```", page, re.DOTALL)[1]
+    (tmp_path / "src" / "trimtab" / "spec" / "kinds" / "reflect.py").write_text(file)
+    script = """
+from families import FAMILIES
+from slots_oracle import Act, Slow, specs
+from test_kinds import CLOSE, PROMPTS, STEPS, V, SteeredModel, assert_same
+def acts(kind, options):
+    return [[Act(kind, V, (0, 2), options=options)], [], [Act("clamp", CLOSE, (1,), options={"max": 0.5}),
+            Act(kind, V, (1,), options=options)]]
+slow = Slow(acts("ablate", {"strength": 2.0})).run(FAMILIES["llama"], PROMPTS[:3], STEPS)
+with SteeredModel(FAMILIES["llama"].model()) as model:
+    assert_same(model, acts("reflect", {}), slow)
+print("reflected")
+"""
+    paths = [str(tmp_path / "src"), str(Path(__file__).parent), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert "reflected" in done.stdout, done.stderr
