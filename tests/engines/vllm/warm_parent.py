@@ -1,10 +1,12 @@
 """A process that has imported vLLM, which takes 7 s of CPU, and runs each scenario in a fork of itself.
 
 It reads one job per line of its standard input, as JSON, and answers each with the exit code of its fork. What it has
-imported is all that a scenario finds done: no engine was ever made here, and no plugin loaded.
+imported, and the kernels of the tests' platform, are all that a scenario finds done: no engine was ever made here, and
+no plugin of trimtab loaded.
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -21,9 +23,20 @@ def main() -> None:
     os.dup2(2, 1)  # what imports print is no answer
     # Names that are imported when they are asked for.
     from transformers import LlamaForCausalLM  # noqa: F401
+    from trimtab_vllm_cpu.kernels import replace_kernels
     from vllm import LLM, SamplingParams  # noqa: F401
+    from vllm.platforms import current_platform
 
     from trimtab import SteeredModel  # noqa: F401
+
+    # Kernels once for all forks: each time takes 0.5 s, through every name of every module.
+    current_platform.register_triton_kernel_overrides()
+    replace_kernels()
+    # An engine's start and its end collect garbage seven times, 0.4 s each over all that was imported here. This stays,
+    # and what engines would freeze at their start and free at their end is their own.
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
 
     for line in sys.stdin:
         child = os.fork()

@@ -3,6 +3,7 @@
 Names, argument order and meaning are vLLM's, so its CPU attention backend, worker and model runners run unmodified.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from trimtab_vllm_cpu.interpreter import hasten
 _library: torch.library.Library | None = None
 
 
+@cache
 def replace_kernels() -> None:
     """Put PyTorch in the place of compiled and Triton kernels that do not run here; of each process with a worker."""
     import vllm.model_executor.layers.utils as layer_utils

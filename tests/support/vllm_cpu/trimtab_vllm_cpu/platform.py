@@ -1,6 +1,7 @@
 """vLLM's CPU platform with kernels written in PyTorch, kept as close as possible to what runs on a GPU."""
 
 import os
+from functools import cache
 from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
@@ -22,6 +23,11 @@ class TorchKernelsCpuPlatform(CpuPlatform):
     @classmethod
     def import_kernels(cls) -> None:
         register_kernels()
+
+    @classmethod
+    @cache  # once per process: it goes through every name of every module
+    def register_triton_kernel_overrides(cls) -> None:
+        getattr(super(), "register_triton_kernel_overrides", lambda: None)()  # 0.26 has none
 
     @classmethod
     def pre_register_and_update(cls, parser: Any = None) -> None:
