@@ -15,7 +15,7 @@ from trimtab.spec import Steering
 
 WIDTH, LAYERS = 3, 4
 SITES = frozenset(Site(layer, hook) for layer in range(LAYERS) for hook in HookPoint)
-SLOTS = SlotLimits(8, SITES, frozenset({"ablate", "clamp", "scale", "swap", "rotate"}))
+SLOTS = SlotLimits(8, SITES, frozenset({"ablate", "clamp", "scale", "swap", "rotate", "lowrank"}))
 MODEL = ModelSites(WIDTH, LAYERS, SITES, GateLimits(8, SITES), slots=SLOTS)
 
 
@@ -100,6 +100,7 @@ def slot(kind: str, *row: float, hook: str = "post_block", layer: int = 1, **mor
         ([slot("rotate", 0.0, 1.0, 0.0, plane=at("post_block", 1, 1.0, 0.0, 0.0), by=180.0)], -1.0),
         ([slot("rotate", 0.0, 1.0, 0.0, plane=at("post_block", 1, 0.0, 0.0, 1.0), by=90.0)], 1.0),  # across it
         ([slot("rotate", 1.0, 0.0, 0.0, plane=at("post_block", 1, 0.0, 1.0, 0.0), to=90.0)], 0.0),
+        ([{"kind": "lowrank", "read": [PUSH["vector"]], "write": [at("post_block", 1, -0.25, 1.0, 0.0)]}], 0.5),
         # Two directions of a set: together they span the default's, and each is moved as it asks.
         ([slot("ablate", 1.0, 1.0, 0.0, strength=0.5), slot("ablate", 1.0, -1.0, 0.0, strength=0.5)], 0.5),
         ([slot("ablate", 4.0, 3.0, 0.0), slot("ablate", 0.0, 1.0, 0.0)], 0.0),

@@ -100,7 +100,8 @@ class Direction:
     def zero_at(self) -> Sequence[Site]:
         """The sites at which it is no direction, zero but for rounding; the first of them where it is spread."""
         lengths = np.linalg.norm(self._values(self._different), axis=1)
-        return [site for site, length in zip(self._different, lengths, strict=True) if length < NOTHING]
+        nothing = NOTHING if any(part.unit for part in self.parts) else 0.0
+        return [site for site, length in zip(self._different, lengths, strict=True) if length <= nothing]
 
     def values(self, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
         """Float64 [len(sites), H]: the direction itself, zero where it has no site. Not to be written to."""

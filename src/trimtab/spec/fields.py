@@ -1,6 +1,6 @@
 """Field types of a spec: what is taken for a number, a number per layer, places, a vector and a probe."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -8,6 +8,7 @@ from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 from trimtab.errors import SteeringError
 from trimtab.sites import LAYERS_BELOW, HookPoint, in_order
+from trimtab.spec.faults import join
 from trimtab.vectors.inline import MAX_LAYERS, pack, parse_inline
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.values import LARGEST_FLOAT32
@@ -15,6 +16,7 @@ from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown, summary, with_suggestions
 
 MAX_NAME_CHARACTERS = 200
+MAX_RANK = 64  # vectors that a field with several may have
 
 
 def _number(value: Any) -> float:
@@ -69,6 +71,20 @@ def _source(value: Any) -> str | SteeringVector:
     if isinstance(value, Mapping):
         return parse_inline(value)
     raise SteeringError("", f"got {type(value).__name__}, want a registered name, a packed object or a SteeringVector")
+
+
+def _list_of(value: Any, what: str, read: Callable[[Any], Any]) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise SteeringError("", f"got {type(value).__name__}, want a list of {what}")
+    if not 0 < len(value) <= MAX_RANK:
+        raise SteeringError("", f"has {len(value)} items, want 1 to {MAX_RANK}")
+    found = []
+    for index, one in enumerate(value):
+        try:
+            found.append(read(one))
+        except SteeringError as error:
+            raise SteeringError(join(f"[{index}]", error.field), error.message) from None
+    return tuple(found)
 
 
 def _probe(value: Any) -> str | Probe:
@@ -151,4 +167,16 @@ Hooks = Annotated[
 ]
 _SOURCE_SCHEMA = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
 Source = Annotated[str | SteeringVector, PlainValidator(_source), PlainSerializer(_dump_source), _SOURCE_SCHEMA]
+Sources = Annotated[
+    tuple[str | SteeringVector, ...],
+    PlainValidator(lambda value: _list_of(value, "vectors", _source)),
+    PlainSerializer(lambda sources: [_dump_source(source) for source in sources]),
+    WithJsonSchema({"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "object"}]}}),
+]
+Numbers = Annotated[
+    tuple[float, ...],
+    PlainValidator(lambda value: _list_of(value, "numbers", _number)),
+    PlainSerializer(list, return_type=list[float]),
+    WithJsonSchema({"type": "array", "items": {"type": "number"}}),
+]
 ProbeSource = Annotated[str | Probe, PlainValidator(_probe), PlainSerializer(_dump_probe), _SOURCE_SCHEMA]

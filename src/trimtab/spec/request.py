@@ -19,7 +19,7 @@ from trimtab.program.resolved_gate import check_gate, check_served
 from trimtab.program.slot_sets import formed
 from trimtab.sites import ModelSites, Phase, Site, SlotLimits, site_order
 from trimtab.spec.base import Model, below, keys_are_text
-from trimtab.spec.kinds import KINDS, Intervention
+from trimtab.spec.kinds import KINDS, Step
 from trimtab.vectors.inline import MAX_INLINE_BYTES
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
@@ -49,9 +49,7 @@ class _ByKind:
 class Steering(Model):
     """A request's steering: all of its interventions act on each token of their phase."""
 
-    interventions: Annotated[
-        tuple[Annotated[Intervention, _ByKind()], ...], Field(min_length=1, max_length=MAX_INTERVENTIONS)
-    ]
+    interventions: Annotated[tuple[Annotated[Step, _ByKind()], ...], Field(min_length=1, max_length=MAX_INTERVENTIONS)]
 
     @model_validator(mode="after")
     def _inline_content_is_not_too_large(self) -> Self:
@@ -135,7 +133,7 @@ class Steering(Model):
                 width = item.hidden_size if width is None else width
                 if item.hidden_size != width:
                     said = f"has width {item.hidden_size}, but interventions[0] has {width}"
-                    raise SteeringError(f"{path}.vector", said)
+                    raise SteeringError(f"{path}.{_principal(step)}", said)
             if step.gate is not None:
                 with below(f"{path}.gate"):
                     gate = step.gate.resolve(probes or {})
@@ -152,7 +150,7 @@ class Steering(Model):
         step, path = self.interventions[index], f"interventions[{index}]"
         if item.hidden_size != model.hidden_size:
             said = f"has width {item.hidden_size}, this model has hidden size {model.hidden_size}"
-            raise SteeringError(f"{path}.vector", said)
+            raise SteeringError(f"{path}.{_principal(step)}", said)
         if (site := next((site for site in item.sites if site not in model.sites), None)) is not None:
             raise _misfit(site, model, step, path)
         if isinstance(item, Slot):
@@ -161,7 +159,7 @@ class Steering(Model):
                 served = summary([str(site) for site in sorted(model.slots.sites, key=site_order)])
                 said = f"acts at {outside[0]}, where this engine has no slots, which `{step.kind}` needs: they are at "
                 said += f"{served}; narrow it with `layers`, or start the engine with more --steering-slot-layers"
-                raise SteeringError(f"{path}.vector", said)
+                raise SteeringError(f"{path}.{_principal(step)}", said)
 
     def _programs(self, lowered: list[tuple[Term | Slot, ...]]) -> tuple[PhaseProgram, ...]:
         made: dict[tuple[int, ...], PhaseProgram] = {}
@@ -213,10 +211,16 @@ def _origin(given: str | SteeringVector | Probe, names: Mapping[str, SteeringVec
     return Origin(name, content.digest, content.vector.digest if isinstance(content, Probe) else b"")
 
 
-def _misfit(site: Site, model: ModelSites, step: Intervention, path: str) -> SteeringError:
+def _principal(step: Step) -> str:
+    """The field of the vector that says where an intervention acts."""
+    return next(iter(step.sources))
+
+
+def _misfit(site: Site, model: ModelSites, step: Step, path: str) -> SteeringError:
     """The fault of an intervention that acts at `site`, which is not served."""
-    inline = isinstance(step.vector, SteeringVector)
-    here = f"{path}.vector.{site.hook}" if inline else f"{path}.vector"
+    field = _principal(step)
+    inline = isinstance(step.sources[field], SteeringVector)
+    here = f"{path}.{field}.{site.hook}" if inline else f"{path}.{field}"
     by_layer = here if step.layers is None else f"{path}.layers"
     by_hook = here if step.hooks is None else f"{path}.hooks"
     remedy = "" if inline or step.layers is not None else "; `layers` narrows a vector"

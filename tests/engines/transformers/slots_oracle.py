@@ -53,8 +53,10 @@ class Act:
         def named(vector: torch.Tensor) -> dict[str, Any]:
             return {hook: {str(layer): vector.tolist() for layer in self.layers} for hook in self.hooks}
 
-        options = {name: named(value) if name == "to" else value for name, value in self.options.items()}
+        options = {name: named(value) if torch.is_tensor(value) else value for name, value in self.options.items()}
         step = {"kind": self.kind, "vector": named(self.vector), "phase": self.phase, **options}
+        if self.kind == "lowrank":
+            step |= {"read": [step.pop("vector")], "write": [step["write"]]}
         return step if self.gate is None else {**step, "gate": self.gate.spec()}
 
     @property
@@ -70,6 +72,19 @@ class Act:
         low, high = self.options.get("min"), self.options.get("max")
         low, high = (self.options["value"],) * 2 if "value" in self.options else (low, high)
         return self.options.get("strength", 1.0) * (u.clamp(low, high) - u)
+
+    def turned(self, y: torch.Tensor) -> torch.Tensor:
+        """`y` with its part in the plane turned: it is decomposed in a basis that a QR decomposition makes."""
+        basis = torch.linalg.qr(torch.stack([self.unit, self.options["plane"].double()], 1)).Q
+        basis = basis * torch.sign(basis.T @ torch.stack([self.unit, self.options["plane"].double()], 1)).diagonal()
+        p, q = basis.T @ y
+        if self.options.get("adaptive") and p <= 0:
+            return y
+        at = torch.atan2(q, p) + torch.deg2rad(torch.tensor(self.options.get("by", 0.0), dtype=y.dtype))
+        if "to" in self.options:
+            at = torch.deg2rad(torch.tensor(self.options["to"], dtype=y.dtype))
+        new = torch.hypot(p, q) * torch.stack([at.cos(), at.sin()])
+        return y + basis @ (new - torch.stack([p, q]))
 
 
 @dataclass
@@ -120,6 +135,10 @@ class Slow:
             if act.kind == "swap":
                 to = act.options["to"].double()
                 z += factor * (y @ act.unit) * (to / to.norm() - act.unit)
+            if act.kind == "lowrank":
+                z += factor * (y @ act.vector.double() + act.options["bias"][0]) * act.options["write"].double()
+            if act.kind == "rotate":
+                z += factor * (act.turned(y) - y)
         return z
 
 

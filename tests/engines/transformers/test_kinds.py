@@ -31,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clamp": {"min": -0.5, "max": 0.25},
     "scale": {"factor": -1.5},
     "swap": {"to": numbers(4, 3.0)},
+    "rotate": {"plane": numbers(5, 2.0), "by": 110.0},
+    "lowrank": {"write": numbers(6, 0.01), "bias": [3.0]},
 }
 MIXED = [  # one prompt each
     [Act("ablate", V, (0, 1, 2), ("pre_attn", "post_attn", "post_block"))],
@@ -40,7 +42,10 @@ MIXED = [  # one prompt each
         Act("ablate", CLOSE, (1, 2)),
         Act("add", W, (1,), options={"scale": 100.0}),
     ],
-    [Act("scale", W, (0, 2), ("mlp_out", "post_block"), "decode", {"factor": 4.0}), Act("swap", V, (1,), gate=EARLY,
+    [Act("scale", W, (0, 2), ("mlp_out", "post_block"), "decode", {"factor": 4.0}),
+     Act("rotate", V, (0, 1, 2), options={"plane": W, "to": -40.0, "adaptive": True}),
+     Act("rotate", W, (1,), options={"plane": CLOSE, "by": 75.0}, gate=PROBE),
+     Act("lowrank", CLOSE, (2,), options={"write": W, "bias": [20.0]}), Act("swap", V, (1,), gate=EARLY,
      options={"to": W})],
     [
         Act("clamp", CLOSE, (2,), phase="prefill", options={"max": -0.5, "strength": 0.5}),

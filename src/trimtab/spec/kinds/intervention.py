@@ -1,16 +1,17 @@
 """What every kind of intervention says, and what each has to answer.
 
-A kind is one file of this folder, with one subclass of `Intervention`: see docs/kinds.md.
+A kind is one file of this folder, with one subclass of `Intervention`, or of `Step` where it has no field `vector`: see
+docs/kinds.md.
 """
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
 from trimtab.errors import SteeringError
-from trimtab.program import Direction, Numbers, Slot, Term
+from trimtab.program import Direction, Numbers, Slot, Term, fault_of_range
 from trimtab.program.resolved_gate import VectorReference
 from trimtab.program.slots import Part
 from trimtab.responses import CLIP
@@ -23,7 +24,7 @@ from trimtab.wording import summary, with_suggestions
 Vectors = Mapping[str, SteeringVector]  # by name
 
 
-class Intervention(Model):
+class Step(Model):
     """What every kind of intervention says. `kind` tells them apart; each subclass fixes it.
 
     `responses` are those of its slots, of which it has none where it only adds; `writes` says whether a slot of it
@@ -34,7 +35,6 @@ class Intervention(Model):
     writes: ClassVar[bool] = False
 
     kind: str
-    vector: Source
     phase: Literal["all", "prefill", "decode"] = "all"
     layers: Layers | None = None
     hooks: Hooks | None = None
@@ -49,8 +49,12 @@ class Intervention(Model):
 
     @property
     def sources(self) -> dict[str, str | SteeringVector]:
-        """The vectors that it is given, by the names of their fields."""
-        return {name: getattr(self, name) for name in _sources_of(type(self))}
+        """The vectors that it is given, by the names of their fields: `to`, or `read[0]` where a field has several."""
+        found: dict[str, str | SteeringVector] = {}
+        for name, several in _sources_of(type(self)):
+            given = getattr(self, name)
+            found.update({f"{name}[{index}]": one for index, one in enumerate(given)} if several else {name: given})
+        return found
 
     def acting(
         self, vectors: Vectors, path: str, field: str = "vector"
@@ -59,7 +63,7 @@ class Intervention(Model):
 
         Raises `SteeringError` for an unknown name, and for `layers` and `hooks` at which it does not act.
         """
-        given: str | SteeringVector = getattr(self, field)
+        given = self.sources[field]
         reference: VectorReference | None = None
         if isinstance(given, SteeringVector):
             vector = given
@@ -73,33 +77,53 @@ class Intervention(Model):
         try:
             return vector.acting(self.layers, self.hooks), reference
         except SteeringError as error:
-            said = error.message if field == "vector" else f"of {field!r}: {error.message}"
+            said = error.message if field == next(iter(self.sources)) else f"of {field!r}: {error.message}"
             raise SteeringError(f"{path}.{error.field}", said) from None
 
     def direction(self, vectors: Vectors, path: str, field: str = "vector") -> Direction:
         """The vector of a field at unit length. Raises `SteeringError` as `acting` does, and where it is zero."""
         vector, reference = self.acting(vectors, path, field)
-        direction = Direction((Part(vector),), (reference,))
-        if zero := direction.zero_at:
-            raise SteeringError(
-                f"{path}.{field}", f"is zero at {summary(zero)}, which is no direction; `layers` narrows a vector"
-            )
-        return direction
+        return _nowhere_zero(Direction((Part(vector),), (reference,)), f"{path}.{field}")
+
+    def raw(self, vectors: Vectors, path: str, field: str) -> Direction:
+        """The vector of a field, as long as it is. Raises `SteeringError` as `direction` does, and where it is out of
+        range."""
+        vector, reference = self.acting(vectors, path, field)
+        if vector.max_abs and (fault := fault_of_range(vector.max_abs)) is not None:
+            raise SteeringError(f"{path}.{field}", fault)
+        return _nowhere_zero(Direction((Part(vector, unit=False),), (reference,)), f"{path}.{field}")
+
+
+class Intervention(Step):
+    """An intervention of a kind that has a `vector`."""
+
+    vector: Source
 
 
 @cache
-def _sources_of(kind: type[Intervention]) -> tuple[str, ...]:
-    return tuple(name for name, field in kind.model_fields.items() if field.annotation == str | SteeringVector)
+def _sources_of(kind: type[Step]) -> tuple[tuple[str, bool], ...]:
+    """The fields that are vectors, and whether each has several."""
+    one = str | SteeringVector
+    several: dict[Any, bool] = {one: False, tuple[one, ...]: True}
+    fields = kind.model_fields.items()
+    return tuple((name, several[field.annotation]) for name, field in fields if field.annotation in several)
 
 
-def same_places(first: Direction, other: Direction, path: str, field: str) -> None:
-    """Raise `SteeringError` at `field` of `path` where `other`, which it gave, is not at the sites of `vector`."""
+def _nowhere_zero(direction: Direction, path: str) -> Direction:
+    if zero := direction.zero_at:
+        raise SteeringError(path, f"is zero at {summary(zero)}, which is no direction; `layers` narrows a vector")
+    return direction
+
+
+def same_places(first: Direction, other: Direction, path: str, field: str, principal: str = "vector") -> None:
+    """Raise `SteeringError` at `field` of `path` where `other`, which it gave, is not at the sites of `first`, which
+    `principal` gave."""
     if first.hidden_size != other.hidden_size:
-        said = f"has width {other.hidden_size}, but `vector` has {first.hidden_size}"
+        said = f"has width {other.hidden_size}, but `{principal}` has {first.hidden_size}"
         raise SteeringError(f"{path}.{field}", said)
     if first.sites != other.sites:
         mine, theirs = (summary([str(site) for site in way.sites]) for way in (other, first))
-        raise SteeringError(f"{path}.{field}", f"acts at {mine}, but `vector` at {theirs}")
+        raise SteeringError(f"{path}.{field}", f"acts at {mine}, but `{principal}` at {theirs}")
 
 
 def clip(

@@ -70,7 +70,8 @@ def _short(default: ServerDefault) -> dict[str, Any]:
 
     steps = []
     for step in default.spec.interventions:
-        plain = step.model_dump(mode="json", exclude={*step.sources, "gate"}, exclude_none=True)
+        fields = {field.partition("[")[0] for field in step.sources}
+        plain = step.model_dump(mode="json", exclude={*fields, "gate"}, exclude_none=True)
         plain |= {field: named(source) for field, source in step.sources.items()}
         if step.gate is not None:
             gate = step.gate.model_dump(mode="json", exclude={"probe"}, exclude_defaults=True)

@@ -129,7 +129,9 @@ def check_fits(vector: SteeringVector, front_end: FrontEnd) -> None:
 
 def _parse_vector(content: Mapping[str, Any]) -> SteeringVector:
     try:
-        vector = Steering.parse({"interventions": [{"kind": "add", "vector": content}]}).interventions[0].vector
+        vector = (
+            Steering.parse({"interventions": [{"kind": "add", "vector": content}]}).interventions[0].sources["vector"]
+        )
     except SteeringError as error:
         raise SteeringError(error.field.removeprefix("interventions[0]."), error.message) from error
     assert isinstance(vector, SteeringVector)

@@ -12,7 +12,7 @@ from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram
 from trimtab.responses import CLIP, RESPONSES
 from trimtab.sites import Site, SlotLimits
-from trimtab.spec.kinds import KINDS, Intervention
+from trimtab.spec.kinds import KINDS, Step
 from trimtab.spec.request import MAX_INTERVENTIONS
 from trimtab.wording import with_suggestions
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MOST_SLOTS = 16
 DEFAULT_KINDS = ("ablate", "clamp", "scale")
 
-BY_NAME: dict[str, type[Intervention]] = {str(kind.model_fields["kind"].default): kind for kind in KINDS}
+BY_NAME: dict[str, type[Step]] = {str(kind.model_fields["kind"].default): kind for kind in KINDS}
 DECLARED = tuple(name for name, kind in BY_NAME.items() if kind.responses)  # the others need no slot
 
 
