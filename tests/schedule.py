@@ -32,6 +32,7 @@ LONGEST = (  # parts of node ids, by falling CPU time
     "test_demo.py",
     "test_gather",
     "test_families",
+    "transformers/test_kinds.py",
 )
 
 
