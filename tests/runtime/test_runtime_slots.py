@@ -237,6 +237,23 @@ def test_a_set_that_is_spread_over_sites_is_mixed_once(runtime, buffers, monkeyp
     assert_done(buffers, [Ask(one) for one in VECTORS[:2]])
 
 
+def test_a_set_that_is_known_is_not_mixed_again_and_its_records_have_the_same_bits(runtime, buffers, monkeypatch):
+    added = steering(SET, terms=[(VECTORS[3], 2.0)])  # another row of the same set
+    other = make_slot_buffers()
+    fresh = SteeringRuntime(other, max_requests=4)
+    fresh.admit("a", added)
+    decode_step(fresh, "a")
+    runtime.admit("a", steering(SET))
+    decode_step(runtime, "a")
+    monkeypatch.setattr(slot_rows, "mixing", None)
+    runtime.admit("a", added)
+    decode_step(runtime, "a")
+    for held in ("codes", "params", "mix"):
+        mine, theirs = (getattr(one.slots, held)[:, int(one.index[0])] for one in (buffers, other))
+        assert torch.equal(mine, theirs)
+    assert_done(buffers, SET)
+
+
 def gated_buffers(**more):
     return make_slot_buffers(20, gates=3, max_probes=9, **more)
 

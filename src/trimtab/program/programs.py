@@ -221,6 +221,9 @@ class PhaseProgram:
         result = np.empty(shape, np.float32) if out is None else out
         if result.shape != shape:
             raise ValueError(f"out has shape {result.shape}, want {shape}")
+        if not self.terms:
+            result.fill(0.0)
+            return result
         per_unit = np.float64(1.0 / self.unit)  # float64: it need not be a float32 number
         if len(self.terms) == 1 and tuple(sites) == self.terms[0].vector.sites:
             return np.multiply(self.terms[0].vector.block, per_unit, out=result, casting="same_kind")

@@ -10,15 +10,17 @@ Directions that are nearly dependent would need steps much longer than c to do s
 twice is one slot, where both agree.
 """
 
+import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.program.slots import Direction, Numbers, Slot
+from trimtab.program.slots import Direction, Numbers, Slot, a_few
+from trimtab.recent import Recent
 from trimtab.responses import CLIP, RESPONSES
 from trimtab.sites import Site, site_order
 
@@ -27,9 +29,11 @@ MOST_GROWTH = 10.0
 
 SAME = 1e-12  # 1 - |cosine| of what is one direction up to length and sign: float32 numbers times a scale differ less
 
-MOST_AT_ONCE = 1 << 22  # numbers in float64
-
 Matrix = npt.NDArray[np.float64]
+
+# What directions were found to be: requests bring the same ones again and again, with other numbers or in other sets.
+_COSINES: Recent[Matrix] = Recent(1 << 14, 16 << 20)  # of two, by their row keys and `_place`
+_APART: Recent[bool] = Recent(1 << 14)  # of some, by their row keys and `_place`
 
 
 def formed(slots: Iterable[Slot]) -> tuple[Slot, ...]:
@@ -81,7 +85,10 @@ def _with_numbers(slot: Slot, numbers: dict[Site, Numbers]) -> Slot | None:
 
 def _join(slots: Sequence[Slot], numbers: Sequence[dict[Site, Numbers]], sites: Sequence[Site]) -> None:
     """Join equal directions among `slots`, which all act at `sites`: the first keeps the `numbers` of all."""
-    for site, cosine in zip(sites, _cosines(slots, sites), strict=True):
+    ways, place = [slot.read for slot in slots if slot.read is not None], _place(sites)
+    if _are_apart(ways, sites, place):
+        return
+    for site, cosine in zip(sites, _cosines(ways, sites, place), strict=True):
         kept: list[int] = []
         for index, slot in enumerate(slots):
             first = next((other for other in kept if 1.0 - abs(cosine[other, index]) < SAME), None)
@@ -96,21 +103,63 @@ def _join(slots: Sequence[Slot], numbers: Sequence[dict[Site, Numbers]], sites: 
         _check_growth([slots[index] for index in kept], cosine[np.ix_(kept, kept)], site)
 
 
-def _cosines(slots: Sequence[Slot], sites: Sequence[Site]) -> Iterator[Matrix]:
-    """Those [K, K] of the directions that `slots` read, at each of `sites`; a few sites at a time."""
-    ways = [slot.read for slot in slots if slot.read is not None]
-    if all(way.is_spread for way in ways):
-        yield from itertools.repeat(next(_cosines_of(ways, sites[:1])), len(sites))
-    else:
-        yield from _cosines_of(ways, sites)
+def _place(sites: Sequence[Site]) -> bytes:
+    """Names the sites in a few bytes."""
+    return hashlib.sha256("".join(f"{site.layer} {site.hook.value} " for site in sites).encode()).digest()
 
 
-def _cosines_of(ways: Sequence[Direction], sites: Sequence[Site]) -> Iterator[Matrix]:
-    few = max(1, MOST_AT_ONCE // (len(ways) * ways[0].hidden_size))
-    for start in range(0, len(sites), few):
-        values = np.stack([way.values(sites[start : start + few]) for way in ways], axis=1)  # [sites, K, H]
-        units = values / np.linalg.norm(values, axis=2, keepdims=True)
-        yield from units @ units.transpose(0, 2, 1)
+def _are_apart(ways: Sequence[Direction], sites: Sequence[Site], place: bytes) -> bool:
+    """Whether no two directions are one at any of `sites`, and no set of them is refused there.
+
+    Remembered, and a matter of which they are alone, not of their order.
+    """
+    ordered = sorted(ways, key=lambda way: way.row_key)
+    key = hashlib.sha256(place + b"".join(way.row_key for way in ordered)).digest()
+    known = _APART.get(key)
+    if known is None:
+        cosines = _cosines(ordered, sites, place)
+        one, other = np.triu_indices(len(ways), 1)
+        different = bool((1.0 - np.abs(cosines[:, one, other]) >= SAME).all())
+        known = different and bool((np.diagonal(_inverses(cosines), axis1=1, axis2=2) <= MOST_GROWTH**2).all())
+        _APART.put(key, known)
+    return known
+
+
+def _cosines(ways: Sequence[Direction], sites: Sequence[Site], place: bytes) -> Matrix:
+    """Those [len(sites), K, K] of the directions at each of `sites`, which `place` names; of two they are remembered.
+
+    They are taken pair by pair: in whatever sets two meet, in every process, they have the same bits.
+    """
+    result = np.ones((len(sites), len(ways), len(ways)))
+    unknown: dict[tuple[bytes, ...], tuple[int, int]] = {}
+    for one, other in itertools.combinations(range(len(ways)), 2):
+        key = (place, *sorted((ways[one].row_key, ways[other].row_key)))
+        if (known := _COSINES.get(key)) is None:
+            unknown[key] = one, other
+        else:
+            result[:, one, other] = result[:, other, one] = known
+    if unknown:
+        _take_cosines(ways, sites, list(unknown.values()), result)
+        for key, (one, other) in unknown.items():
+            _COSINES.put(key, result[:, one, other].copy(), 8 * len(sites))
+    return result
+
+
+def _take_cosines(
+    ways: Sequence[Direction], sites: Sequence[Site], pairs: Sequence[tuple[int, int]], into: Matrix
+) -> None:
+    taken = sorted({index for pair in pairs for index in pair})
+    spread = all(ways[index].is_spread for index in taken)
+    start = 0
+    for some in a_few(sites[:1] if spread else sites, len(taken) * ways[0].hidden_size):
+        units: dict[int, Matrix] = {}
+        for index in taken:
+            values = ways[index].values(some)
+            units[index] = values / np.linalg.norm(values, axis=1, keepdims=True)
+        at = slice(None) if spread else slice(start, start + len(some))
+        for one, other in pairs:
+            into[at, one, other] = into[at, other, one] = np.einsum("sh,sh->s", units[one], units[other])
+        start += len(some)
 
 
 def _joined(slot: Slot, numbers: Numbers, other: Slot, others: Numbers, *, flipped: bool) -> Numbers | None:
@@ -142,8 +191,7 @@ def _check_growth(slots: Sequence[Slot], cosines: Matrix, site: Site) -> None:
     """Refuse a set in which one slot alone would move a token too far. `cosines` are those of its directions."""
     if len(slots) < 2:
         return
-    values, vectors = np.linalg.eigh(cosines)
-    inverse = (vectors / np.maximum(values, 1e-30)) @ vectors.T
+    inverse = _inverses(cosines)
     growth = np.sqrt(np.diag(inverse))
     first = int(growth.argmax())
     if growth[first] <= MOST_GROWTH:
@@ -159,6 +207,12 @@ def _check_growth(slots: Sequence[Slot], cosines: Matrix, site: Site) -> None:
         f"{_called(close[0])} and {_called(close[1])} cannot act together at {site}: the directions {names} are {how}, "
         f"at most {MOST_GROWTH:g} times is served; leave one out, or narrow it with `layers`",
     )
+
+
+def _inverses(cosines: Matrix) -> Matrix:
+    values, vectors = np.linalg.eigh(cosines)
+    result: Matrix = (vectors / np.maximum(values, 1e-30)[..., None, :]) @ vectors.swapaxes(-1, -2)
+    return result
 
 
 def _called(slot: Slot) -> str:

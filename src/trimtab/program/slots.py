@@ -21,6 +21,7 @@ import numpy.typing as npt
 from trimtab.errors import SteeringError
 from trimtab.program.ranges import unit_of
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference
+from trimtab.recent import Recent
 from trimtab.responses import RESPONSES
 from trimtab.sites import Site
 from trimtab.vectors.values import FloatArray
@@ -35,6 +36,19 @@ class Form(StrEnum):
 
     SUM = "sum"
     ORTHOGONAL = "orthogonal"  # the first of two less what it has along the second, at unit length
+
+
+class _Known(NamedTuple):
+    """What a direction's numbers come to, which follows from its row key."""
+
+    unit: float
+    zero_at: tuple[Site, ...]
+
+
+_KNOWN: Recent[_Known] = Recent(1 << 14, 4 << 20)
+"""By row key, and whether it is spread: requests make their directions anew, of vectors that mostly came before."""
+
+AT_ONCE = 1 << 15  # numbers in float64 that a processor's cache holds: directions are looked at a few sites at a time
 
 
 class Part(NamedTuple):
@@ -86,10 +100,10 @@ class Direction:
             for part, reference in self.told
         )
 
-    @cached_property
+    @property
     def unit(self) -> float:
         """The power of two that `row` counts in, as of `PhaseProgram.unit`."""
-        return unit_of(float(np.abs(self._values(self._different)).max()))
+        return self._known.unit
 
     @property
     def is_spread(self) -> bool:
@@ -99,9 +113,23 @@ class Direction:
     @property
     def zero_at(self) -> Sequence[Site]:
         """The sites at which it is no direction, zero but for rounding; the first of them where it is spread."""
-        lengths = np.linalg.norm(self._values(self._different), axis=1)
-        nothing = NOTHING if any(part.unit for part in self.parts) else 0.0
-        return [site for site, length in zip(self._different, lengths, strict=True) if length <= nothing]
+        return self._known.zero_at
+
+    @cached_property
+    def _known(self) -> _Known:
+        key = (self.row_key, self.is_spread)
+        known = _KNOWN.get(key)
+        if known is None:
+            largest, zero = 0.0, []
+            nothing = NOTHING if any(part.unit for part in self.parts) else 0.0
+            for sites in a_few(self._different, self.hidden_size):
+                values = self._values(sites)
+                largest = max(largest, float(np.abs(values).max()))
+                lengths = np.linalg.norm(values, axis=1)
+                zero += [site for site, length in zip(sites, lengths, strict=True) if length <= nothing]
+            known = _Known(unit_of(largest), tuple(zero))
+            _KNOWN.put(key, known, 64 * len(zero))
+        return known
 
     def values(self, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
         """Float64 [len(sites), H]: the direction itself, zero where it has no site. Not to be written to."""
@@ -140,6 +168,12 @@ class Direction:
         """
         result = np.empty((len(sites), self.hidden_size), np.float32) if out is None else out
         return np.multiply(self.values(sites), 1.0 / self.unit, out=result, casting="same_kind")
+
+
+def a_few(sites: Sequence[Site], numbers: int) -> Iterator[Sequence[Site]]:
+    """The sites in groups of as many as take `AT_ONCE` numbers, of which one site has so many."""
+    size = max(1, AT_ONCE // numbers)
+    return (sites[start : start + size] for start in range(0, len(sites), size))
 
 
 def _at_unit_length(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

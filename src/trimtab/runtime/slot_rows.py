@@ -5,6 +5,7 @@ are held as long as the program is. Which rows those are may be others when the 
 written when its row is new, and when the rows of its directions are not those that it names.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -18,7 +19,8 @@ from trimtab.ops.buffers import SteeringBuffers
 from trimtab.ops.slot_buffers import SlotBuffers, slot_record
 from trimtab.program import PhaseProgram, ResolvedSteering, Slot
 from trimtab.program.slot_sets import mixing
-from trimtab.program.slots import place_of_second
+from trimtab.program.slots import Numbers, a_few, place_of_second
+from trimtab.recent import Recent
 from trimtab.responses import RESPONSES
 from trimtab.runtime.upload import RowUploader
 from trimtab.sites import Site
@@ -66,6 +68,7 @@ class SlotRows:
         self._slots = slots
         self._held: dict[int, Record] = {}  # rows whose record on the device is not zero
         self._unwritten: dict[int, Record | None] = {}  # held rows whose record the device has not seen; None: zero
+        self._known: Recent[Matrix] = Recent(kept_bytes=4 << 20)  # how slots are mixed, whatever their numbers
         self._uploader: RowUploader[Record | None] = RowUploader(slots.slab, self._compose)
 
     def fill(self, row: int, program: PhaseProgram, rows: Mapping[bytes, int], *, fresh: bool) -> None:
@@ -114,49 +117,58 @@ class SlotRows:
         sites = self._slots.sites
         lines = np.zeros(len(sites), slot_record(self._slots.form))
         if record is not None:
-            stored = _Stored(record.slots, sites, self._dtype)
-            for position, site in enumerate(sites):
-                acting = [index for index, slot in enumerate(record.slots) if site in slot.at]
-                for k, index in enumerate(acting):
+            for acting, positions in _alike(record.slots, sites).items():
+                chosen = [record.slots[index] for index, _ in acting]
+                for k, (index, (bias, own)) in enumerate(acting):
                     slot = record.slots[index]
-                    bias, own = slot.at[site]
                     ways = (slot.read, slot.write)
-                    lines["rows"][position, k] = [0 if way is None else record.rows[way.row_key] for way in ways]
-                    lines["codes"][position, k] = RESPONSES[slot.response].code, record.lanes[index]
+                    lines["rows"][positions, k] = [0 if way is None else record.rows[way.row_key] for way in ways]
+                    lines["codes"][positions, k] = RESPONSES[slot.response].code, record.lanes[index]
                     factor = 0.0 if slot.read is None else slot.read.unit
-                    lines["params"][position, k, : 2 + len(own)] = factor, bias, *own
+                    lines["params"][positions, k, : 2 + len(own)] = factor, bias, *own
                     if slot.second is not None:
-                        others = [record.slots[other] for other in acting]
-                        lines["params"][position, k, -1] = place_of_second(slot, others, site)
-                if acting:
-                    mix = stored.mix(acting, position)
-                    lines["mix"][position, : len(acting), : len(acting)] = mix
+                        lines["params"][positions, k, -1] = place_of_second(slot, chosen, sites[positions[0]])
+                mix = self._mixed(chosen, positions)
+                lines["mix"][positions, : len(acting), : len(acting)] = mix
         return lines.view(np.uint8).reshape(len(sites), -1)
 
+    def _mixed(self, slots: Sequence[Slot], positions: Sequence[int]) -> Matrix:
+        """Float64 [P, K, K] for slots that act together: how far each writes, in units of its row, for each number."""
+        along = [slot.read if slot.write is None else slot.write for slot in slots]
+        told = b"".join(slot.read.row_key if slot.is_member and slot.read is not None else b"-" for slot in slots)
+        key = hashlib.sha256(told + np.array(positions).tobytes()).digest()
+        mixed = self._known.get(key)
+        if mixed is None:
+            mixed = self._mixing(slots, positions)
+            self._known.put(key, mixed, mixed.nbytes)
+        units = np.array([0.0 if way is None else way.unit for way in along])
+        return units[:, None] * mixed
 
-class _Stored:
-    """The directions of a program's set as the table holds them at each site, and how the slots there are mixed."""
+    def _mixing(self, slots: Sequence[Slot], positions: Sequence[int]) -> Matrix:
+        """`mixing` of these slots at each of these sites. Where they have the directions that they had at the last one,
+        as spread ones do, nothing is computed."""
+        members = np.array([slot.is_member for slot in slots])
+        ways = [slot.read for slot in slots if slot.is_member and slot.read is not None]
+        sites = [self._slots.sites[position] for position in positions]
+        mixed: list[Matrix] = []
+        last = None
+        for some in a_few(sites, len(slots) * slots[0].hidden_size):
+            rows = np.zeros((len(some), len(slots), slots[0].hidden_size))
+            for index, way in zip(np.flatnonzero(members), ways, strict=True):
+                rows[:, index] = torch.from_numpy(way.row(some)).to(self._dtype).double().numpy() * way.unit
+            for at_site in rows:
+                same = last is not None and np.array_equal(last, at_site)
+                mixed.append(mixed[-1] if same else mixing(at_site, members))
+                last = at_site
+        return np.stack(mixed)
 
-    def __init__(self, slots: Sequence[Slot], sites: Sequence[Site], dtype: torch.dtype) -> None:
-        self._members = np.array([slot.is_member for slot in slots])
-        self._rows = np.zeros((len(slots), len(sites), slots[0].hidden_size))
-        self._units = np.ones(len(slots))
-        for index, slot in enumerate(slots):
-            along = slot.read if slot.write is None else slot.write
-            self._units[index] = 0.0 if along is None else along.unit
-            if slot.is_member and along is not None:
-                rounded = torch.from_numpy(along.row(sites)).to(dtype).double().numpy()
-                self._rows[index] = rounded * along.unit
-        self._mixed: dict[tuple[int, ...], tuple[Matrix, Matrix]] = {}  # of slots: their rows, and what came of them
 
-    def mix(self, acting: Sequence[int], position: int) -> Matrix:
-        """Float64 [K, K] for the slots `acting` at one site: how far each writes, in units of its row, for each number.
-
-        Where they have the directions that they had at the last such site, as spread ones do, nothing is computed.
-        """
-        chosen = list(acting)
-        rows = self._rows[chosen, position]
-        known = self._mixed.get(tuple(chosen))
-        if known is None or not np.array_equal(known[0], rows):
-            known = self._mixed[tuple(chosen)] = rows, mixing(rows, self._members[chosen])
-        return self._units[chosen, None] * known[1]
+def _alike(slots: Sequence[Slot], sites: Sequence[Site]) -> dict[tuple[tuple[int, Numbers], ...], list[int]]:
+    """The places of the sites at which the same of the slots act with the same numbers, by their places and numbers."""
+    places: dict[tuple[tuple[int, Numbers], ...], list[int]] = {}
+    for place, site in enumerate(sites):
+        numbers = [(index, slot.at.get(site)) for index, slot in enumerate(slots)]
+        acting = tuple((index, own) for index, own in numbers if own is not None)
+        if acting:
+            places.setdefault(acting, []).append(place)
+    return places

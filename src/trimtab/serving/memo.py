@@ -1,41 +1,11 @@
-"""What was made of the last few small values of one form: clients send the same few specs again and again."""
+"""What tells small values of one form apart: clients send the same few specs again and again."""
 
-import threading
 from collections.abc import Hashable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
 
-KEPT = 1024  # values
-KEPT_BYTES = 32 << 20  # of what they hold that nothing else does
 _LONGEST, _MOST, _DEEPEST = 256, 64, 8  # of a text, of the items of a list or object, of their nesting
-_MOST_PARTS = 256  # of all lists and objects together, so that `KEPT` keys are no burden
+_MOST_PARTS = 256  # of all lists and objects together, so that a thousand keys are no burden
 _LONGEST_ALONE = 4096  # of a text that is the whole value, as specs written in JSON are
-
-Made = TypeVar("Made")
-
-
-class Recent(Generic[Made]):
-    """A bounded memory, oldest out first. Safe in threads that share it: at worst a value is made twice."""
-
-    def __init__(self) -> None:
-        self._made: dict[Hashable, tuple[Made, int]] = {}
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Made | None:
-        """What was made of the value with this `key`; None if that is forgotten or never was."""
-        found = None if key is None else self._made.get(key)
-        return None if found is None else found[0]
-
-    def put(self, key: Hashable, made: Made, nbytes: int = 0) -> None:
-        """Remember `made`, which must not change any more and keeps `nbytes` alive. Not if the value has no key."""
-        if key is None or nbytes > KEPT_BYTES:
-            return
-        with self._lock:
-            self._bytes += nbytes - self._made.pop(key, (made, 0))[1]
-            self._made[key] = made, nbytes
-            while len(self._made) > KEPT or self._bytes > KEPT_BYTES:
-                _, freed = self._made.pop(next(iter(self._made)))
-                self._bytes -= freed
 
 
 def key_of(value: Any) -> Hashable:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.serving import memo
-from trimtab.serving.memo import Recent, key_of
+from trimtab.recent import Recent
+from trimtab.serving.memo import key_of
 
 ATOMS = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.0, 1.0, 2.0]) | st.sampled_from("ab1")
 VALUES = st.recursive(
@@ -63,9 +63,8 @@ def test_a_key_holds_a_copy() -> None:
     assert key == key_of({"a": [1]}) != key_of(value)
 
 
-def test_what_values_hold_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memo, "KEPT_BYTES", 10)
-    memory: Recent[int] = Recent()
+def test_what_values_hold_is_bounded_too() -> None:
+    memory: Recent[int] = Recent(kept_bytes=10)
     for number, nbytes in enumerate([4, 5, 1, 7, 11]):
         memory.put(number, number, nbytes)
     assert [memory.get(number) for number in range(5)] == [None, None, 2, 3, None]
@@ -73,9 +72,8 @@ def test_what_values_hold_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [memory.get(number) for number in (2, 3)] == [2, 3]
 
 
-def test_threads_may_share_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memo, "KEPT", 8)
-    memory: Recent[int] = Recent()
+def test_threads_may_share_a_memory() -> None:
+    memory: Recent[int] = Recent(8)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -87,9 +85,8 @@ def test_threads_may_share_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(memory._made) == 8
 
 
-def test_the_oldest_is_forgotten_and_a_value_without_a_key_is_never_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memo, "KEPT", 2)
-    memory: Recent[int] = Recent()
+def test_the_oldest_is_forgotten_and_a_value_without_a_key_is_never_kept() -> None:
+    memory: Recent[int] = Recent(2)
     memory.put(None, 0)
     assert memory.get(None) is None
     for number in range(3):

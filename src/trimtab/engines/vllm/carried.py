@@ -20,7 +20,8 @@ from trimtab.program.codec import decode
 from trimtab.program.monitor import reaches
 from trimtab.program.resolved_gate import VectorReference, check_served
 from trimtab.program.room import check_room
-from trimtab.serving.memo import Recent, key_of
+from trimtab.recent import Recent
+from trimtab.serving.memo import key_of
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import ModelSites
 from trimtab.vectors.vector import SteeringVector

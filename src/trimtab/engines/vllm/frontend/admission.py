@@ -15,7 +15,8 @@ from trimtab.program.codec import encode
 from trimtab.program.monitor import behind
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.program.room import check_room
-from trimtab.serving.memo import Recent, key_of
+from trimtab.recent import Recent
+from trimtab.serving.memo import key_of
 from trimtab.serving.names import check_fixed, check_known
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.serving.server_default import ServerDefault, merge
