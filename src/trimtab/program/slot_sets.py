@@ -175,7 +175,7 @@ def _joined(slot: Slot, numbers: Numbers, other: Slot, others: Numbers, *, flipp
     if flipped:
         low_too, high_too = -high_too, -low_too
     low, high = max(low, low_too), min(high, high_too)
-    return Numbers.of(0.0, strength, low, high) if strength == strength_too else None
+    return Numbers.of(0.0, strength, low, high) if strength == strength_too and low <= high else None
 
 
 def _contradiction(slot: Slot, other: Slot, site: Site) -> SteeringError:
