@@ -80,6 +80,9 @@ def slot(kind: str, *row: float, hook: str = "post_block", layer: int = 1, **mor
         ([slot("ablate", 0.0, 1.0, 0.0)], 1.0),  # across it
         ([slot("clamp", 1.0, 0.0, 0.0, max=3.0)], 0.0),  # as if the stream were beyond its bound
         ([slot("clamp", 1.0, 0.0, 0.0, value=3.0, strength=0.4)], 0.6),
+        ([slot("clamp", 1.0, 0.0, 0.0, value=-3.0, strength=0.4)], 0.0),  # 0.6 - 0.4 * 3 / 2
+        ([slot("clamp", 1.0, 0.0, 0.0, min=-9.0, max=9.0, strength=0.4)], 0.6),  # writes nothing of itself
+        ([slot("clamp", 0.6, 0.8, 0.0, value=-5.0, strength=0.5, layer=0)], 0.25),  # 1 - 0.5 * 5 * 0.6 / 2, before it
         ([slot("scale", 1.0, 0.0, 0.0, factor=3.0)], 1.0),  # more of it is not counted
         ([slot("scale", 1.0, 0.0, 0.0, factor=0.75)], 0.75),
         ([slot("swap", 1.0, 0.0, 0.0, to=at("post_block", 1, 0.0, 0.0, 1.0))], 0.0),

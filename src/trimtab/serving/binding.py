@@ -12,7 +12,8 @@ direction, 0 none, below 0 the reverse.
 
 A slot of the request that turns the stream's projection back, as ablation does, takes of d what it would take of any
 change there: it is counted with its gate wide open and outside of its bounds, where it takes most, and where it would
-add to d it is not counted. What slots of a default do is not measured: at their own sites nothing that a request adds
+add to d it is not counted. What it writes whatever the stream is, as a clamp to a value does, counts as what is added
+behind a gate. What slots of a default do is not measured: at their own sites nothing that a request adds
 undoes it, since slots act after all that is added, and another slot on one of their directions is refused.
 
 The stream carries on what was added to it before. So the share is taken twice: of what is added at each site of the
@@ -47,10 +48,12 @@ class _Turn(NamedTuple):
     """A slot as it acts on a change d of the stream at a site, at most: what it writes along `write` changes by
     d . linear, and up to `spread` of the length of what d has along `reads` more or less."""
 
+    slot: bytes  # its digest
     write: Row
     linear: Row
     reads: Rows
     spread: float = 0.0
+    constant: float = 0.0  # what it writes where the stream has nothing along what it reads
 
 
 class Share(NamedTuple):
@@ -80,9 +83,9 @@ def least_share(default: ResolvedSteering, own: ResolvedSteering) -> Share | Non
 
 def _shares(default: PhaseProgram, own: PhaseProgram, phase: Phase) -> Iterator[Share]:
     sites = sorted({*default.sites, *own.sites}, key=site_order)
-    theirs = _sums(own, sites)
-    carried = {gate: _carried(rows, sites) for gate, rows in theirs.items()}
     turning = [_turning(own.slots, site) for site in sites]
+    theirs = _sums(own, sites) | _written(turning)
+    carried = {gate: _carried(rows, sites) for gate, rows in theirs.items()}
     for gate, added in _sums(default, sites).items():
         left = np.stack([_turned(row, slots) for row, slots in zip(added, turning, strict=True)])
         yield from _lowest(added, left, theirs, gate, sites, phase)
@@ -117,13 +120,26 @@ def _turning(slots: Iterable[Slot], site: Site) -> list[_Turn]:
 
 
 def _turn(slot: Slot, read: Row, write: Row, site: Site) -> _Turn:
-    own = slot.at[site].own
+    bias, own = slot.at[site]
     if slot.response == CLIP.name:  # falls by its strength as its score grows, outside of its bounds
-        return _Turn(write, -own[0] * read, read[None])
+        strength, low, high = own
+        constant = strength * (min(max(bias, low), high) - bias)
+        return _Turn(slot.digest, write, -strength * read, read[None], constant=constant)
     if slot.response == TURN.name and slot.second is not None:
         second = slot.second.values([site])[0]
-        return _Turn(write, own[0] * read + own[1] * second, np.stack([read, second]), abs(own[2]))
-    return _Turn(write, np.zeros_like(read), read[None], 1.0)  # as much as there is, in either direction
+        return _Turn(slot.digest, write, own[0] * read + own[1] * second, np.stack([read, second]), abs(own[2]))
+    return _Turn(slot.digest, write, np.zeros_like(read), read[None], 1.0)  # as much as there is, in either direction
+
+
+def _written(turning: Sequence[Sequence[_Turn]]) -> dict[bytes, Rows]:
+    """What each slot adds at each site whatever the stream is, as a sum of its own behind a gate."""
+    written: dict[bytes, Rows] = {}
+    for index, slots in enumerate(turning):
+        for slot in slots:
+            if slot.constant:
+                rows = written.setdefault(slot.slot, np.zeros((len(turning), len(slot.write))))
+                rows[index] += slot.constant * slot.write
+    return written
 
 
 def _turned(change: Row, slots: Iterable[_Turn]) -> Row:
