@@ -144,6 +144,7 @@ MALFORMED: dict[str, tuple[list[Any], Any, str]] = {
     "a least bound that is infinite": (NUMBERS, [0.0, 1.0, INFINITY, INFINITY], f"{WHERE}[3][0][1]"),
     "a largest bound that is minus infinity": (NUMBERS, [0.0, 1.0, -INFINITY, -INFINITY], f"{WHERE}[3][0][1]"),
     "a site twice": (["slots", CLAMP, 3, 0, 0], [[4, "mlp_in"], [4, "mlp_in"]], f"{WHERE}[3][0][0][1]"),
+    "a site, and all of them": (["slots", CLAMP, 3, 1, 0], None, f"{WHERE}[3][1][0][0]"),
     "a site that its direction lacks": (["slots", CLAMP, 3, 0, 0], [[3, "mlp_in"]], f"{WHERE}[3]"),
     "no site": (["slots", CLAMP, 3, 0, 0], [[3, "mlp"]], f"{WHERE}[3][0][0][0]"),
     "gate that is not there": (["slots", CLAMP, 4], 99, f"{WHERE}[4]"),
@@ -171,7 +172,8 @@ def test_a_malformed_slot_is_refused_where_the_fault_stands(case: str) -> None:
 
 def test_a_slot_before_the_site_of_its_gate_is_refused() -> None:
     wire = through_msgpack(BASE)
-    early = next(i for i, entry in enumerate(wire["slots"]) if [0, "pre_attn"] in entry[3][0][0])
+    slots = {slot.digest: slot for slot in MIXED.slots}.values()
+    early = next(i for i, slot in enumerate(slots) if Site(0, HookPoint.PRE_ATTN) in slot.at)
     wire["slots"][early][4] = 0
     with pytest.raises(SteeringError, match=r"after the vector has acted at") as refusal:
         decode(wire, BY_DIGEST)

@@ -6,7 +6,7 @@
     TERM = [vector index, scale], or [vector index, scale, gate index]
     SLOT = [response, direction index of what it reads | None, of what it writes | None, NUMBERS, gate index | None],
            or [..., direction index of its second score]
-    NUMBERS = [[[[layer, hook], ...], [bias, numbers of the response ...]], ...]
+    NUMBERS = [[[[layer, hook], ...], [bias, numbers of the response ...]], ...], None for all sites of its direction
     DIRECTION = [[vector index, weight, whether at unit length], ...], a sum, or [..., form]
     GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)]
     VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector,

@@ -72,6 +72,9 @@ def mixing(rows: Matrix, members: npt.NDArray[np.bool_]) -> Matrix:
 def _active(slot: Slot) -> Slot | None:
     """`slot` where it does something: a clip of strength 0 does not."""
     is_nothing = RESPONSES[slot.response].is_nothing
+    different = {id(numbers): numbers for _, numbers in slot.numbers}  # mostly all sites share one
+    if not any(is_nothing(numbers.own) for numbers in different.values()):
+        return slot
     return _with_numbers(slot, {site: numbers for site, numbers in slot.numbers if not is_nothing(numbers.own)})
 
 

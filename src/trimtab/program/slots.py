@@ -248,8 +248,9 @@ class Slot:
         whole = hashlib.sha256(b"trimtab slot 1\0" + struct.pack("<i", RESPONSES[self.response].code))
         for direction in (self.read, self.write):
             whole.update(b"-" if direction is None else direction.row_key)
-        for site, numbers in self.numbers:
-            whole.update(f"{site}\0".encode() + np.array([numbers.bias, *numbers.own], "<f4").tobytes())
+        packed = {id(numbers): numbers for _, numbers in self.numbers}  # mostly all sites share one
+        told = {key: np.array([own.bias, *own.own], "<f4").tobytes() for key, own in packed.items()}
+        whole.update(b"".join(f"{site}\0".encode() + told[id(numbers)] for site, numbers in self.numbers))
         whole.update(b"" if self.gate is None else self.gate.digest)
         whole.update(b"" if self.second is None else b"second\0" + self.second.row_key)
         return whole.digest()

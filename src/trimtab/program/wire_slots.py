@@ -22,10 +22,14 @@ def encode_slot(slot: Slot, directions: Sequence[bytes], gates: Mapping[bytes, i
     read, write, second = (
         None if way is None else directions.index(way.row_key) for way in (slot.read, slot.write, slot.second)
     )
-    sites_of: dict[Numbers, list[list[Any]]] = {}  # mostly all are alike
+    sites_of: dict[Numbers, list[Site]] = {}  # mostly all are alike
     for site, numbers in slot.numbers:
-        sites_of.setdefault(numbers, []).append([site.layer, site.hook.value])
-    numbers_of = [[sites, [numbers.bias, *numbers.own]] for numbers, sites in sites_of.items()]
+        sites_of.setdefault(numbers, []).append(site)
+    everywhere = len(sites_of) == 1 and slot.sites == slot.directions[0].sites
+    numbers_of = [
+        [None if everywhere else [[site.layer, site.hook.value] for site in sites], [numbers.bias, *numbers.own]]
+        for numbers, sites in sites_of.items()
+    ]
     gate = None if slot.gate is None else gates[slot.gate.digest]
     return [slot.response, read, write, numbers_of, gate, *([] if second is None else [second])]
 
@@ -79,7 +83,7 @@ def decode_slot(entry: Any, path: str, directions: Sequence[Direction], gates: S
     known = [way for way in ways if way is not None]
     if (read, write) == (None, None):
         raise SteeringError(path, "neither reads nor writes")
-    told = _decode_numbers(numbers, f"{path}[3]", response)
+    told = _decode_numbers(numbers, f"{path}[3]", response, known[0].sites)
     for way in known:
         if outside := set(told).difference(way.sites):
             raise SteeringError(
@@ -96,7 +100,7 @@ def decode_slot(entry: Any, path: str, directions: Sequence[Direction], gates: S
     return slot
 
 
-def _decode_numbers(entry: Any, path: str, response: str) -> dict[Site, Numbers]:
+def _decode_numbers(entry: Any, path: str, response: str, everywhere: Sequence[Site]) -> dict[Site, Numbers]:
     found: dict[Site, Numbers] = {}
     names = RESPONSES[response].numbers
     for i, item in enumerate(list_of(entry, path)):
@@ -109,14 +113,17 @@ def _decode_numbers(entry: Any, path: str, response: str) -> dict[Site, Numbers]
         numbers = Numbers.of(*map(float, values))
         if (fault := _fault_of(response, numbers)) is not None:
             raise SteeringError(f"{path}[{i}][1]", fault)
-        for j, item in enumerate(list_of(sites, f"{path}[{i}][0]")):
-            site = site_of(item, f"{path}[{i}][0][{j}]")
+        for j, site in enumerate(everywhere if sites is None else _sites(sites, f"{path}[{i}][0]")):
             if site in found:
                 raise SteeringError(f"{path}[{i}][0][{j}]", f"{site} is given twice")
             found[site] = numbers
     if not found:
         raise SteeringError(path, "names no site")
     return found
+
+
+def _sites(entry: Any, path: str) -> list[Site]:
+    return [site_of(item, f"{path}[{i}]") for i, item in enumerate(list_of(entry, path))]
 
 
 def _fault_of(response: str, numbers: Numbers) -> str | None:

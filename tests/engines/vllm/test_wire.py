@@ -10,12 +10,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from trimtab.engines.vllm.carried import Carried, Decoded, checked, held_bytes
+from trimtab.engines.vllm.carried import Carried, Decoded, checked, held_bytes, steering_of
 from trimtab.errors import SteeringError
 from trimtab.program.codec import encode
 from trimtab.program.monitor import behind
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, VectorReference
-from trimtab.serving import memo
 from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
@@ -104,16 +103,24 @@ def test_an_engine_takes_what_stands_behind_its_monitor_and_nothing_that_was_adm
         checked(through(wire), WITH_PROBE, other)
 
 
-def test_layers_of_a_registered_vector_count_as_content(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_a_registered_vector_count_as_content() -> None:
     narrowed, whole = admitted("calm", layers=[1]).steering, admitted("calm").steering
     assert (held_bytes(narrowed), held_bytes(whole)) == (WIDTH * 4, 0)
     assert held_bytes(admitted(JOY).steering) == 2 * WIDTH * 4
-    monkeypatch.setattr(memo, "KEPT_BYTES", WIDTH * 4)
-    recent = Decoded()
+    recent = Decoded(kept_bytes=WIDTH * 4)
     first = checked(sent(admitted("calm", layers=[1])), SETTINGS, MODEL, recent)
     assert checked(sent(admitted("calm", layers=[1])), SETTINGS, MODEL, recent).steering is first.steering
     checked(sent(admitted("calm", layers=[0])), SETTINGS, MODEL, recent)
     assert checked(sent(admitted("calm", layers=[1])), SETTINGS, MODEL, recent).steering is not first.steering
+
+
+def test_a_worker_reads_a_form_that_it_has_read_before_no_more() -> None:
+    recent = Decoded()
+    first, again = (
+        steering_of(SimpleNamespace(extra_args={"steering": sent(admitted("calm"))}), SETTINGS, recent) for _ in "12"
+    )
+    assert first == admitted("calm").steering
+    assert first is again
 
 
 @pytest.mark.parametrize("wire", [admitted(JOY), Carried(admitted(JOY), admitted(JOY).steering)])

@@ -98,12 +98,23 @@ def checked(given: Any, settings: SteeringSettings, model: ModelSites, recent: D
     return Carried(given, steering)
 
 
-def steering_of(sampling_params: Any, settings: SteeringSettings) -> ResolvedSteering | None:
-    """The steering of a request that the engine core has checked; None if it carries none."""
+def steering_of(
+    sampling_params: Any, settings: SteeringSettings, recent: Decoded | None = None
+) -> ResolvedSteering | None:
+    """The steering of a request that the engine core has checked; None if it carries none.
+
+    `recent` is what this process read before.
+    """
     given = carried(sampling_params)
-    if given is None:
-        return None
-    return given.steering if isinstance(given, Carried) else decode(given, settings.start_vectors_by_digest)
+    if given is None or isinstance(given, Carried):
+        return None if given is None else given.steering
+    key = None if recent is None else key_of(given)
+    if recent is not None and (known := recent.get(key)) is not None:
+        return known
+    steering = decode(given, settings.start_vectors_by_digest)
+    if recent is not None and key is not None:
+        recent.put(key, steering, held_bytes(steering))
+    return steering
 
 
 def owner_of(sampling_params: Any, request_id: str) -> str:

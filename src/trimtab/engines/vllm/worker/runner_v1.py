@@ -7,7 +7,7 @@ buffers as the last real step left them: row 0 everywhere until the first reques
 
 from typing import Any
 
-from trimtab.engines.vllm.carried import owner_of, steering_of
+from trimtab.engines.vllm.carried import Decoded, owner_of, steering_of
 from trimtab.engines.vllm.settings.config import SteeringSettings
 from trimtab.engines.vllm.worker.membership import Membership
 from trimtab.runtime import SteeringRuntime
@@ -21,6 +21,7 @@ class DriveV1:
         self._runner = runner
         self._settings = settings
         self._members = Membership(runtime, max_requests)
+        self._recent = Decoded()
 
     def before_states(self, scheduler_output: Any) -> None:
         """A step begins: requests have gone."""
@@ -34,7 +35,7 @@ class DriveV1:
         request_ids = batch.req_ids[:count]
         for request_id in self._members.new(request_ids):
             params = self._runner.requests[request_id].sampling_params
-            steering = steering_of(params, self._settings)
+            steering = steering_of(params, self._settings, self._recent)
             self._members.join(request_id, steering, request_ids, owner_of(params, request_id))
         self.runtime.step(
             request_ids,

@@ -8,7 +8,7 @@ profile and capture runs build their batches elsewhere.
 from dataclasses import fields
 from typing import Any
 
-from trimtab.engines.vllm.carried import owner_of, steering_of
+from trimtab.engines.vllm.carried import Decoded, owner_of, steering_of
 from trimtab.engines.vllm.settings.config import SteeringSettings
 from trimtab.engines.vllm.worker.membership import Membership
 from trimtab.errors import SteeringError
@@ -33,6 +33,7 @@ class DriveV2:
         self._runner = runner
         self._settings = settings
         self._members = Membership(runtime, max_requests)
+        self._recent = Decoded()
 
     def before_removal(self, request_id: str) -> None:
         """A request leaves."""
@@ -42,7 +43,7 @@ class DriveV2:
         """New requests have come."""
         self._members.settle()  # an engine that falls idle tells who has finished, and prepares no further step
         for new in scheduler_output.scheduled_new_reqs:
-            steering = steering_of(new.sampling_params, self._settings)
+            steering = steering_of(new.sampling_params, self._settings, self._recent)
             owner = owner_of(new.sampling_params, new.req_id)
             self._members.join(new.req_id, steering, scheduler_output.num_scheduled_tokens, owner)
 
