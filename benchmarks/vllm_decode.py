@@ -1,6 +1,7 @@
 """What steering costs in vLLM: stock and steered engines on one GPU, interleaved and repeated.
 
     python benchmarks/vllm_decode.py --engines steered second --output benchmarks/results/vllm_decode_h200.json
+    python benchmarks/vllm_decode.py --engines steered slots1 slots4 --few --trace --output benchmarks/results/slots.json
     python benchmarks/vllm_decode.py --engines gates row_monitor --trace --output benchmarks/results/row_monitor.json
     python benchmarks/vllm_decode.py --engines steered gates v1 --few --output benchmarks/results/vllm_gates_h200.json
 
@@ -34,6 +35,7 @@ DISTINCT = (1, 8, 64, 256)
 STRENGTH = 1e-7
 PROBES = 64
 GATES = {"gates": 4, "gates2": 2}  # engine -> gates per token; 4 is the default
+SLOTS = {"slots1": 1, "slots4": 4}  # engine -> slots per token and site, at every layer
 
 Run = tuple["EngineProcess", Case]
 
@@ -128,6 +130,23 @@ def monitored_cases(engine: str, batch: int, prompt: int, new: int, layer: int) 
     return [Case(f"{name}, none used", batch, prompt, new), used] if engine == "row_monitor" else [used]
 
 
+def slotted(i: int, slots: int) -> dict[str, Any]:
+    """Spec number `i`: `slots` directions of which next to nothing is taken out, at every layer."""
+    return {
+        "interventions": [
+            {"kind": "ablate", "vector": f"v{(i + 64 * slot) % max(DISTINCT)}", "strength": STRENGTH}
+            for slot in range(slots)
+        ]
+    }
+
+
+def slotted_cases(engine: str, batch: int, prompt: int, new: int) -> list[Case]:
+    """No slot and all slots used, every request with directions of its own."""
+    name, slots = f"{SLOTS[engine]} slots", SLOTS[engine]
+    specs = tuple(slotted(i, slots) for i in range(batch))
+    return [Case(f"{name}, none used", batch, prompt, new), Case(f"{name}, all used", batch, prompt, new, specs)]
+
+
 class Comparison:
     """Runs one workload on all engines, `repeats` times, and keeps every measurement."""
 
@@ -145,6 +164,8 @@ class Comparison:
             for name in (name for name in ("row_monitor", "gates") if name in self.engines):
                 cases = monitored_cases(name, batch, prompt, new, self.layers[0])
                 runs += [(self.engines[name], case) for case in cases]
+        for name in (name for name in SLOTS if name in self.engines):
+            runs += [(self.engines[name], case) for case in slotted_cases(name, batch, prompt, new)]
         if "monitor" in self.engines:
             cases = steered_cases(batch, prompt, new, few=True)
             runs += [(self.engines["monitor"], replace(case, name=f"monitor, {case.name}")) for case in cases]
@@ -257,9 +278,9 @@ def main() -> None:
     parser.add_argument("--throughput", action="store_true", help="256 requests of 96 + 128 tokens, whole run")
     parser.add_argument(
         "--engines", nargs="+", default=["steered"],
-        choices=("steered", "second", "third", "gates", "gates2", "row_monitor", "monitor", "v1"),
+        choices=("steered", "second", "third", "gates", "gates2", "row_monitor", "slots1", "slots4", "monitor", "v1"),
         help="beside stock: steered; a second and a third stock one, to see what chance does; with gates, 4 or 2, "
-        "or 4 and the row monitor, whose cases run with `gates` too; "
+        "or 4 and the row monitor, whose cases run with `gates` too; with slots, 1 or 4; "
         "behind a monitor; steered and stock on the V1 runner",
     )  # fmt: skip
     parser.add_argument("--few", action="store_true", help="only idle and the most distinct vectors")
@@ -295,6 +316,7 @@ def main() -> None:
         configured: dict[str, tuple[dict[str, Any] | None, dict[str, str]]] = {"stock": (None, v2)}
         choices = {"steered": (steering, v2), "v1": (steering, v1)} | dict.fromkeys(("second", "third"), (None, v2))
         choices |= {name: (probed | {"gates": count}, v2) for name, count in GATES.items()}
+        choices |= {name: (steering | {"slots": count, "kinds": ["ablate"]}, v2) for name, count in SLOTS.items()}
         choices["row_monitor"] = (probed | {"gates": GATES["gates"], "row_monitor": True}, v2)
         monitor = {"probe": probed["probes"]["p0"], "threshold": 0.0, "sharpness": 1.0}
         choices["monitor"] = (steering | {"monitor": monitor}, v2)
