@@ -1,7 +1,7 @@
 """What steering costs in vLLM: stock and steered engines on one GPU, interleaved and repeated.
 
     python benchmarks/vllm_decode.py --engines steered second --output benchmarks/results/vllm_decode_h200.json
-    python benchmarks/vllm_decode.py --engines steered slots1 slots4 --few --trace --output benchmarks/results/slots.json
+    python benchmarks/vllm_decode.py --engines steered slots1 slots4 --few --trace --output slots.json
     python benchmarks/vllm_decode.py --engines gates row_monitor --trace --output benchmarks/results/row_monitor.json
     python benchmarks/vllm_decode.py --engines steered gates v1 --few --output benchmarks/results/vllm_gates_h200.json
 
