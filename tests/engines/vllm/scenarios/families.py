@@ -10,6 +10,7 @@ from support import (
     random_prompts,
     random_spec,
     report,
+    slot,
     tiny_model,
     unmeasured,
 )
@@ -36,13 +37,17 @@ def _family(family: str, mode: str) -> dict[str, object]:
     # One request per hook point in each layer, and one that uses them all.
     specs = [random_spec(40 + i, layers=[i % LAYERS], hooks=[hook], strength=2.0) for i, hook in enumerate(hooks)]
     specs += [random_spec(60 + i, layers=[(i + 2) % LAYERS], hooks=[hook]) for i, hook in enumerate(hooks)]
+    specs += [{"interventions": [slot("clamp", 70 + i, [i % LAYERS], [hook], value=5.0 * (-1) ** i)]}
+              for i, hook in enumerate(hooks)]  # fmt: skip
     every = {"layers": range(LAYERS), "hooks": hooks}
     specs += [random_spec(80, **every), random_spec(81, **every, phase="decode"), None]
     prompts = random_prompts([11 + 3 * (i % 7) for i in range(len(specs))], seed=9)
     # The oracle first: vLLM's Transformers backend decorates the class of the model for the whole process.
     expected, plain = oracle(model, prompts, specs), oracle(model, prompts, [None] * len(specs))
     unmeasured.clear()
-    llm = engine(folder, steering={"hook_points": list(hooks)}, mode=mode, **backend)
+    llm = engine(
+        folder, steering={"hook_points": list(hooks), "slots": 1, "slot_layers": [0, 1, 2]}, mode=mode, **backend
+    )
     return {
         "unmeasured": list(unmeasured),
         "layer": type(_layer(llm)).__mro__[2].__name__,

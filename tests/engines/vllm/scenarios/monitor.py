@@ -63,7 +63,7 @@ def mixed_specs():
 def main(mode, requests):
     folder, model = tiny_model()
     setting, ours = monitor()
-    settings = SLOTS | {"monitor": setting, "hook_points": HOOKS, "probe_layers": [0]}
+    settings = SLOTS | {"slots": 2, "monitor": setting, "hook_points": HOOKS, "probe_layers": [0]}
     prompts = random_prompts([3 + (7 * i) % 61 for i in range(requests)])
     specs = [mixed_specs()[i % 14] for i in range(requests)]
     counts = [8 + i % 7 for i in range(requests)]
