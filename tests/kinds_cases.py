@@ -12,14 +12,14 @@ import numpy.typing as npt
 from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site, SlotLimits
 from trimtab.spec import Steering
-from trimtab.spec.kinds import KINDS
+from trimtab.spec.kinds import DECLARED, KINDS
 from trimtab.vectors.vector import SteeringVector
 
 H = 8
 LAYERS = 6
 SITES = frozenset(Site(layer, hook) for layer in range(LAYERS) for hook in HookPoint)
 NAMED = frozenset(str(kind.model_fields["kind"].default) for kind in KINDS)
-MODEL = ModelSites(H, LAYERS, SITES, GateLimits(4, SITES), slots=SlotLimits(8, SITES, NAMED))
+MODEL = ModelSites(H, LAYERS, SITES, GateLimits(4, SITES), slots=SlotLimits(8, SITES, NAMED | DECLARED.keys()))
 HERE = Site(2, HookPoint.POST_BLOCK)
 
 Row = npt.NDArray[np.float64]

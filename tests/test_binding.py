@@ -218,3 +218,20 @@ def test_the_share_is_the_worst_over_all_states_of_the_gates(default: list[Any],
             least = min(least, 1 + taken / float(pushed @ pushed))
     found = least_share(resolved(*map(written, default)), resolved(*map(written, own)))
     assert (1.0 if found is None else min(1.0, found.left)) == pytest.approx(least, abs=1e-9)
+
+
+def test_what_looks_at_the_whole_stream_counts_as_if_it_took_all() -> None:
+    later = {"vector": at("post_block", 3, 0.0, 1.0, 0.0)}
+    sites = frozenset(Site(layer, HookPoint.POST_BLOCK) for layer in range(8))
+    model = ModelSites(3, 8, sites, slots=SlotLimits(8, sites, frozenset({"replace", "add:norm", "keep_norm"})))
+
+    def left(spec: dict[str, Any]) -> float | None:
+        found = least_share(resolved(PUSH), Steering.parse(spec).resolve({}, model))
+        return None if found is None else found.left
+
+    assert left({"interventions": [{"kind": "replace", "amount": 0.1} | later]}) == 0.0
+    assert left({"interventions": [{"kind": "add", "unit": "norm"} | later]}) == 0.0
+    assert left({"interventions": [{"kind": "add"} | later], "keep_norm": "if_grown"}) == 0.0
+    assert left({"interventions": [{"kind": "add"} | later]}) == 1.0
+    before = {"vector": at("post_block", 0, 0.0, 1.0, 0.0)}
+    assert left({"interventions": [{"kind": "replace"} | before]}) == 1.0

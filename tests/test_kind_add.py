@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kinds_cases import HERE, SITES, H, resolve, vector
+from kinds_cases import HERE, SITES, H, resolve, unit, vector
+from kinds_looking_back import PROBE, TOLERANCE, steered
 from trimtab.errors import SteeringError
 from trimtab.program.codec import decode, encode
 from trimtab.sites import HookPoint, Site
@@ -95,3 +96,47 @@ def test_what_is_no_dose_is_refused(step: dict, field: str, said: str) -> None:
     with pytest.raises(SteeringError, match=said) as caught:
         resolve({"kind": "add", "vector": measured({HERE: 2.0})} | step)
     assert caught.value.field == f"interventions[0].{field}"
+
+
+streams = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).normal(size=(5, H)) * 20)
+
+
+@given(streams, st.floats(-3, 3, width=32), st.booleans(), st.sampled_from(["traced", "opaque"]))
+def test_a_norm_is_as_long_as_the_token(x, scale, split, form) -> None:
+    """As `x + scale * v / |v| * |x|` of others, which read the full stream: of two parts, their sum."""
+    v = vector(1, scale=30.0)
+    a, w = unit(v.directions[HERE]), vector(2).directions[HERE].astype(np.float64)
+    spec = resolve({"kind": "add", "vector": v, "unit": "norm", "scale": scale}, {"kind": "add", "vector": vector(2)})
+    rest = x[::-1].copy() * 0.5 if split else None
+    length = np.linalg.norm(x if rest is None else x + rest, axis=1, keepdims=True)
+    np.testing.assert_allclose(steered(spec, x, form, rest), x + w + scale * length * a, **TOLERANCE)
+
+
+@given(streams, st.sampled_from(["traced", "opaque"]))
+def test_slots_measure_what_a_norm_adds(x, form) -> None:
+    v = vector(1)
+    spec = resolve({"kind": "add", "vector": v, "unit": "norm"}, {"kind": "ablate", "vector": v})
+    a = unit(v.directions[HERE])
+    np.testing.assert_allclose(steered(spec, x, form), x - (x @ a)[:, None] * a, **TOLERANCE)
+
+
+@given(streams, st.sampled_from(["traced", "opaque"]))
+def test_a_norm_behind_a_shut_gate_adds_nothing_to_the_bit(x, form) -> None:
+    gate = {"probe": PROBE, "threshold": 0.0, "hard": True}
+    spec = resolve({"kind": "add", "vector": vector(1), "unit": "norm", "scale": 0.5, "gate": gate})
+    score = x.astype(np.float32).astype(np.float64) @ PROBE.directions[HERE].astype(np.float64)
+    shut, open_ = score < -1e-3, score > 1e-3
+    found, a = steered(spec, x, form), unit(vector(1).directions[HERE])
+    np.testing.assert_array_equal(found[shut], x.astype(np.float32)[shut])
+    due = x + 0.5 * np.linalg.norm(x, axis=1, keepdims=True) * a
+    np.testing.assert_allclose(found[open_], due[open_], **TOLERANCE)
+
+
+def test_a_norm_of_nothing_is_nothing_and_a_zero_direction_is_refused() -> None:
+    assert not resolve({"kind": "add", "vector": vector(1), "unit": "norm", "scale": 0}).decode.identity
+    with pytest.raises(SteeringError, match="zero at post_block:2") as caught:
+        resolve({"kind": "add", "vector": SteeringVector({HERE: np.zeros(H)}), "unit": "norm"})
+    assert caught.value.field == "interventions[0].vector"
+    with pytest.raises(SteeringError, match="at most 65504") as caught:
+        resolve({"kind": "add", "vector": vector(1), "unit": "norm", "scale": 1e6})
+    assert caught.value.field == "interventions[0].scale"

@@ -117,7 +117,7 @@ MALFORMED: dict[str, tuple[list[Any], Any, str]] = {
     "weight NaN": (["directions", 0, 0, 1], NAN, "wire.directions[0][0][1]"),
     "weight true": (["directions", 0, 0, 1], True, "wire.directions[0][0][1]"),
     "weight huge": (["directions", 0, 0, 1], 1e30, "wire.directions[0][0][1]"),
-    "weight zero": (["directions", 0, 0, 1], 0.0, "wire.directions[0]"),
+    "weight zero": (["directions", 0, 0, 1], 0.0, "wire.slots[0]"),
     "unit is a number": (["directions", 0, 0, 2], 1, "wire.directions[0][0][2]"),
     "slots are no list": (["slots"], 0, "wire.slots"),
     "slot of four": (["slots", 0], ["clip", 0, None, []], "wire.slots[0]"),

@@ -3,13 +3,25 @@
 A slot reads one direction of the stream, u = y . a + bias, and writes c times a direction; c is its response to u. Some
 responses see a second score too, v, which another slot of the site reads. How each is computed on a device stands in
 `trimtab.ops.responses`, under the same names.
+
+Some look back instead, at x, the whole stream before anything of ours (`trimtab.ops.looking_back`): those of stage
+`FIRST` act before others measure the stream, those of stage `LAST` on what has come of all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 MOST_NUMBERS = 8
 """That any response takes. The last is for the place of the second score, where a response sees one."""
+
+
+class Stage(Enum):
+    """When a response acts."""
+
+    FIRST = "first"  # it reads no direction, and what it writes is measured by the others
+    LOCAL = "local"
+    LAST = "last"  # it reads and writes no direction
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,7 @@ class Response:
     numbers: tuple[str, ...]
     nothing: Mapping[str, float] = field(default_factory=dict)
     sees_two: bool = False
+    stage: Stage = Stage.LOCAL
 
     def __post_init__(self) -> None:
         if len(self.numbers) + self.sees_two > MOST_NUMBERS:
@@ -41,5 +54,19 @@ CLIP = Response("clip", 0, ("strength", "low", "high"), {"strength": 0.0})
 # c = own * u + other * v + length * |(u, v)|, where `when` is 1 only if u > 0, and where it is 2 only if v > 0
 TURN = Response("turn", 1, ("own", "other", "length", "when"), {"own": 0.0, "other": 0.0, "length": 0.0}, sees_two=True)
 
-RESPONSES = {response.name: response for response in (CLIP, TURN)}
+# c = amount; so much of x goes, and c times a direction comes
+REPLACE = Response("replace", 8, ("amount",), stage=Stage.FIRST)
+
+# c = scale * |x|
+NORM = Response("norm", 9, ("scale",), {"scale": 0.0}, stage=Stage.FIRST)
+
+# the stream leaves as long as x; where `if_grown` is 1 only if it is longer
+KEEP_NORM = Response("keep_norm", 10, ("if_grown",), stage=Stage.LAST)
+
+RESPONSES = {response.name: response for response in (CLIP, TURN, REPLACE, NORM, KEEP_NORM)}
 """Every response by its name. Codes are kept for ever: they are part of identities."""
+
+
+def of_stage(names: Iterable[str], stage: Stage) -> tuple[str, ...]:
+    """The responses among `names` that act at `stage`, in their order."""
+    return tuple(name for name in names if RESPONSES[name].stage is stage)

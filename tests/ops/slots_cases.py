@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trimtab.ops import SlotForm, SteeringBuffers, slot_op_args
 from trimtab.ops.args import SlotOpArgs
-from trimtab.responses import RESPONSES, TURN
+from trimtab.responses import RESPONSES, TURN, Stage, of_stage
 from trimtab.sites import HookPoint, Site
 
 POST = HookPoint.POST_BLOCK
@@ -27,8 +27,8 @@ class Slotted:
     module: nn.Module
     tokens: int
 
-    def args(self, steered: Tensor, rest: Tensor | None = None) -> SlotOpArgs:
-        return slot_op_args(self.module, POST, steered, rest)
+    def args(self, steered: Tensor, rest: Tensor | None = None, hidden: Tensor | None = None) -> SlotOpArgs:
+        return slot_op_args(self.module, POST, steered, rest, hidden)
 
 
 def slotted(
@@ -39,12 +39,14 @@ def slotted(
     rows: int = 7,
     gates: int = 0,
     writes: bool = True,
-    responses: tuple[str, ...] = tuple(RESPONSES),
+    responses: tuple[str, ...] = of_stage(RESPONSES, Stage.LOCAL),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: str = "cpu",
+    looks_back: bool = False,
 ) -> Slotted:
-    """A third of the slots are none, bounds are infinite as often as not, sets mix, some slots read nothing.
+    """A third of the slots are none, bounds are infinite as often as not, sets mix, some slots read nothing; where the
+    form looks back, half of them do.
 
     Responses are drawn from `responses`, and second scores from the slots of the row.
     """
@@ -57,7 +59,7 @@ def slotted(
         dtype=dtype,
         device=device,
         gates=gates,
-        slots=SlotForm(slots, responses, writes),
+        slots=SlotForm(slots, (*responses, *(("replace", "norm", "keep_norm") if looks_back else ())), writes),
     )
     buffers.any_active.fill_(True)
     buffers.table[0, 1:] = torch.from_numpy(rng.standard_normal((rows - 1, width)) / width**0.5).to(dtype)
@@ -87,6 +89,15 @@ def slotted(
     mix = np.eye(slots) + rng.uniform(-1, 1, (rows, slots, slots)) * (rng.random((rows, 1, 1)) < 1 / 2)
     mix *= on[:, None, :] & on[:, :, None]
     state = buffers.slots
+    if looks_back:
+        back = np.where(on & (rng.random(shape) < 1 / 2), rng.choice([8, 9, 10], shape), 0)
+        read = np.where(back > 0, 0, read)
+        write = np.where(back == 10, 0, np.where(back > 0, rng.integers(1, rows, shape), write))
+        params[..., 2] = np.where(back == 8, rng.uniform(0, 1, shape) / slots, params[..., 2])
+        params[..., 2] = np.where(back == 10, rng.integers(0, 2, shape), params[..., 2])
+        apart = (back[:, :, None] == 0) & (back[:, None, :] == 0)
+        mix = np.where(apart | np.eye(slots, dtype=bool), mix, 0.0)
+        codes = np.where(back > 0, back, codes)
     state.rows[0] = torch.from_numpy(np.stack([read, write], -1))
     state.codes[0, :, :, 0] = torch.from_numpy(codes)
     state.codes[0, :, :, 1] = torch.from_numpy(np.where(on, rng.integers(0, gates + 1, shape), 0))
@@ -108,21 +119,35 @@ def after(args: SlotOpArgs) -> Array:
     params, mix = args.slot_params.double().cpu().numpy(), args.slot_mix.double().cpu().numpy()
     gates = args.gate_values.double().cpu().numpy()
     rest = args.hidden_rest.double().cpu().numpy()
+    hidden = args.hidden_states.double().cpu().numpy()
     out = steered.copy()
     for token in range(len(steered)):
         row = int(args.steering_index[token])
-        stream = steered[token] + rest[token] if len(rest) else steered[token]
+        other = rest[token] if len(rest) else np.zeros_like(steered[token])
+        opened = [gates[gate - 1, token] if gate else 1.0 for _, gate in codes[row]]
+        for slot, (code, _) in enumerate(codes[row]):  # what looks back, and acts first
+            x = hidden[token] + other if len(hidden) else None
+            number = params[row, slot, 2] * opened[slot]
+            if code == 8:
+                out[token] += mix[row, slot, slot] * number * table[rows[row, slot, 1]] - number * x
+            if code == 9:
+                out[token] += mix[row, slot, slot] * number * np.linalg.norm(x) * table[rows[row, slot, 1]]
+        stream = out[token] + other
         scores = [
             bias + (factor * (stream @ table[read]) if read else 0.0)
             for (read, _), (factor, bias, *_) in zip(rows[row], params[row], strict=True)
         ]
         numbers = [
-            response(RESPONSE_OF[code], u, own, scores) * (gates[gate - 1, token] if gate else 1.0)
-            for u, (code, gate), (_, _, *own) in zip(scores, codes[row], params[row], strict=True)
+            0.0 if code >= 8 else response(RESPONSE_OF[code], u, own, scores) * gate
+            for u, (code, _), (_, _, *own), gate in zip(scores, codes[row], params[row], opened, strict=True)
         ]
         for slot, (read, write) in enumerate(rows[row]):
             if read or write:
                 out[token] += (mix[row, slot] @ numbers) * table[write or read]
+        keeping = [params[row, slot, 2] for slot, (code, _) in enumerate(codes[row]) if code == 10]
+        before, left = (np.linalg.norm(rows_of[token] + other) for rows_of in (hidden if keeping else out, out))
+        if keeping and left and (left > before or not any(keeping)):
+            out[token] = (out[token] + other) * before / left - other
     return out
 
 

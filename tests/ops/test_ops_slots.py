@@ -97,7 +97,7 @@ def test_each_projection_of_a_set_lands_where_it_was_asked_to(count, seed, dtype
     stream = torch.from_numpy(rng.standard_normal((4, width))).float()  # the operator steers it unrounded
     before = stream.double().numpy() @ rounded.T
     slots_of = slot_op_args(module, POST, stream, None)
-    z = apply_slots(stream, Slots(*slots_of[2:]), buffers.slots.form).double().numpy() @ rounded.T
+    z = apply_slots(stream, Slots(*slots_of[3:]), buffers.slots.form).double().numpy() @ rounded.T
     np.testing.assert_allclose(z[0], before[0], atol=1e-6)
     np.testing.assert_allclose(z[1:, 0], 0.0, atol=2e-5)
     np.testing.assert_allclose(z[1:, 1:], np.maximum(before[1:, 1:], -0.5), atol=2e-5)
@@ -315,7 +315,7 @@ def test_only_the_responses_that_are_declared_are_in_the_expression(responses, s
     steered = torch.randn(6, 20, generator=torch.Generator().manual_seed(seed % 2**31))
     expected = after(case.args(steered))
     form = case.buffers.slots.form
-    found = apply_slots(steered.clone(), Slots(*case.args(steered)[2:]), form)
+    found = apply_slots(steered.clone(), Slots(*case.args(steered)[3:]), form)
     np.testing.assert_allclose(found.double().numpy(), expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
 
 
@@ -325,7 +325,7 @@ def test_tokens_without_slots_keep_whatever_numbers_they_have(wild):
         case = slotted(5, 9, slots=3, responses=responses)
         case.buffers.index.zero_()
         steered = torch.full((5, 9), wild)
-        found = apply_slots(steered.clone(), Slots(*case.args(steered)[2:]), case.buffers.slots.form)
+        found = apply_slots(steered.clone(), Slots(*case.args(steered)[3:]), case.buffers.slots.form)
         torch.testing.assert_close(found, steered, rtol=0, atol=0, equal_nan=True)
 
 
@@ -335,7 +335,7 @@ def test_an_engine_without_a_response_has_none_of_it_in_its_graph():
         args = case.args(torch.zeros(5, 9))
 
         def run(steered):
-            return apply_slots(steered, Slots(*args[2:]), case.buffers.slots.form)
+            return apply_slots(steered, Slots(*args[3:]), case.buffers.slots.form)
 
         return [str(node.target) for node in make_fx(run)(torch.zeros(5, 9)).graph.nodes]
 

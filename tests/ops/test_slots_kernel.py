@@ -22,7 +22,7 @@ from trimtab.ops.kernels import responses as fragments
 from trimtab.ops.kernels.launch import REGISTERS
 from trimtab.ops.responses import EXPRESSIONS
 from trimtab.ops.warmup import warmup_apply_slots_kernel
-from trimtab.responses import RESPONSES
+from trimtab.responses import RESPONSES, Stage, of_stage
 from trimtab.sites import Site
 
 BFLOAT16 = torch.bfloat16
@@ -37,24 +37,32 @@ def test_the_interpreted_kernel_equals_the_oracle() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.strip() == "40 slot cases equal the oracle"
+    assert run.stdout.strip() == "60 slot cases equal the oracle"
 
 
 def arguments(
-    width: int, tokens: int = 4, *, slots: int = 1, gates: int = 1, split: bool = True, dtype: torch.dtype = BFLOAT16
+    width: int,
+    tokens: int = 4,
+    *,
+    slots: int = 1,
+    gates: int = 1,
+    split: bool = True,
+    back: bool = False,
+    dtype: torch.dtype = BFLOAT16,
 ) -> SlotOpArgs:
-    case = slotted(tokens, width, slots=slots, gates=gates, dtype=dtype)
-    steered, rest = (torch.zeros(tokens, width, dtype=dtype) for _ in range(2))
-    return case.args(steered, rest if split else None)
+    case = slotted(tokens, width, slots=slots, gates=gates, dtype=dtype, looks_back=back)
+    steered, rest, hidden = (torch.zeros(tokens, width, dtype=dtype) for _ in range(3))
+    return case.args(steered, rest if split else None, hidden)
 
 
+@pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float32])
 @pytest.mark.parametrize(
     ("width", "slots"), [(100, 3), (4096, 1), (4096, 4), (4096, 8), (4096, 16), (8192, 2), (8192, 4), (16384, 2)]
 )
-def test_the_kernel_compiles_without_spills(width: int, slots: int, dtype: torch.dtype) -> None:
+def test_the_kernel_compiles_without_spills(width: int, slots: int, dtype: torch.dtype, back: bool) -> None:
     with recorded(module, "apply_slots_kernel") as kernel:
-        module.launch_apply_slots(arguments(width, slots=slots, dtype=dtype))
+        module.launch_apply_slots(arguments(width, slots=slots, dtype=dtype, back=back))
     launch = kernel.launches[0]
     usage = resource_usage(kernel.build(launch, 90))
     assert usage["REG"] * launch["num_warps"] * 32 <= REGISTERS  # or it cannot start
@@ -95,7 +103,7 @@ def test_a_variant_for_each_kind_of_stream_serves_every_row_record_and_number_of
 
 def test_where_records_lie_selects_no_variant() -> None:
     args = arguments(128)
-    apart = {name: getattr(args, name).clone() for name in SlotOpArgs._fields[3:]}
+    apart = {name: getattr(args, name).clone() for name in SlotOpArgs._fields[4:]}
     off = {name: torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for name, t in apart.items()}
     with recorded(module, "apply_slots_kernel") as kernel:
         for parts in ({}, apart, off):
@@ -110,9 +118,11 @@ def test_the_kernel_names_every_tensor_of_its_tuple() -> None:
 
 def test_every_response_has_an_expression_and_a_fragment_of_its_own_code() -> None:
     """The interpreted kernel compares what they compute; here none is forgotten."""
-    assert set(EXPRESSIONS) == set(RESPONSES)
+    assert set(EXPRESSIONS) == set(of_stage(RESPONSES, Stage.LOCAL))
     for name, response in RESPONSES.items():
         assert getattr(fragments, f"{name.upper()}_CODE").value == response.code
+        if response.stage is not Stage.LOCAL:
+            continue
         parameters = list(inspect.signature(EXPRESSIONS[name]).parameters)
         assert parameters == ["u", *(["v"] if response.sees_two else []), *response.numbers]
         assert getattr(fragments, name).arg_names == parameters

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from trimtab.responses import MOST_NUMBERS
+from trimtab.responses import MOST_NUMBERS, RESPONSES, Stage
 
 NO_THRESHOLD = -1.0e30
 """Row-monitor threshold of a row without a probe: sigmoid(1 * (0 + 1e30)) is exactly 1 in float32."""
@@ -84,6 +84,11 @@ class SlotForm(NamedTuple):
     responses: tuple[str, ...]  # of `trimtab.responses.RESPONSES`, those that may occur
     writes: bool  # whether a slot may write along another direction than it reads
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether a response looks at the stream as it was before any steering."""
+        return any(RESPONSES[name].stage is not Stage.LOCAL for name in self.responses)
+
 
 class SlotOpArgs(NamedTuple):
     """Arguments of `trimtab::apply_slots_`.
@@ -93,6 +98,7 @@ class SlotOpArgs(NamedTuple):
     """
 
     steered: Tensor  # [N, H] model dtype: the tensor at the hook point after all that is added; changed in place
+    hidden_states: Tensor  # [N, H] model dtype: the same before any steering; or [0, H] where no response looks back
     hidden_rest: Tensor  # [N, H], what must be added to it to make the full stream, or [0, H] where it is the stream
     steering_table: Tensor  # [R, H] model dtype: the site's rows, shared with rows that are added
     steering_index: Tensor  # [T] int64: token -> row
@@ -158,7 +164,7 @@ def check_slot_args(args: SlotOpArgs) -> None:
     if args.steered.dim() != 2:
         raise ValueError(f"steered must be [N, H], got {tuple(args.steered.shape)}")
     width = args.steered.shape[1]
-    for name in ("hidden_rest", "steering_table"):
+    for name in ("hidden_states", "hidden_rest", "steering_table"):
         tensor = getattr(args, name)
         if tensor.shape[-1] != width:
             raise ValueError(f"steered is {width} wide, {name} {tensor.shape[-1]}")

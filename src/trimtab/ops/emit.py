@@ -49,7 +49,7 @@ def emit(
         terms = mode.terms._replace(monitor=mode.terms.monitor and not mode.cross_layer)
         out = reference.add_steering(args, terms, gates, scored)
         if slots is not None:
-            out = reference.apply_slots(out, site_slots(module, hook), slots, rest)
+            out = reference.apply_slots(out, site_slots(module, hook), slots, rest, tokens)
         out = stored(out.to(tokens.dtype).contiguous())
     else:
         if monitor is not None:
@@ -58,11 +58,12 @@ def emit(
         if scored is not None:
             out = _added_to_part(args, scored)
         else:
-            out = _operator(args, in_place and not (compiling or gated))  # probes read what the tensor was before
+            looked_at = gated or (slots is not None and slots.looks_back)  # as what the tensor was before
+            out = _operator(args, in_place and not (compiling or looked_at))
         if gated:
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, out, tokens, rest))
         if slots is not None:
-            torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, out, rest))
+            torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, out, rest, tokens))
     return out if hidden.dim() == 2 else out.reshape(hidden.shape)
 
 

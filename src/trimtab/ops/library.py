@@ -28,7 +28,7 @@ from trimtab.ops.args import (
     check_slot_args,
     check_steering_args,
 )
-from trimtab.responses import RESPONSES
+from trimtab.responses import RESPONSES, Stage, of_stage
 
 NAMESPACE = "trimtab"
 
@@ -105,7 +105,8 @@ def _gates_cpu(*tensors: Tensor) -> None:
 
 def _slots_cpu(*tensors: Tensor) -> None:
     args = _checked_slots(tensors)
-    acting = args.slot_rows.flatten(1).any(1)[args.steering_index[: args.steered.shape[0]]]
+    rows = args.slot_rows.flatten(1).any(1) | args.slot_codes[..., 0].any(1)
+    acting = rows[args.steering_index[: args.steered.shape[0]]]
     if acting.any().item():
         args.steered[acting] = _with_slots(args)[acting]
 
@@ -142,10 +143,12 @@ def _slots_any_device(*tensors: Tensor) -> None:
 
 def _with_slots(args: SlotOpArgs) -> Tensor:
     """The new values of `steered`, in its dtype."""
-    slots = reference.Slots(*args[2:])
-    form = SlotForm(slots.rows.shape[1], tuple(RESPONSES), writes=True)
+    slots = reference.Slots(*args[3:])
     rest = args.hidden_rest if args.hidden_rest.shape[0] else None
-    return reference.apply_slots(args.steered.float(), slots, form, rest).to(args.steered.dtype)
+    hidden = args.hidden_states if args.hidden_states.shape[0] else None
+    names = tuple(RESPONSES) if hidden is not None else of_stage(RESPONSES, Stage.LOCAL)
+    form = SlotForm(slots.rows.shape[1], names, writes=True)
+    return reference.apply_slots(args.steered.float(), slots, form, rest, hidden).to(args.steered.dtype)
 
 
 def _apply_cuda(*tensors: Tensor) -> Tensor:

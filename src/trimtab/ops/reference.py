@@ -5,6 +5,7 @@ model's compiled graph they are the fastest backend, because the compiler fuses 
 and norm; called eagerly they are the CPU's implementation. All arithmetic is float32 with one rounding at the end.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,9 @@ from trimtab.ops.args import (
     check_steering_args,
 )
 from trimtab.ops.gather import stored, table_numbers, table_rows
-from trimtab.ops.responses import respond
+from trimtab.ops.looking_back import TokenSlots, begun, norm_kept
+from trimtab.ops.responses import gated, respond
+from trimtab.responses import RESPONSES, Stage, of_stage
 
 
 class Terms(NamedTuple):
@@ -122,47 +125,64 @@ def add_gated(out: Tensor, table: Tensor, gates: Gates) -> Tensor:
     return out
 
 
-def apply_slots(y: Tensor, slots: Slots, form: SlotForm, rest: Tensor | None = None) -> Tensor:
+def apply_slots(
+    y: Tensor, slots: Slots, form: SlotForm, rest: Tensor | None = None, hidden: Tensor | None = None
+) -> Tensor:
     """`y` [N, H] float32, to which all has been added, with what the slots of each token's row make of it, unrounded.
 
         u_k = (y[i] . table[read_k]) * factor_k + bias_k,    bias_k where the slot reads nothing
         c_k = response_k(u_k) * gate_k,    response_k(u_k, u_j) where it sees the score of another slot j too
         z[i] = y[i] + sum over k of (sum over j of mix[k, j] * c_j) * table[write_k],    table[read_k] where that is 0
 
-    All slots read the same y; with `rest` [N, H], its sum with that. The responses are those of `form`. A token whose
-    row has no slots keeps its numbers, infinite ones and NaN too.
+    All slots read the same y; with `rest` [N, H], its sum with that. The responses are those of `form`; before and
+    behind them come those that look at `hidden` [N, H], what `y` was before anything was added (`ops.looking_back`).
+    A token whose row has no slots keeps its numbers, infinite ones and NaN too.
+
+    Raises ValueError where the form looks back and `hidden` is None.
     """
-    tokens, count = y.shape[0], form.count
+    tokens = y.shape[0]
     token_rows = slots.token_rows[:tokens]
     rows, codes, params, mix = (
         table_numbers(part.flatten(1), token_rows).view(tokens, *part.shape[1:])
         for part in (slots.rows, slots.codes, slots.params, slots.mix)
     )
+    own = TokenSlots(rows, codes, params, mix, slots.gate_values)
+    if not form.looks_back:
+        return _locally(y, slots.table, own, form, rest)
+    if hidden is None:
+        raise ValueError(f"the responses {', '.join(form.responses)} need the stream before any steering")
+    x = hidden.float() if rest is None else hidden.float() + rest.float()
+    if first := of_stage(form.responses, Stage.FIRST):
+        y = begun(y, x, slots.table, own, first)
+    z = _locally(y, slots.table, own, form, rest) if of_stage(form.responses, Stage.LOCAL) else y
+    return norm_kept(z, x, rest, own) if of_stage(form.responses, Stage.LAST) else z
+
+
+def _locally(y: Tensor, table: Tensor, slots: TokenSlots, form: SlotForm, rest: Tensor | None) -> Tensor:
+    """`y` with what slots make of it whose responses are local."""
+    names = of_stage(form.responses, Stage.LOCAL)
+    rows, codes, params, mix, gate_values = slots
     stream = y if rest is None else y + rest.float()
     scores, written = [], []
-    for slot in range(count):
+    for slot in range(form.count):
         read, (factor, bias, *_) = rows[:, slot, 0], params[:, slot].unbind(-1)
-        score = (stream * table_rows(slots.table, read).float()).sum(-1)
+        score = (stream * table_rows(table, read).float()).sum(-1)
         scores.append(torch.where(read > 0, score * factor, 0.0) + bias)  # a choice: 0 times infinity is no 0
     for slot, u in enumerate(scores):
-        c = respond(form.responses, codes[:, slot, 0], u, params[:, slot, 2:].unbind(-1), scores)
-        written.append(_gated(c, slots.gate_values, codes[:, slot, 1]))
+        code = codes[:, slot, 0]
+        c = respond(names, code, u, params[:, slot, 2:].unbind(-1), scores)
+        if form.looks_back:  # a slot of another stage is none here
+            mine = [code == RESPONSES[name].code for name in names]
+            c = torch.where(functools.reduce(torch.logical_or, mine), c, 0.0)
+        written.append(gated(c, gate_values, codes[:, slot, 1]))
     z = y
-    for slot in range(count):
+    for slot in range(form.count):
         along, other = rows[:, slot, 0], rows[:, slot, 1]
         if form.writes:
             along = torch.where(other > 0, other, along)
         amount = sum((mix[:, slot, j] * c for j, c in enumerate(written)), start=torch.zeros_like(written[0]))
-        z = z + table_rows(slots.table, along).float() * stored(amount)[:, None]
+        z = z + table_rows(table, along).float() * stored(amount)[:, None]
     return z
-
-
-def _gated(c: Tensor, values: Tensor, gate: Tensor) -> Tensor:
-    """`c` [N] times what each token's `gate` [N], counted from 1, lets through, of `values` [G, T]; 0 is no gate."""
-    gated = c
-    for number, value in enumerate(values.unbind(0), start=1):
-        gated = torch.where(gate == number, c * value[: c.shape[0]], gated)
-    return gated
 
 
 def decide_gates(stream: Tensor, args: GateOpArgs) -> None:

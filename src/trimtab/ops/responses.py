@@ -53,3 +53,11 @@ def _second(scores: Sequence[Tensor], place: Tensor) -> Tensor:
 def _expression(name: str, seen: Sequence[Tensor], numbers: Sequence[Tensor]) -> Tensor:
     response = RESPONSES[name]
     return EXPRESSIONS[name](*seen[: 1 + response.sees_two], *numbers[: len(response.numbers)])
+
+
+def gated(c: Tensor, values: Tensor, gate: Tensor) -> Tensor:
+    """`c` [N] times what each token's `gate` [N], counted from 1, lets through, of `values` [G, T]; 0 is no gate."""
+    result = c
+    for number, value in enumerate(values.unbind(0), start=1):
+        result = torch.where(gate == number, c * value[: c.shape[0]], result)
+    return result

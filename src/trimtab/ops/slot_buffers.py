@@ -115,10 +115,16 @@ def site_slots(module: nn.Module, hook: HookPoint) -> Slots:
     return Slots(table, token_rows, rows, codes, params, mix, values)
 
 
-def slot_op_args(module: nn.Module, hook: HookPoint, steered: Tensor, rest: Tensor | None) -> SlotOpArgs:
-    """The arguments of `apply_slots_` for `steered` [N, H] at `hook`, which with `rest` [N, H] is the full stream."""
-    rest = steered.new_empty(0, steered.shape[1]) if rest is None else rest
-    return SlotOpArgs(steered, rest, *site_slots(module, hook))
+def slot_op_args(
+    module: nn.Module, hook: HookPoint, steered: Tensor, rest: Tensor | None, hidden: Tensor | None = None
+) -> SlotOpArgs:
+    """The arguments of `apply_slots_` for `steered` [N, H] at `hook`, which with `rest` [N, H] is the full stream.
+
+    `hidden` [N, H] is what `steered` was before any steering: needed where the form of the slots looks back.
+    """
+    form, none = slot_form(module, hook), steered.new_empty(0, steered.shape[1])
+    before = none if hidden is None or form is None or not form.looks_back else hidden
+    return SlotOpArgs(steered, before, none if rest is None else rest, *site_slots(module, hook))
 
 
 def _buffer_name(part: str, hook: HookPoint) -> str:

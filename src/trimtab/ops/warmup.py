@@ -135,7 +135,7 @@ def warmup_apply_slots_kernel(
 
     def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> int:
         for rest in (None, hidden):
-            torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, torch.zeros_like(hidden), rest))
+            torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, torch.zeros_like(hidden), rest, hidden))
         return 2
 
     sites = [(module, hook) for module, hook in _served_sites(modules) if slot_form(module, hook) is not None]

@@ -13,6 +13,7 @@ from trimtab.program.ranges import MIN_VALUE
 from trimtab.program.resolved import ResolvedSteering
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.program.slots import Slot
+from trimtab.responses import Stage
 from trimtab.sites import Site, site_order
 from trimtab.vectors.vector import Part
 
@@ -68,7 +69,7 @@ def _named(steering: ResolvedSteering) -> set[bytes | None]:
 def reaches(steering: ResolvedSteering, site: Site) -> bool:
     """Whether something is done to decode tokens at `site` or later that stands behind no gate."""
     last = [term.sites[-1] for term in steering.decode.terms]
-    last += [slot.sites[-1] for slot in steering.decode.slots if slot.gate is None]
+    last += [slot.sites[-1] for slot in steering.decode.slots if slot.gate is None and _may_wait(slot)]
     return any(site_order(one) >= site_order(site) for one in last)
 
 
@@ -91,9 +92,14 @@ def _parts(term: Term, monitor: ResolvedGate) -> Iterator[Term]:
         yield Term(vector, term.scale, reference, gate)
 
 
+def _may_wait(slot: Slot) -> bool:
+    """Whether a gate can stand before a slot: one that acts on what others have done does nothing where they do not."""
+    return slot.stage is not Stage.LAST
+
+
 def _slot_parts(slot: Slot, monitor: ResolvedGate) -> Iterator[Slot]:
     """The numbers of a slot before and behind the monitor; its directions stay whole, so that both share their rows."""
-    if slot.gate is not None:
+    if slot.gate is not None or not _may_wait(slot):
         yield replace(slot, gate=monitor) if slot.gate == monitor else slot
         return
     late = [site_order(site) >= site_order(monitor.site) for site in slot.sites]

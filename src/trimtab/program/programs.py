@@ -18,6 +18,7 @@ from trimtab.program.ranges import MAX_VALUE, fault_of_range, unit_of
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, VectorReference
 from trimtab.program.slot_sets import formed
 from trimtab.program.slots import Slot, check_seconds
+from trimtab.responses import Stage
 from trimtab.sites import Site, site_order
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
@@ -78,6 +79,8 @@ class PhaseProgram:
             _check_widths([*summed.vectors, *(vector for slot in slots for vector in slot.vectors)])
         kept = formed(slots)
         check_seconds(kept)
+        if not summed.identity and all(slot.stage is Stage.LAST for slot in kept):
+            return EMPTY  # they act on what others have done
         return summed._with_slots(kept) if kept else summed
 
     def _with_slots(self, slots: tuple[Slot, ...]) -> "PhaseProgram":
@@ -177,7 +180,7 @@ class PhaseProgram:
     @property
     def hidden_size(self) -> int:
         """H. Raises `ValueError` for the empty program, which has none."""
-        widths = [*(vector.hidden_size for vector in self.vectors), *(slot.hidden_size for slot in self.slots)]
+        widths = [vector.hidden_size for vector in (*self.vectors, *(v for slot in self.slots for v in slot.vectors))]
         if not widths:
             raise ValueError("the empty program has no width")
         return widths[0]

@@ -21,13 +21,15 @@ import numpy.typing as npt
 from trimtab.errors import SteeringError
 from trimtab.program.slots import Direction, Numbers, Slot, a_few
 from trimtab.recent import Recent
-from trimtab.responses import CLIP, RESPONSES
+from trimtab.responses import CLIP, REPLACE, RESPONSES
 from trimtab.sites import Site, site_order
 
 MOST_GROWTH = 10.0
 """How much further than along its own direction alone one slot of a set may move a token."""
 
 SAME = 1e-12  # 1 - |cosine| of what is one direction up to length and sign: float32 numbers times a scale differ less
+
+WHOLE = 1e-6  # by which amounts that are rounded to float32 may pass 1 together
 
 Matrix = npt.NDArray[np.float64]
 
@@ -39,9 +41,11 @@ _APART: Recent[bool] = Recent(1 << 14)  # of some, by their row keys and `_place
 def formed(slots: Iterable[Slot]) -> tuple[Slot, ...]:
     """The slots in canonical order: what does nothing left out, and one direction of a set in one slot.
 
-    Raises `SteeringError` without a field where two slots contradict each other, and where directions are too close.
+    Raises `SteeringError` without a field where two slots contradict each other, where directions are too close, and
+    where more of the stream is replaced than there is.
     """
     kept = sorted(filter(None, map(_active, slots)), key=lambda slot: slot.digest)
+    _check_amounts(kept)
     members = [index for index, slot in enumerate(kept) if slot.is_member]
     if len(members) < 2:
         return tuple(kept)
@@ -216,6 +220,16 @@ def _inverses(cosines: Matrix) -> Matrix:
     values, vectors = np.linalg.eigh(cosines)
     result: Matrix = (vectors / np.maximum(values, 1e-30)[..., None, :]) @ vectors.swapaxes(-1, -2)
     return result
+
+
+def _check_amounts(slots: Sequence[Slot]) -> None:
+    replacing = [slot for slot in slots if slot.response == REPLACE.name]
+    for site in sorted({site for slot in replacing for site in slot.sites}, key=site_order):
+        here = [slot for slot in replacing if site in slot.at]
+        if (whole := sum(slot.at[site].own[0] for slot in here)) > 1.0 + WHOLE:
+            called = " and ".join(map(_called, here))
+            said = f"replace {whole:g} of the stream at {site} together, and 1 is all of it: lower `amount`"
+            raise SteeringError("", f"{called} {said}, gates counted as if they were open, or narrow `layers`")
 
 
 def _called(slot: Slot) -> str:

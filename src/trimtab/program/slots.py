@@ -22,7 +22,7 @@ from trimtab.errors import SteeringError
 from trimtab.program.ranges import unit_of
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.recent import Recent
-from trimtab.responses import RESPONSES
+from trimtab.responses import RESPONSES, Stage
 from trimtab.sites import Site
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
@@ -233,9 +233,14 @@ class Slot:
         return tuple(part.vector for direction in self.directions for part in direction.parts)
 
     @property
+    def stage(self) -> Stage:
+        """When it acts."""
+        return RESPONSES[self.response].stage
+
+    @property
     def hidden_size(self) -> int:
-        """H."""
-        return self.directions[0].hidden_size
+        """H; 0 where it has no direction."""
+        return max((way.hidden_size for way in self.directions), default=0)
 
     @cached_property
     def at(self) -> dict[Site, Numbers]:

@@ -10,7 +10,7 @@ from trimtab.program.resolved_gate import ResolvedGate, check_gate
 from trimtab.program.slots import Direction, Form, Numbers, Part, Slot
 from trimtab.program.wire_values import index_of, list_of, number_of, parts_of, site_of, truth_of
 from trimtab.program.wire_vectors import Known
-from trimtab.responses import CLIP, RESPONSES
+from trimtab.responses import CLIP, REPLACE, RESPONSES, Stage
 from trimtab.sites import Site, site_order
 from trimtab.wording import shown
 
@@ -25,7 +25,7 @@ def encode_slot(slot: Slot, directions: Sequence[bytes], gates: Mapping[bytes, i
     sites_of: dict[Numbers, list[Site]] = {}  # mostly all are alike
     for site, numbers in slot.numbers:
         sites_of.setdefault(numbers, []).append(site)
-    everywhere = len(sites_of) == 1 and slot.sites == slot.directions[0].sites
+    everywhere = len(sites_of) == 1 and slot.sites in [way.sites for way in slot.directions[:1]]
     numbers_of = [
         [None if everywhere else [[site.layer, site.hook.value] for site in sites], [numbers.bias, *numbers.own]]
         for numbers, sites in sites_of.items()
@@ -63,10 +63,7 @@ def decode_direction(entry: Any, path: str, vectors: Sequence[Known]) -> Directi
         references.append(reference)
     if form is Form.ORTHOGONAL and len(parts) != 2:
         raise SteeringError(path, f"has {len(parts)} parts, want 2 of one direction that is orthogonal to another")
-    direction = Direction(tuple(parts), tuple(references), form)
-    if zero := direction.zero_at:
-        raise SteeringError(path, f"is zero at {zero[0]}")
-    return direction
+    return Direction(tuple(parts), tuple(references), form)
 
 
 def decode_slot(entry: Any, path: str, directions: Sequence[Direction], gates: Sequence[ResolvedGate]) -> Slot:
@@ -81,9 +78,11 @@ def decode_slot(entry: Any, path: str, directions: Sequence[Direction], gates: S
         for i, way in ((1, read), (2, write), (5, second))
     ]
     known = [way for way in ways if way is not None]
-    if (read, write) == (None, None):
-        raise SteeringError(path, "neither reads nor writes")
-    told = _decode_numbers(numbers, f"{path}[3]", response, known[0].sites)
+    if (fault := _fault_of_ways(response, read, write, gate)) is not None:
+        raise SteeringError(path, fault)
+    if response != REPLACE.name and (zero := [site for way in known for site in way.zero_at]):
+        raise SteeringError(path, f"has a direction that is zero at {zero[0]}")
+    told = _decode_numbers(numbers, f"{path}[3]", response, known[0].sites if known else ())
     for way in known:
         if outside := set(told).difference(way.sites):
             raise SteeringError(
@@ -126,6 +125,16 @@ def _sites(entry: Any, path: str) -> list[Site]:
     return [site_of(item, f"{path}[{i}]") for i, item in enumerate(list_of(entry, path))]
 
 
+def _fault_of_ways(response: str, read: Any, write: Any, gate: Any) -> str | None:
+    """What is wrong with which directions and gate a slot has; None if nothing is."""
+    stage = RESPONSES[response].stage
+    if stage is Stage.LAST:
+        return None if read is write is gate is None else f"{response} reads and writes no direction, and has no gate"
+    if stage is Stage.FIRST:
+        return None if read is None and write is not None else f"{response} reads no direction, and writes one"
+    return "neither reads nor writes" if read is write is None else None
+
+
 def _fault_of(response: str, numbers: Numbers) -> str | None:
     """What is wrong with the numbers of a slot, none of which is NaN; None if nothing is."""
     if response == CLIP.name:
@@ -133,6 +142,8 @@ def _fault_of(response: str, numbers: Numbers) -> str | None:
         if not math.isfinite(strength) or not math.isfinite(numbers.bias):
             return "the bias and the strength of a clip must be finite"
         return None if low <= high and low < math.inf and high > -math.inf else "a clip's bounds hold nothing"
-    return (
-        None if all(map(math.isfinite, (numbers.bias, *numbers.own))) else f"the numbers of {response} must be finite"
-    )
+    if not all(map(math.isfinite, (numbers.bias, *numbers.own))):
+        return f"the numbers of {response} must be finite"
+    if response == REPLACE.name and not 0.0 < numbers.own[0] <= 1.0:
+        return f"replaces {numbers.own[0]:g} of the stream, want more than 0 and at most 1"
+    return None

@@ -245,7 +245,7 @@ class SteeringRuntime:
         width = self._buffers.table.shape[2]
         vectors = (vector for program in steering.programs for vector in program.vectors)
         widths = {vector.hidden_size for vector in (*vectors, *(gate.probe for gate in steering.gates))}
-        if others := sorted(widths.union(slot.hidden_size for slot in steering.slots) - {width}):
+        if others := sorted(widths.union(one.hidden_size for slot in steering.slots for one in slot.vectors) - {width}):
             raise SteeringError("vector", f"request {request_id!r} brings width {others[0]}; the model's is {width}")
         served = 0 if self._gates is None else self._gates.count
         if (most := max(len(program.gated) for program in steering.programs)) > served:

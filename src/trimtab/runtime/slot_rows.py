@@ -152,8 +152,9 @@ class SlotRows:
         sites = [self._slots.sites[position] for position in positions]
         mixed: list[Matrix] = []
         last = None
-        for some in a_few(sites, len(slots) * slots[0].hidden_size):
-            rows = np.zeros((len(some), len(slots), slots[0].hidden_size))
+        width = max(1, *(slot.hidden_size for slot in slots))
+        for some in a_few(sites, len(slots) * width):
+            rows = np.zeros((len(some), len(slots), width))
             for index, way in zip(np.flatnonzero(members), ways, strict=True):
                 rows[:, index] = torch.from_numpy(way.row(some)).to(self._dtype).double().numpy() * way.unit
             for at_site in rows:

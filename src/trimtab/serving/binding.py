@@ -16,6 +16,9 @@ add to d it is not counted. What it writes whatever the stream is, as a clamp to
 behind a gate. What slots of a default do is not measured: at their own sites nothing that a request adds
 undoes it, since slots act after all that is added, and another slot on one of their directions is refused.
 
+What a request does that looks at the whole stream, replacing it, adding by its norm, or keeping its norm, may take any
+share of what the stream holds. It counts as if it took all.
+
 The stream carries on what was added to it before. So the share is taken twice: of what is added at each site of the
 default, and, at each site of either, of all that was added to the stream up to there. What a request takes back in the
 layer before or after the default, or at another hook point with the same meaning, counts like what it takes back there.
@@ -29,7 +32,7 @@ import numpy.typing as npt
 
 from trimtab.program import SPANS, PhaseProgram, ResolvedSteering, Slot
 from trimtab.program.slot_sets import mixing
-from trimtab.responses import CLIP, TURN
+from trimtab.responses import CLIP, TURN, Stage
 from trimtab.sites import HookPoint, Phase, Site, site_order
 
 LEAST_SHARE = 0.5  # of a binding default
@@ -86,7 +89,11 @@ def _shares(default: PhaseProgram, own: PhaseProgram, phase: Phase) -> Iterator[
     turning = [_turning(own.slots, site) for site in sites]
     theirs = _sums(own, sites) | _written(turning)
     carried = {gate: _carried(rows, sites) for gate, rows in theirs.items()}
+    looking = {site for slot in own.slots if slot.stage is not Stage.LOCAL for site in slot.sites}
     for gate, added in _sums(default, sites).items():
+        for site, held, here in zip(sites, _carried(added, sites), added, strict=True):
+            if site in looking and (held.any() or here.any()):
+                yield Share(0.0, phase, site)
         left = np.stack([_turned(row, slots) for row, slots in zip(added, turning, strict=True)])
         yield from _lowest(added, left, theirs, gate, sites, phase)
         yield from _lowest(_carried(added, sites), _carried(added, sites, turning), carried, gate, sites, phase)

@@ -82,5 +82,13 @@ class ServerDefault:
 
 
 def merge(default: Steering, steering: Steering) -> Steering:
-    """A request's spec on top of the server's: the default's interventions first, then the request's own."""
-    return steering.model_copy(update={"interventions": (*default.interventions, *steering.interventions)})
+    """A request's spec on top of the server's: the default's interventions first, then the request's own.
+
+    Norms are kept where either asks for it, and always where either wants that.
+    """
+    asked = default.keep_norm, steering.keep_norm
+    update = {
+        "interventions": (*default.interventions, *steering.interventions),
+        "keep_norm": True if True in asked else asked[0] or asked[1],
+    }
+    return steering.model_copy(update=update)

@@ -7,14 +7,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, GetCoreSchemaHandler, model_validator
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
 from trimtab.program import SPANS, Origin, PhaseProgram, ResolvedSteering, Slot, Term
+from trimtab.program.norms import keeping_norm
 from trimtab.program.resolved_gate import check_gate, check_served
 from trimtab.program.slot_sets import formed
 from trimtab.sites import ModelSites, Phase, Site, SlotLimits, site_order
@@ -27,6 +28,12 @@ from trimtab.wording import shown, summary
 
 MAX_INTERVENTIONS = 16
 MAX_JSON_CHARACTERS = 96 << 20  # the numbers of MAX_INLINE_BYTES in decimal digits
+
+
+def _kept(value: Any) -> Any:
+    if not isinstance(value, bool) and value != "if_grown":
+        raise SteeringError("", f'got {shown(value)}, want true, false or "if_grown"')
+    return value
 
 
 class _ByKind:
@@ -50,6 +57,7 @@ class Steering(Model):
     """A request's steering: all of its interventions act on each token of their phase."""
 
     interventions: Annotated[tuple[Annotated[Step, _ByKind()], ...], Field(min_length=1, max_length=MAX_INTERVENTIONS)]
+    keep_norm: Annotated[Literal[False, True, "if_grown"], BeforeValidator(_kept)] = False
 
     @model_validator(mode="after")
     def _inline_content_is_not_too_large(self) -> Self:
@@ -93,8 +101,11 @@ class Steering(Model):
         for index, step in enumerate(self.interventions):  # before a look at names that no one can have given
             if step.gate is not None and not model.gates.count:
                 raise SteeringError(f"interventions[{index}].gate", "this engine serves no gates: leave the gate out")
-            if step.responses and step.kind not in model.slots.kinds:
-                raise SteeringError(f"interventions[{index}].kind", _undeclared(step.kind, model.slots))
+            if step.needs and step.needs not in model.slots.kinds:
+                field = "unit" if step.needs != step.kind else "kind"
+                raise SteeringError(f"interventions[{index}].{field}", _undeclared(step.needs, model.slots))
+        if self.keep_norm and "keep_norm" not in model.slots.kinds:
+            raise SteeringError("keep_norm", _undeclared("keep_norm", model.slots))
         lowered = self._lowered(vectors, probes, defaults)
         for index, items in enumerate(lowered):
             for item in items:
@@ -103,6 +114,7 @@ class Steering(Model):
                     with below(f"interventions[{index}].gate"):
                         check_served(item.gate, item.sites, model.gates)
         programs = self._programs(lowered)
+        self._check_kept(programs, model)
         resolved = ResolvedSteering(programs, *self._origins(programs, lowered, vectors, probes or {}))
         resolved.check_gate_count(model.gates, "interventions")
         resolved.check_slot_count(model.slots, "interventions")
@@ -161,6 +173,14 @@ class Steering(Model):
                 said += f"{served}; narrow it with `layers`, or start the engine with more --steering-slot-layers"
                 raise SteeringError(f"{path}.{_principal(step)}", said)
 
+    def _check_kept(self, programs: Iterable[PhaseProgram], model: ModelSites) -> None:
+        """Raise `SteeringError` where a norm would have to be kept without slots."""
+        for site in (site for program in programs if self.keep_norm for site in program.sites):
+            if site not in model.slots.sites:
+                said = f"would have to act at {site}, where this engine has no slots: narrow the interventions with "
+                said += "`layers`, or start the engine with more --steering-slot-layers"
+                raise SteeringError("keep_norm", said)
+
     def _programs(self, lowered: list[tuple[Term | Slot, ...]]) -> tuple[PhaseProgram, ...]:
         made: dict[tuple[int, ...], PhaseProgram] = {}
 
@@ -170,7 +190,8 @@ class Steering(Model):
                 items = [item for index in kept for item in lowered[index]]
                 terms = [item for item in items if isinstance(item, Term)]
                 with below("interventions"):
-                    made[kept] = PhaseProgram.of(terms, (item for item in items if isinstance(item, Slot)))
+                    program = PhaseProgram.of(terms, (item for item in items if isinstance(item, Slot)))
+                made[kept] = keeping_norm(program, self.keep_norm == "if_grown") if self.keep_norm else program
             return made[kept]
 
         return tuple(map(program, SPANS))

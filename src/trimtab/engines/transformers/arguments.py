@@ -12,7 +12,7 @@ from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, check_mon
 from trimtab.sites import GateLimits, ModelSites, SlotLimits
 from trimtab.spec import Gate, Steering
 from trimtab.spec.faults import join
-from trimtab.spec.kinds import KINDS
+from trimtab.spec.kinds import DECLARED
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
@@ -32,8 +32,7 @@ class Names:
     def served_by(self, hook_map: HookMap) -> ModelSites:
         """The model's sites, with its gates, and with slots of every kind at all of them."""
         sites = hook_map.sites.sites
-        kinds = frozenset(str(kind.model_fields["kind"].default) for kind in KINDS)
-        gates, slots = GateLimits(self.gates, sites), SlotLimits(MOST_SLOTS, sites, kinds)
+        gates, slots = GateLimits(self.gates, sites), SlotLimits(MOST_SLOTS, sites, frozenset(DECLARED))
         return replace(hook_map.sites, gates=gates, slots=slots)
 
 

@@ -3,7 +3,8 @@
 A program takes one token at a time. A token whose row has no slot here costs the loads that tell. For another, all K
 rows that its slots read are on their way at once, and so are those that they write; where K rows are more than fits in
 registers, in pieces of their width. The source loads the stream twice, the compiled program once where there is one
-piece.
+piece. Where responses look back, what comes first is made of each piece again wherever it is needed, and the last loop
+runs twice: the length of what comes out is known behind the first.
 """
 
 import dataclasses
@@ -14,7 +15,14 @@ import triton.language as tl
 
 from trimtab.ops.args import SLOT_PARAMS, SlotOpArgs
 from trimtab.ops.kernels.launch import Launch, launch_sizes, named_arguments, on_device
-from trimtab.ops.kernels.responses import SEES_TWO, respond, respond_to_two
+from trimtab.ops.kernels.responses import (
+    KEEP_NORM_CODE,
+    NORM_CODE,
+    REPLACE_CODE,
+    SEES_TWO,
+    respond,
+    respond_to_two,
+)
 from trimtab.ops.variants import note_launch
 
 LAST = tl.constexpr(SLOT_PARAMS - 1)  # where the place of a second score stands
@@ -24,12 +32,17 @@ HELD = 16384
 what is known of more than one piece, leave less room."""
 
 
-def slot_launch_sizes(width: int, slots: int, tokens: int, device: torch.device) -> Launch:
-    """The launch for N `tokens` of `width` H with K `slots`: a thread holds 32 elements or less."""
+def slot_launch_sizes(width: int, slots: int, tokens: int, device: torch.device, looks_back: bool = False) -> Launch:
+    """The launch for N `tokens` of `width` H with K `slots`: a thread holds 32 elements or less, 8 where it looks back,
+    which takes more of each.
+    """
     lines = triton.next_power_of_2(slots)
     held = HELD if lines <= 4 and lines * width <= HELD else HELD // 2
+    if looks_back:
+        held = (HELD if lines <= 4 else HELD // 2) // 4
     sizes = launch_sizes(min(width, max(1, held // lines)), tokens, device)
-    return dataclasses.replace(sizes, num_warps=max(sizes.num_warps, lines * sizes.block // 1024))
+    per_warp = 256 if looks_back else 1024
+    return dataclasses.replace(sizes, num_warps=max(sizes.num_warps, lines * sizes.block // per_warp))
 
 
 def launch_apply_slots(args: SlotOpArgs, sizes: Launch | None = None) -> None:
@@ -38,7 +51,8 @@ def launch_apply_slots(args: SlotOpArgs, sizes: Launch | None = None) -> None:
     if tokens == 0 or width == 0:
         return
     slots = args.slot_rows.shape[1]
-    sizes = sizes or slot_launch_sizes(width, slots, tokens, args.steered.device)
+    looks_back = args.hidden_states.shape[0] > 0
+    sizes = sizes or slot_launch_sizes(width, slots, tokens, args.steered.device, looks_back)
     with on_device(args.steered):
         apply_slots_kernel[(sizes.programs,)](
             **named_arguments(apply_slots_kernel, args),
@@ -49,6 +63,7 @@ def launch_apply_slots(args: SlotOpArgs, sizes: Launch | None = None) -> None:
             LINES=triton.next_power_of_2(slots),
             SPLIT=args.hidden_rest.shape[0] > 0,
             GATED=args.gate_values.shape[0] > 0,
+            BACK=looks_back,
             num_warps=sizes.num_warps,
             maxnreg=sizes.registers,
         )
@@ -85,6 +100,7 @@ def launch_apply_slots(args: SlotOpArgs, sizes: Launch | None = None) -> None:
 )
 def apply_slots_kernel(  # type: ignore[no-untyped-def]
     p_steered,
+    p_hidden_states,
     p_hidden_rest,
     p_steering_table,
     p_steering_index,
@@ -96,6 +112,8 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
     tokens,
     steered_stride_0,
     steered_stride_1,
+    hidden_states_stride_0,
+    hidden_states_stride_1,
     hidden_rest_stride_0,
     hidden_rest_stride_1,
     steering_table_stride_0,
@@ -121,6 +139,7 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
     LINES: tl.constexpr,
     SPLIT: tl.constexpr,
     GATED: tl.constexpr,
+    BACK: tl.constexpr,
 ):
     i_slot = tl.arange(0, LINES)
     is_slot = i_slot < SLOTS
@@ -131,7 +150,11 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
         at_rows = p_slot_rows + o_record * slot_rows_stride_0 + i_slot * slot_rows_stride_1
         o_read = tl.load(at_rows, mask=steered, other=0)
         o_write = tl.load(at_rows + slot_rows_stride_2, mask=steered, other=0)
-        if tl.max(o_read | o_write, 0) > 0:
+        acting = o_read | o_write
+        if BACK:  # one that keeps the norm has no direction
+            at_stages = p_slot_codes + o_record * slot_codes_stride_0 + i_slot * slot_codes_stride_1
+            acting |= tl.load(at_stages, mask=steered, other=0).to(tl.int64)
+        if tl.max(acting, 0) > 0:
             at_codes = p_slot_codes + o_record * slot_codes_stride_0 + i_slot * slot_codes_stride_1
             at_params = p_slot_params + o_record * slot_params_stride_0 + i_slot * slot_params_stride_1
             at_mix = p_slot_mix + o_record * slot_mix_stride_0 + i_slot[:, None] * slot_mix_stride_1
@@ -147,6 +170,27 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                 at_gates = p_gate_values + (gate - 1).to(tl.int64) * gate_values_stride_0
                 opened = tl.load(at_gates + o_token * gate_values_stride_1, mask=gate > 0, other=1.0)
 
+            if BACK:
+                before = tl.cast(0.0, tl.float32)
+                for start in range(0, WIDTH, BLOCK):
+                    o_h = start + tl.arange(0, BLOCK).to(tl.int64)
+                    in_row = o_h < WIDTH
+                    at_hidden = p_hidden_states + o_token * hidden_states_stride_0 + o_h * hidden_states_stride_1
+                    b_x = tl.load(at_hidden, mask=in_row, other=0.0).to(tl.float32)
+                    if SPLIT:
+                        at_rest = p_hidden_rest + o_token * hidden_rest_stride_0 + o_h * hidden_rest_stride_1
+                        b_x += tl.load(at_rest, mask=in_row, other=0.0).to(tl.float32)
+                    before += tl.sum(b_x * b_x, 0)
+                before = tl.sqrt(before)
+                number = tl.load(at_params + 2 * slot_params_stride_2, mask=is_slot, other=0.0)
+                shares = tl.where(code == REPLACE_CODE, number * opened, 0.0)
+                taken = tl.sum(shares, 0)
+                firsts = tl.where(code == NORM_CODE, number * opened * before, shares)
+                first_amount = tl.sum(b_mix * firsts[None, :], 1)
+                o_first = tl.where((code == REPLACE_CODE) | (code == NORM_CODE), o_write, 0)
+                keeps = tl.max(tl.where(code == KEEP_NORM_CODE, 1, 0), 0) > 0
+                only_grown = tl.max(tl.where((code == KEEP_NORM_CODE) & (number > 0.0), 1, 0), 0) > 0
+
             score = tl.zeros([LINES], tl.float32)
             for start in range(0, WIDTH, BLOCK):
                 o_h = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -155,7 +199,20 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                 b_y = tl.load(at_steered, mask=in_row, other=0.0).to(tl.float32)
                 if SPLIT:
                     at_rest = p_hidden_rest + o_token * hidden_rest_stride_0 + o_h * hidden_rest_stride_1
-                    b_y += tl.load(at_rest, mask=in_row, other=0.0).to(tl.float32)
+                    b_rest = tl.load(at_rest, mask=in_row, other=0.0).to(tl.float32)
+                    b_y += b_rest
+                if BACK:
+                    at_hidden = p_hidden_states + o_token * hidden_states_stride_0 + o_h * hidden_states_stride_1
+                    b_x = tl.load(at_hidden, mask=in_row, other=0.0).to(tl.float32)
+                    if SPLIT:
+                        b_x += b_rest
+                    at_first = p_steering_table + o_first[:, None] * steering_table_stride_0
+                    b_first = tl.load(
+                        at_first + o_h[None, :] * steering_table_stride_1,
+                        mask=(o_first > 0)[:, None] & in_row[None, :],
+                        other=0.0,
+                    )
+                    b_y = begun(b_y, b_x, taken, first_amount, b_first)
                 at_read = p_steering_table + o_read[:, None] * steering_table_stride_0
                 b_read = tl.load(
                     at_read + o_h[None, :] * steering_table_stride_1,
@@ -174,16 +231,46 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
             c *= opened
             amount = tl.sum(b_mix * c[None, :], 1)
             o_along = tl.where(o_write > 0, o_write, o_read)
-            for start in range(0, WIDTH, BLOCK):
-                o_h = start + tl.arange(0, BLOCK).to(tl.int64)
-                in_row = o_h < WIDTH
-                at_steered = p_steered + o_token * steered_stride_0 + o_h * steered_stride_1
-                at_along = p_steering_table + o_along[:, None] * steering_table_stride_0
-                b_along = tl.load(
-                    at_along + o_h[None, :] * steering_table_stride_1,
-                    mask=(o_along > 0)[:, None] & in_row[None, :],
-                    other=0.0,
-                )
-                b_z = tl.load(at_steered, mask=in_row, other=0.0).to(tl.float32)
-                b_z += tl.sum(amount[:, None] * b_along.to(tl.float32), 0)
-                tl.store(at_steered, b_z.to(p_steered.dtype.element_ty), mask=in_row)
+            kept = tl.cast(1.0, tl.float32)
+            for i_pass in tl.static_range(1 if BACK else 0, -1, -1):
+                after = tl.cast(0.0, tl.float32)
+                for start in range(0, WIDTH, BLOCK):
+                    o_h = start + tl.arange(0, BLOCK).to(tl.int64)
+                    in_row = o_h < WIDTH
+                    at_steered = p_steered + o_token * steered_stride_0 + o_h * steered_stride_1
+                    at_along = p_steering_table + o_along[:, None] * steering_table_stride_0
+                    b_along = tl.load(
+                        at_along + o_h[None, :] * steering_table_stride_1,
+                        mask=(o_along > 0)[:, None] & in_row[None, :],
+                        other=0.0,
+                    )
+                    b_z = tl.load(at_steered, mask=in_row, other=0.0).to(tl.float32)
+                    if BACK:
+                        b_rest = tl.zeros([BLOCK], tl.float32)
+                        if SPLIT:
+                            at_rest = p_hidden_rest + o_token * hidden_rest_stride_0 + o_h * hidden_rest_stride_1
+                            b_rest = tl.load(at_rest, mask=in_row, other=0.0).to(tl.float32)
+                        at_hidden = p_hidden_states + o_token * hidden_states_stride_0 + o_h * hidden_states_stride_1
+                        b_x = tl.load(at_hidden, mask=in_row, other=0.0).to(tl.float32) + b_rest
+                        b_z = begun(b_z, b_x, taken, tl.where(o_first > 0, first_amount, 0.0), b_along)
+                    b_z += tl.sum(amount[:, None] * b_along.to(tl.float32), 0)
+                    if i_pass == 1:
+                        after += tl.sum((b_z + b_rest) * (b_z + b_rest), 0)
+                    else:
+                        if BACK:
+                            b_z = tl.where(kept == 1.0, b_z, (b_z + b_rest) * kept - b_rest)
+                        tl.store(at_steered, b_z.to(p_steered.dtype.element_ty), mask=in_row)
+                if i_pass == 1:
+                    after = tl.sqrt(after)
+                    wanted = keeps & (after > 0.0) & ((after > before) | ((after != before) & (only_grown == 0)))
+                    kept = tl.where(wanted, before / after, 1.0)
+
+
+@triton.jit
+def begun(b_y, b_x, taken, amount, b_first):  # type: ignore[no-untyped-def]
+    """A piece of the stream, x before any steering and y with all that is added, behind the responses that act first.
+
+    `taken` is the share of x that goes, `amount` [LINES] how much of the rows `b_first` [LINES, BLOCK] comes.
+    """
+    b_y = tl.where(taken > 0.0, b_y - taken * b_x, b_y)
+    return b_y + tl.sum(amount[:, None] * b_first.to(tl.float32), 0)

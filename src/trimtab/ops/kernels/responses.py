@@ -3,11 +3,14 @@
 import triton
 import triton.language as tl
 
-from trimtab.responses import CLIP, TURN
+from trimtab.responses import CLIP, KEEP_NORM, NORM, REPLACE, TURN
 
 CLIP_CODE = tl.constexpr(CLIP.code)
 TURN_CODE = tl.constexpr(TURN.code)
 SEES_TWO = TURN_CODE  # the least code of a response that sees two scores
+REPLACE_CODE = tl.constexpr(REPLACE.code)
+NORM_CODE = tl.constexpr(NORM.code)
+KEEP_NORM_CODE = tl.constexpr(KEEP_NORM.code)
 
 
 @triton.jit

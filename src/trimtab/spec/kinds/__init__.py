@@ -3,8 +3,9 @@
 import importlib
 import pkgutil
 
+from trimtab.responses import KEEP_NORM
 from trimtab.spec.kinds.add import Add
-from trimtab.spec.kinds.intervention import Intervention, Step
+from trimtab.spec.kinds.intervention import Intervention, Needs, Step
 
 
 def _kinds() -> tuple[type[Step], ...]:
@@ -19,4 +20,10 @@ def _kinds() -> tuple[type[Step], ...]:
 
 KINDS = _kinds()
 
-__all__ = ["KINDS", "Add", "Intervention", "Step"]
+DECLARED: dict[str, Needs] = {
+    **{name: needs for kind in KINDS[1:] + KINDS[:1] for name, needs in kind.declared().items()},
+    "keep_norm": Needs((KEEP_NORM.name,)),  # of a spec, beside its interventions
+}
+"""All that an engine can be started for, beside what is always served, by the name that its settings give it."""
+
+__all__ = ["DECLARED", "KINDS", "Add", "Intervention", "Needs", "Step"]

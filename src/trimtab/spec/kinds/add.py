@@ -2,36 +2,56 @@
 
     y = x + scale * v                                 "unit": "raw"
     y = x + scale * (median of |x|) * v / |v|         "unit": "dose"
+    y = x + scale * |x| * v / |v|                     "unit": "norm"
 
 A raw scale means nothing by itself: 1.5 may be a nudge in one model and noise in another. A dose is a length in units
-of the stream's own: the median is that of the vector's metadata, taken where the vector was made.
+of the stream's own: the median is that of the vector's metadata, taken where the vector was made. `norm` takes each
+token's own length, as activation oracles do (arXiv:2512.15674); it is a slot, which engines must have declared.
 """
 
 from dataclasses import replace
 from typing import Literal
 
 from trimtab.errors import SteeringError
-from trimtab.program import Term, fault_of_range
+from trimtab.program import Numbers, Slot, Term, fault_of_range
+from trimtab.program.ranges import MAX_VALUE
 from trimtab.program.resolved_gate import VectorReference
+from trimtab.responses import NORM
 from trimtab.spec.fields import Number
-from trimtab.spec.kinds.intervention import Intervention, Vectors
+from trimtab.spec.kinds.intervention import Intervention, Needs, Vectors
 from trimtab.vectors.dose import stream_norm
 from trimtab.vectors.vector import SteeringVector
+
+BY_NORM = "add:norm"
+"""What engines declare for `add` with the unit `norm`."""
 
 
 class Add(Intervention):
     """Adds `scale` times the vector to the stream, at each of the sites at which the vector acts.
 
-    With `unit` "dose" what is added is as long as `scale` times the stream's median vector, whatever the length of v.
+    With `unit` "dose" what is added is as long as `scale` times the stream's median vector, with "norm" as `scale`
+    times the token's own, whatever the length of v.
     """
 
     kind: Literal["add"] = "add"
     scale: Number = 1.0
-    unit: Literal["raw", "dose"] = "raw"
+    unit: Literal["raw", "norm", "dose"] = "raw"
 
-    def lower(self, vectors: Vectors, path: str) -> tuple[Term, ...]:
-        """The vector and its scale; of a dose, those of each site. Raises `SteeringError` below `path`, for values out
-        of range too."""
+    @classmethod
+    def declared(cls) -> dict[str, Needs]:
+        """What `norm` needs."""
+        return {BY_NORM: Needs((NORM.name,), writes=True)}
+
+    @property
+    def needs(self) -> str:
+        """Only `norm` must have been declared."""
+        return BY_NORM if self.unit == "norm" else ""
+
+    def lower(self, vectors: Vectors, path: str) -> tuple[Term | Slot, ...]:
+        """The vector and its scale; of a dose, those of each site; of a norm, a slot. Raises `SteeringError` below
+        `path`, for values out of range too."""
+        if self.unit == "norm":
+            return (self._by_norm(vectors, path),)
         vector, reference = self.acting(vectors, path)
         terms = self._doses(vector, reference, path) if self.unit == "dose" else (Term(vector, self.scale, reference),)
         for term in terms:
@@ -40,6 +60,13 @@ class Add(Intervention):
                 by_scale = abs(self.scale) > 1.0 if value > 1.0 else abs(self.scale) < 1.0
                 raise SteeringError(f"{path}.{'scale' if by_scale else 'vector'}", fault)
         return terms
+
+    def _by_norm(self, vectors: Vectors, path: str) -> Slot:
+        if abs(self.scale) > MAX_VALUE:
+            said = f"got {self.scale:g} norms, want at most {MAX_VALUE:g}, or its negative"
+            raise SteeringError(f"{path}.scale", said)
+        along, numbers = self.direction(vectors, path), Numbers.of(0.0, self.scale)
+        return Slot(NORM.name, None, along, tuple((site, numbers) for site in along.sites))
 
     def _doses(self, vector: SteeringVector, reference: VectorReference | None, path: str) -> tuple[Term, ...]:
         """A term for each site, which has a scale of its own."""

@@ -6,7 +6,7 @@ docs/kinds.md.
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BeforeValidator
 
@@ -24,6 +24,14 @@ from trimtab.wording import summary, with_suggestions
 Vectors = Mapping[str, SteeringVector]  # by name
 
 
+class Needs(NamedTuple):
+    """What the graphs of an engine have for what was declared at its start: responses, and whether slots may write
+    along another direction than they read."""
+
+    responses: tuple[str, ...]
+    writes: bool = False
+
+
 class Step(Model):
     """What every kind of intervention says. `kind` tells them apart; each subclass fixes it.
 
@@ -39,6 +47,17 @@ class Step(Model):
     layers: Layers | None = None
     hooks: Hooks | None = None
     gate: Annotated[Gate | None, BeforeValidator(keys_are_text)] = None
+
+    @classmethod
+    def declared(cls) -> dict[str, Needs]:
+        """What engines declare for it, by name; nothing where it only adds."""
+        name = str(cls.model_fields["kind"].default)
+        return {name: Needs(cls.responses, cls.writes)} if cls.responses else {}
+
+    @property
+    def needs(self) -> str:
+        """The name by which an engine must have declared this intervention, "" where it need not."""
+        return self.kind if self.responses else ""
 
     def lower(self, vectors: Vectors, path: str) -> tuple[Term | Slot, ...]:
         """What this intervention comes down to, but for its gate; each kind has its own.

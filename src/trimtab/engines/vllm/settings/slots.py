@@ -12,7 +12,7 @@ from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram
 from trimtab.responses import CLIP, RESPONSES
 from trimtab.sites import Site, SlotLimits
-from trimtab.spec.kinds import KINDS, Step
+from trimtab.spec.kinds import DECLARED, KINDS
 from trimtab.spec.request import MAX_INTERVENTIONS
 from trimtab.wording import with_suggestions
 
@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 MOST_SLOTS = 16
 DEFAULT_KINDS = ("ablate", "clamp", "scale")
 
-BY_NAME: dict[str, type[Step]] = {str(kind.model_fields["kind"].default): kind for kind in KINDS}
-DECLARED = tuple(name for name, kind in BY_NAME.items() if kind.responses)  # the others need no slot
+KNOWN = (*DECLARED, *(str(kind.model_fields["kind"].default) for kind in KINDS if not kind.responses))
 
 
 def checked_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
-    """Kinds that were named, each once, in the order of `KINDS`. Raises ValueError for one that does not exist."""
+    """Kinds that were named, each once, in the order of `DECLARED`. Raises ValueError for one that does not exist."""
     named = set(kinds)
-    for name in sorted(named - BY_NAME.keys()):
-        raise ValueError(f"there is no kind {name!r:.80}{with_suggestions(name, BY_NAME)}; the kinds are "
+    for name in sorted(named.difference(KNOWN)):
+        raise ValueError(f"there is no kind {name!r:.80}{with_suggestions(name, DECLARED)}; the kinds are "
                          f"{', '.join(DECLARED)}")  # fmt: skip
     if not named.intersection(DECLARED):
         raise ValueError(f"names no kind that needs slots: these are {', '.join(DECLARED)}")
@@ -90,12 +89,12 @@ def check_slots(programs: Iterable[PhaseProgram], limits: SlotLimits, field: str
 
 def _responses(limits: SlotLimits) -> set[str]:
     """The responses of slots; one is always there, for the check at start."""
-    return {CLIP.name}.union(*(BY_NAME[name].responses for name in limits.kinds))
+    return {CLIP.name}.union(*(DECLARED[name].responses for name in limits.kinds if name in DECLARED))
 
 
 def _writes(limits: SlotLimits) -> bool:
     """Whether a slot may write along another direction than it reads."""
-    return any(BY_NAME[name].writes for name in limits.kinds)
+    return any(DECLARED[name].writes for name in limits.kinds if name in DECLARED)
 
 
 def most_slots(limits: SlotLimits) -> int:
