@@ -203,7 +203,9 @@ def test_a_slot_that_reads_a_part_of_the_stream_is_refused_by_site(
     emitting = importlib.import_module("trimtab.ops.emit")
     original = emitting.slot_op_args
     monkeypatch.setattr(
-        emitting, "slot_op_args", lambda module, hook, steered, rest: original(module, hook, steered, None)
+        emitting,
+        "slot_op_args",
+        lambda module, hook, steered, rest, hidden: original(module, hook, steered, None, hidden),
     )
     with pytest.raises(SteeringError, match=r"leaves a part of it, at post_block:0 \(-?0\.\d+\), post_block:1 "):
         check(made(Split), dtype=dtype, v2=v2, **SLOTTED)

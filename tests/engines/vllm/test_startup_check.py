@@ -105,8 +105,8 @@ def break_slots(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     module = importlib.import_module("trimtab.ops.emit")
     original = module.slot_op_args
 
-    def spoilt(layer: nn.Module, hook: HookPoint, steered: Tensor, rest: Tensor | None) -> Any:
-        args = original(layer, hook, steered, rest)
+    def spoilt(layer: nn.Module, hook: HookPoint, steered: Tensor, *streams: Tensor | None) -> Any:
+        args = original(layer, hook, steered, *streams)
         if fault == "none":
             return args._replace(slot_rows=torch.zeros_like(args.slot_rows))
         if fault == "second slot":

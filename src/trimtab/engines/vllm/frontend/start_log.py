@@ -77,4 +77,5 @@ def _short(default: ServerDefault) -> dict[str, Any]:
             gate = step.gate.model_dump(mode="json", exclude={"probe"}, exclude_defaults=True)
             plain["gate"] = {"probe": named(step.gate.probe), **gate}
         steps.append(plain)
-    return {"interventions": steps, "binding": default.binding}
+    kept = {"keep_norm": default.spec.keep_norm} if default.spec.keep_norm else {}
+    return {"interventions": steps, **kept, "binding": default.binding}
