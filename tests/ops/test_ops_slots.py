@@ -198,6 +198,23 @@ def test_the_traced_form_is_the_formula_rounded_once_and_follows_every_change(sl
         assert np.abs(np.nan_to_num(expected - unrounded.numpy())).max() > 0.1
 
 
+def test_the_traced_form_rounds_once_not_between_what_is_added_and_what_slots_write():
+    """256 and a quarter is 256 in bfloat16; a slot takes 256 off. Run as traced: Inductor leaves out roundings."""
+    buffers = SteeringBuffers(
+        SITES[:1], hidden_size=8, max_rows=3, max_tokens=4, dtype=torch.bfloat16, slots=FORM._replace(writes=True)
+    )
+    buffers.table[0, 1], buffers.table[0, 2] = 0.25, 1.0
+    state = buffers.slots
+    state.rows[0, 1, 0, 1] = 2
+    state.params[0, 1, 0, 1:3] = torch.tensor([-256.0, -1.0])
+    state.mix[0, 1, 0, 0] = 1.0
+    buffers.index[:2] = 1
+    layers = Layers(buffers, split=False)
+    torch._dynamo.reset()
+    steer = torch.compile(lambda x: emit(layers.sites[0], POST, x), backend="eager", fullgraph=True)
+    assert torch.equal(steer(torch.full((2, 8), 256.0).bfloat16()), torch.full((2, 8), 0.25).bfloat16())
+
+
 def graphs(buffers: SteeringBuffers) -> str:
     """What dynamo makes of the first layer."""
     layers, texts = Layers(buffers, split=False), []
