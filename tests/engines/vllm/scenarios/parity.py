@@ -3,6 +3,7 @@
 import sys
 
 from support import (
+    ALL_KINDS,
     SLOTS,
     differences,
     eight_specs,
@@ -12,6 +13,7 @@ from support import (
     preemptions,
     random_prompts,
     random_spec,
+    rarer_specs,
     receipts,
     report,
     slot,
@@ -52,11 +54,11 @@ def _slots(folder, model, mode, requests):
     """Every kind in one batch with what is added and with nothing, at a budget smaller than many prompts, so that a
     prompt takes several steps beside the others' answers."""
     long = [random_spec(11, phase="prefill"), random_spec(12, phase="decode"), random_spec(13), None]
-    kinds = [*slot_specs(), *long]
+    kinds = [*slot_specs(), *rarer_specs(), *long]
     specs = [kinds[i % len(kinds)] for i in range(requests)]
     prompts = random_prompts([5 + (37 * i) % 83 for i in range(requests - 4)] + [150, 190, 97, 130], seed=3)
     expected, plain = oracle(model, prompts, specs), oracle(model, prompts, [None] * requests)
-    llm = engine(folder, steering=SLOTS, mode=mode, max_num_batched_tokens=48, max_num_seqs=8)
+    llm = engine(folder, steering=SLOTS | {"kinds": ALL_KINDS}, mode=mode, max_num_batched_tokens=48, max_num_seqs=8)
     return {
         "slots differ": sum(e != p for e, p in zip(expected, plain, strict=True)),
         "slots": differences(generate(llm, prompts, specs), expected),

@@ -147,6 +147,24 @@ def slot_specs() -> list[dict[str, Any]]:
     return [{"interventions": some} for some in steps]
 
 
+ALL_KINDS = [*SLOTS["kinds"], "lowrank", "replace", "add:norm", "keep_norm"]
+
+
+def rarer_specs() -> list[dict[str, Any]]:
+    """Specs of the kinds that make a graph larger for all: of low rank, and those that look at the stream before."""
+    gate = slot_specs()[6]["interventions"][0]["gate"]
+    small = [random_spec(80 + i, layers=[1, 3], strength=0.1)["interventions"][0]["vector"] for i in range(4)]
+    steps = [
+        [{"kind": "lowrank", "read": small[:2], "write": small[2:], "bias": [4.0, -3.0]}],
+        [slot("replace", 84, [2], amount=0.5, gate=gate), *random_spec(6, layers=[2])["interventions"]],
+        [slot("replace", 85, [1], amount=0.25), slot("replace", 86, [1], amount=0.5), slot("ablate", 87, [1])],
+        [{**slot("add", 88, [0, 2], ["post_attn", "post_block"]), "unit": "norm", "scale": 0.75}],
+    ]
+    specs: list[dict[str, Any]] = [{"interventions": some} for some in steps]
+    specs.append({"interventions": [slot("clamp", 89, [1, 2], value=9.0)], "keep_norm": True})
+    return [*specs, {"interventions": random_spec(7, layers=[3])["interventions"], "keep_norm": "if_grown"}]
+
+
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Prompts of these lengths."""
     rng = np.random.default_rng(seed)
