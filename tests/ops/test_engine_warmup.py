@@ -140,9 +140,10 @@ def test_the_worker_warms_before_it_captures(kernels: Recorders, monkeypatch: py
         vllm_config=CONFIG, model_runner=object(), compile_or_warm_up_model=capture, _trimtab=kept(attachment)
     )
     monkeypatch.setattr(worker_module, "require_live_sites", lambda *args: calls.append("checked"))
+    monkeypatch.setattr(worker_module, "require_live_slots", lambda *args: calls.append("slots checked"))
     put_on(worker, WORKER, worker)
     assert worker.compile_or_warm_up_model() == "captured"
-    assert calls == [126, "checked"]
+    assert calls == [126, "checked", "slots checked"]
 
     monkeypatch.setattr(worker_module, "warm_up_kernels", lambda *args: None)
     worker._trimtab = kept(attached())

@@ -272,7 +272,10 @@ NOT_STATE = {
         "_site_position": "the rank's own", "_allocator": "below", "_table": "writes the device", "_flags": "below",
         "_row_sites": "the rank's own: where the content of each row acts",
     },
-    "slot rows": {"_dtype": "the table's", "_slots": "the device", "_uploader": "writes the device"},
+    "slot rows": {
+        "_dtype": "the table's", "_slots": "the device", "_uploader": "writes the device",
+        "_known": "what is worked out again where it is forgotten",
+    },
     "allocator": {
         "_key_of": "the keys of `_row_of`, by row", "_unused": "follows from `_row_of` and `_idle`",
         "_in_use": "counts `_holders`",

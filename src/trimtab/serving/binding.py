@@ -10,20 +10,24 @@ is half open cannot make up for what takes back behind none. An engine's monitor
 adds; the default is measured with it open, as with its own gates. 1 is all of the default's push along its own
 direction, 0 none, below 0 the reverse.
 
-A slot of the request that turns the stream's projection back, as ablation does, takes of d what it would take of any
-change there: it is counted with its gate wide open and outside of its bounds, where it takes most, and where it would
-add to d it is not counted. What it writes whatever the stream is, as a clamp to a value does, counts as what is added
-behind a gate. What slots of a default do is not measured: at their own sites nothing that a request adds
-undoes it, since slots act after all that is added, and another slot on one of their directions is refused.
+What slots of a request take is bounded from below, whatever their gates, bounds and layers do to each other. Slots that
+move a projection towards 0 or a bound, one at a site, make no change of the stream longer and change it within the span
+W of all their directions. Of d, whose part in W is d_W, that leaves at least
 
-What a request does that looks at the whole stream, replacing it, adding by its norm, or keeping its norm, may take any
-share of what the stream holds. It counts as if it took all.
+    1 - 2 (d_W . d_W) / (d . d) - 2 |d_W| sum |r| / (d . d)
+
+where the r are all that the request adds, or writes of itself as a clamp to a value does. Where one of its slots is
+none of these (several at one site, whose numbers are mixed; what makes a projection larger; what writes along another
+direction than it reads), all that W has a part of counts as taken. So does what meets a slot that looks at the whole
+stream: replacing it, adding by its norm, keeping its norm. What the slots of a default do is not measured, so beside
+them whatever a request does counts as taking all.
 
 The stream carries on what was added to it before. So the share is taken twice: of what is added at each site of the
 default, and, at each site of either, of all that was added to the stream up to there. What a request takes back in the
 layer before or after the default, or at another hook point with the same meaning, counts like what it takes back there.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -31,8 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.program import SPANS, PhaseProgram, ResolvedSteering, Slot
-from trimtab.program.slot_sets import mixing
-from trimtab.responses import CLIP, TURN, Stage
+from trimtab.responses import CLIP, Stage
 from trimtab.sites import HookPoint, Phase, Site, site_order
 
 LEAST_SHARE = 0.5  # of a binding default
@@ -41,22 +44,7 @@ _ROUNDING = 1e-6
 
 _NOT_OF_THE_STREAM = frozenset({HookPoint.MLP_IN})  # what is added there is gone behind the MLP
 
-_OF_A_BRANCH = frozenset({HookPoint.MLP_IN, HookPoint.MLP_OUT})  # what slots there read is not the whole stream
-
 Rows = npt.NDArray[np.float64]  # [sites, H]
-Row = npt.NDArray[np.float64]  # [H]
-
-
-class _Turn(NamedTuple):
-    """A slot as it acts on a change d of the stream at a site, at most: what it writes along `write` changes by
-    d . linear, and up to `spread` of the length of what d has along `reads` more or less."""
-
-    slot: bytes  # its digest
-    write: Row
-    linear: Row
-    reads: Rows
-    spread: float = 0.0
-    constant: float = 0.0  # what it writes where the stream has nothing along what it reads
 
 
 class Share(NamedTuple):
@@ -85,86 +73,93 @@ def least_share(default: ResolvedSteering, own: ResolvedSteering) -> Share | Non
 
 
 def _shares(default: PhaseProgram, own: PhaseProgram, phase: Phase) -> Iterator[Share]:
+    if default.slots:
+        yield Share(0.0, phase, default.slots[0].sites[0])
     sites = sorted({*default.sites, *own.sites}, key=site_order)
-    turning = [_turning(own.slots, site) for site in sites]
-    theirs = _sums(own, sites) | _written(turning)
+    theirs = _sums(own, sites)
     carried = {gate: _carried(rows, sites) for gate, rows in theirs.items()}
-    looking = {site for slot in own.slots if slot.stage is not Stage.LOCAL for site in slot.sites}
+    slots = _Slots(own.slots, sum(float(np.linalg.norm(rows, axis=1).sum()) for rows in theirs.values()))
     for gate, added in _sums(default, sites).items():
-        for site, held, here in zip(sites, _carried(added, sites), added, strict=True):
-            if site in looking and (held.any() or here.any()):
+        held = _carried(added, sites)
+        along = any((rows @ added.T).any() for rows in theirs.values())
+        touched = slots.within(added).any() or slots.within(held).any()
+        for index, site in enumerate(sites):
+            meets = site in slots.looking and (along or held[index].any() or added[index].any())
+            if meets or (touched and not slots.are_bounded):
                 yield Share(0.0, phase, site)
-        left = np.stack([_turned(row, slots) for row, slots in zip(added, turning, strict=True)])
-        yield from _lowest(added, left, theirs, gate, sites, phase)
-        yield from _lowest(_carried(added, sites), _carried(added, sites, turning), carried, gate, sites, phase)
+        for rows, others in ((added, theirs), (held, carried)):
+            yield from _lowest(rows, slots.taken(rows), others, gate, sites, phase)
 
 
-def _carried(rows: Rows, sites: Sequence[Site], turning: Sequence[Sequence[_Turn]] | None = None) -> Rows:
-    """What the stream holds at each site of what was added up to there, and of what slots have left of it."""
+class _Slots:
+    """What the slots of a request take of a change of the stream, at most."""
+
+    def __init__(self, slots: Iterable[Slot], added: float) -> None:
+        """`added` is the length of all that the request adds."""
+        slots = tuple(slots)
+        self.looking = {site for slot in slots if slot.stage is not Stage.LOCAL for site in slot.sites}
+        together = Counter(site for slot in slots for site in slot.sites)
+        self.are_bounded = all(
+            slot.is_member and _moves_back(slot, site) and together[site] == 1 for slot in slots for site in slot.sites
+        )
+        self._added = added + sum(_written(slot, site) for slot in slots for site in slot.sites if self.are_bounded)
+        self._span = _basis([direction.values(slot.sites) for slot in slots for direction in slot.directions])
+
+    def within(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """The length of what changes [S, H] have in the span of the slots' directions, [S]."""
+        if self._span is None:
+            return np.zeros(len(rows))
+        lengths = np.linalg.norm(rows @ self._span.T, axis=1)
+        return np.where(lengths > _ROUNDING * np.linalg.norm(rows, axis=1), lengths, 0.0)
+
+    def taken(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """How much of (d . d) slots that are bounded take of changes [S, H] at most; 0 where they are not."""
+        if not self.are_bounded:
+            return np.zeros(len(rows))
+        within = self.within(rows)
+        return 2.0 * within * (within + self._added)
+
+
+def _moves_back(slot: Slot, site: Site) -> bool:
+    """Whether a slot makes no change of the stream longer."""
+    return slot.response == CLIP.name and 0.0 <= slot.at[site].own[0] <= 2.0
+
+
+def _written(slot: Slot, site: Site) -> float:
+    """The length of what a clip along a unit vector writes where the stream has nothing along it."""
+    bias, (strength, low, high) = slot.at[site]
+    return abs(strength * (min(max(bias, low), high) - bias))
+
+
+def _basis(directions: Sequence[Rows]) -> Rows | None:
+    """Orthonormal rows that span all `directions`; None if there are none."""
+    if not directions:
+        return None
+    rows = np.concatenate(directions)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = np.unique(rows[lengths[:, 0] > 0.0] / lengths[lengths[:, 0] > 0.0], axis=0)  # a spread one is one
+    values, vectors = np.linalg.eigh(rows @ rows.T)
+    kept = values > _ROUNDING**2 * values.max(initial=0.0)
+    spanning: Rows = (vectors[:, kept].T @ rows) / np.sqrt(values[kept])[:, None]
+    return spanning
+
+
+def _carried(rows: Rows, sites: Sequence[Site]) -> Rows:
+    """What the stream holds at each site of what was added up to there."""
     result = np.empty_like(rows)
     total = np.zeros(rows.shape[1])
     for index, site in enumerate(sites):  # faster than `cumsum` along the first axis
         if site.hook not in _NOT_OF_THE_STREAM:
             total += rows[index]
-        if turning is not None and site.hook not in _OF_A_BRANCH:
-            total = _turned(total, turning[index])
         result[index] = total
     return result
 
 
-def _turning(slots: Iterable[Slot], site: Site) -> list[_Turn]:
-    """What the slots that act at `site` do to a change of the stream there, at most."""
-    acting = [(slot, slot.read.values([site])[0]) for slot in slots if slot.read is not None and site in slot.at]
-    if not acting:
-        return []
-    reads = np.stack([read for _, read in acting])
-    mixed = mixing(reads, np.array([slot.is_member for slot, _ in acting])) @ reads  # along which numbers are written
-    turning = []
-    for (slot, read), along in zip(acting, mixed, strict=True):
-        write = along if slot.write is None else slot.write.values([site])[0]
-        turning.append(_turn(slot, read, write, site))
-    return turning
-
-
-def _turn(slot: Slot, read: Row, write: Row, site: Site) -> _Turn:
-    bias, own = slot.at[site]
-    if slot.response == CLIP.name:  # falls by its strength as its score grows, outside of its bounds
-        strength, low, high = own
-        constant = strength * (min(max(bias, low), high) - bias)
-        return _Turn(slot.digest, write, -strength * read, read[None], constant=constant)
-    if slot.response == TURN.name and slot.second is not None:
-        second = slot.second.values([site])[0]
-        return _Turn(slot.digest, write, own[0] * read + own[1] * second, np.stack([read, second]), abs(own[2]))
-    return _Turn(slot.digest, write, np.zeros_like(read), read[None], 1.0)  # as much as there is, in either direction
-
-
-def _written(turning: Sequence[Sequence[_Turn]]) -> dict[bytes, Rows]:
-    """What each slot adds at each site whatever the stream is, as a sum of its own behind a gate."""
-    written: dict[bytes, Rows] = {}
-    for index, slots in enumerate(turning):
-        for slot in slots:
-            if slot.constant:
-                rows = written.setdefault(slot.slot, np.zeros((len(turning), len(slot.write))))
-                rows[index] += slot.constant * slot.write
-    return written
-
-
-def _turned(change: Row, slots: Iterable[_Turn]) -> Row:
-    """What is left of a change of the stream, by slots that turn it back."""
-    left = change
-    for slot in slots:
-        along = float(slot.write @ change)
-        number = float(slot.linear @ change) - np.sign(along) * slot.spread * float(np.linalg.norm(slot.reads @ change))
-        if number * along < 0.0:
-            left = left + number * slot.write
-    return left
-
-
 def _lowest(
-    added: Rows, left: Rows, theirs: dict[bytes, Rows], gate: bytes, sites: Sequence[Site], phase: Phase
+    added: Rows, taken: Rows, theirs: dict[bytes, Rows], gate: bytes, sites: Sequence[Site], phase: Phase
 ) -> Iterator[Share]:
     strength = np.einsum("sh,sh->s", added, added)
-    whole = np.einsum("sh,sh->s", left, added)
+    whole = strength - taken
     for other, rows in theirs.items():
         along = np.einsum("sh,sh->s", rows, added)
         whole += along if other == gate == b"" else np.minimum(along, 0.0)

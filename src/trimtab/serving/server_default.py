@@ -49,8 +49,20 @@ class ServerDefault:
         Raises `SteeringError` in the request's own terms where it is at fault, or leaves too little of a binding one.
         """
         share = least_share(default, resolve(request))
+        if request.keep_norm and self.binding:
+            said = "would keep norms at the sites of the server's default spec too, which is binding: leave it out"
+            raise SteeringError("keep_norm", said)
+        if request.keep_norm:
+            return min(0.0, 0.0 if share is None else share.left)
         if share is None:
             return 1.0
+        if self.binding and default.program(share.phase).slots:
+            said = (
+                "would act beside the server's default spec, which is binding and does more than add: what of that is "
+                f"left cannot be measured on {share.phase.value} tokens; leave the interventions out, or have the "
+                'default\'s file say "binding": false'
+            )
+            raise SteeringError("interventions", said)
         if self.binding and not share.keeps_the_promise:
             raise self._refusal(request, resolve, default, share)
         return min(1.0, share.left)

@@ -174,11 +174,34 @@ def slot(kind: str, source: Any, **more: Any) -> dict[str, Any]:
 
 
 def test_a_default_may_hold_any_kind_and_stands_beside_what_requests_ask_for() -> None:
-    front = front_end(spec(slot("clamp", "calm", max=1.0)), SLOTTED)
+    front = front_end(spec(slot("clamp", "calm", max=1.0), binding=False), SLOTTED)
     assert admitted(front, None).receipt["default_left"] == 1.0
     both = admitted(front, spec(slot("ablate", "joy", layers=[1]), add("calm", scale=-3.0, layers=[0])))
     assert [len(program.slots) for program in both.steering.programs] == [2, 2]
     assert {vector["name"] for vector in both.receipt["vectors"]} == {"calm", "joy"}
+    assert both.receipt["default_left"] == 0.0  # of what slots do nothing is measured
+
+
+def test_beside_the_slots_of_a_binding_default_no_request_acts() -> None:
+    front = front_end(spec(slot("clamp", "calm", max=1.0, phase="decode")), SLOTTED)
+    assert admitted(front, None).receipt["default_left"] == 1.0
+    assert admitted(front, spec(add("calm", scale=-3.0, phase="prefill"))).receipt["default_left"] == 1.0
+    with pytest.raises(SteeringError, match="binding and does more than add") as caught:
+        front.admit(spec(add("joy", scale=0.1)))
+    assert caught.value.field == "steering.interventions"
+
+
+@pytest.mark.parametrize("binding", [True, False])
+def test_norms_that_a_request_keeps_are_kept_at_the_defaults_sites(binding: bool) -> None:
+    kept = replace(MODEL, slots=SlotLimits(2, SITES, frozenset({"keep_norm"})))
+    front = front_end(spec(add("calm"), binding=binding), kept)
+    given = spec(add("joy", scale=0.0), keep_norm="if_grown")
+    if not binding:
+        assert admitted(front, given).receipt["default_left"] == 0.0
+        return
+    with pytest.raises(SteeringError, match="keep norms") as caught:
+        front.admit(given)
+    assert caught.value.field == "steering.keep_norm"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +213,7 @@ def test_a_default_may_hold_any_kind_and_stands_beside_what_requests_ask_for() -
     ids=["contradiction", "count"],
 )
 def test_slots_of_a_default_hold_at_their_sites_and_count(own: dict[str, Any], said: str) -> None:
-    front = front_end(spec(slot("clamp", "calm", max=1.0), slot("ablate", "joy")), SLOTTED)
+    front = front_end(spec(slot("clamp", "calm", max=1.0), slot("ablate", "joy"), binding=False), SLOTTED)
     with pytest.raises(SteeringError, match=f"together with the server's default spec: .*{said}"):
         front.admit(spec(own))
     assert admitted(front, spec(add("calm", scale=9.0)))
@@ -199,7 +222,7 @@ def test_slots_of_a_default_hold_at_their_sites_and_count(own: dict[str, Any], s
 @pytest.mark.parametrize("binding", [True, False])
 def test_a_request_that_takes_the_defaults_direction_out_takes_it_back(binding: bool) -> None:
     front = front_end(spec(add("calm"), binding=binding), SLOTTED)
-    assert admitted(front, spec(slot("ablate", "joy", layers=[3], strength=0.1))).receipt["default_left"] > 0.9
+    assert admitted(front, spec(slot("ablate", "joy", layers=[3], strength=0.1))).receipt["default_left"] > 0.8
     taking = spec(add("joy"), slot("ablate", "calm", layers=[2]))
     if not binding:
         assert admitted(front, taking).receipt["default_left"] < 0.5
