@@ -12,7 +12,7 @@ from kinds_cases import HERE, LAYERS, SITES, H, Row, done, resolve, vector
 from kinds_device import served
 from trimtab.errors import SteeringError
 from trimtab.program.codec import decode, encode
-from trimtab.sites import HookPoint, ModelSites, Site, SlotLimits
+from trimtab.sites import HookPoint, ModelSites, Site, SlotLimits, site_order
 from trimtab.spec import Steering
 from trimtab.vectors.vector import SteeringVector
 
@@ -175,3 +175,14 @@ def test_inline_vectors_count_towards_the_limit_of_a_request() -> None:
 def test_it_is_written_out_as_it_was_read() -> None:
     steering = Steering.parse({"interventions": [lowrank(W, R, B)]})
     assert Steering.parse(steering.model_dump(mode="json", exclude_none=True)) == steering
+
+
+def test_more_slots_than_can_travel_are_refused_where_they_are_asked_for() -> None:
+    """Sixteen of rank nine, each at a site of its own: no site has too many, and all together do."""
+    sites = sorted(SITES, key=site_order)[:16]
+    model = ModelSites(H, LAYERS, SITES, slots=SlotLimits(16, SITES, frozenset({"lowrank"})))
+    steps = [{"kind": "lowrank", "read": rows(R, site) * 3, "write": rows(R, site) * 3} for site in sites]
+    served = Steering.parse({"interventions": steps[:14]}).resolve({}, model)
+    assert len(served.decode.slots) == 126
+    with pytest.raises(SteeringError, match="has 144 slots in one phase, at most 128"):
+        Steering.parse({"interventions": steps}).resolve({}, model)

@@ -35,6 +35,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "ablate: unknown name": ({"kind": "ablate", "vector": "clam"}, "vector", "no vector is registered"),
     "scale: no factor": ({"kind": "scale", "vector": V}, "factor", "is required"),
     "scale: factor of another world": ({"kind": "scale", "vector": V, "factor": 1e6}, "factor", "at most 65504"),
+    "scale: factor too far from 1": ({"kind": "scale", "vector": V, "factor": -65504.0}, "factor", "at most 65504"),
     "clamp: no bound": (clamp(), "", "give `min`, `max` or `value`"),
     "clamp: no bound but strength": (clamp(strength=0.5, min=None), "", "give `min`, `max` or `value`"),
     "clamp: min above max": (clamp(min=2, max=1), "min", "is 2, above `max`, which is 1"),

@@ -24,7 +24,7 @@ from typing import Any
 
 from trimtab.errors import SteeringError
 from trimtab.program.programs import PhaseProgram, Term
-from trimtab.program.resolved import SPANS, ResolvedSteering
+from trimtab.program.resolved import MOST_SLOTS, SPANS, ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference, check_gate
 from trimtab.program.slots import Slot
 from trimtab.program.wire_slots import decode_direction, decode_slot, encode_slot, form_told
@@ -35,7 +35,7 @@ from trimtab.wording import shown
 
 VERSION = 3
 LONGEST_LABEL = 128  # characters, as of the names that can be registered
-MOST_SLOTS = 256  # of a program: those of a request and of a server's default, split where a monitor begins
+SLOTS_READ = 2 * MOST_SLOTS  # of a program, whose slots are split where a monitor begins
 KEYS = frozenset({"version", "vectors", "gates", "directions", "slots", "programs", "acting"})
 
 
@@ -154,8 +154,8 @@ def _decode_terms(entry: Any, path: str, vectors: int, gates: int) -> Terms:
 def _decode_acting(entry: Any, path: str, slots: int) -> list[int]:
     """The places of the slots of one program."""
     items = list_of(entry, path)
-    if len(items) > MOST_SLOTS:
-        raise SteeringError(path, f"has {len(items)} slots, at most {MOST_SLOTS} are read")
+    if len(items) > SLOTS_READ:
+        raise SteeringError(path, f"has {len(items)} slots, at most {SLOTS_READ} are read")
     return [index_of(item, slots, "slots", f"{path}[{i}]") for i, item in enumerate(items)]
 
 

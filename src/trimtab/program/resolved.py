@@ -25,6 +25,8 @@ class Origin(NamedTuple):
     direction: bytes = b""
 
 
+MOST_SLOTS = 128  # of a program; a monitor may split each in two
+
 SPANS = tuple(Phase)  # of a request's positions, in their order
 
 
@@ -95,8 +97,12 @@ class ResolvedSteering:
             )
 
     def check_slot_count(self, limits: SlotLimits, field: str) -> None:
-        """Raise `SteeringError` at `field` where more slots act at a site than an engine with these limits serves."""
+        """Raise `SteeringError` at `field` where more slots act at a site than an engine with these limits serves, or
+        more in all than can travel."""
         for program in self.programs:
+            if len(program.slots) > MOST_SLOTS:
+                said = f"has {len(program.slots)} slots in one phase, at most {MOST_SLOTS} are served: leave some out"
+                raise SteeringError(field, said)
             for site, count in Counter(site for slot in program.slots for site in slot.sites).items():
                 if count > limits.count:
                     raise SteeringError(

@@ -127,7 +127,7 @@ class Direction:
                 largest = max(largest, float(np.abs(values).max()))
                 lengths = np.linalg.norm(values, axis=1)
                 zero += [site for site, length in zip(sites, lengths, strict=True) if length <= nothing]
-            known = _Known(unit_of(largest), tuple(zero))
+            known = _Known(max(unit_of(largest), 2.0**-126), tuple(zero))  # float32 knows nothing smaller
             _KNOWN.put(key, known, 64 * len(zero))
         return known
 

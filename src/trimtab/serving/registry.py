@@ -33,6 +33,7 @@ from trimtab.serving.registry_store import (
     SharedStore,
     Stored,
 )
+from trimtab.vectors.dose import without_stream_norms
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
@@ -78,13 +79,18 @@ class Registry(Generic[Content]):
         self._lock = threading.RLock()  # held while what is below is replaced
         self._index: Index[Content] = Index()
         self._vectors: Mapping[str, Content] = self.start
-        self._store = None if directory is None else SharedStore[Content](directory, self.kind.load)
+        self._store = (
+            None if directory is None else SharedStore[Content](directory, lambda path: _shared(self.kind.load(path)))
+        )
         self._stamp: object = None
         self._fault = ""
         self._retry = 0.0
         self._said: set[str] = set()  # what the log has been told of the directory
         if self._store is not None:
             self._reload(self._store)
+
+    def _load(self, path: Path) -> Content:
+        return _shared(self.kind.load(path))  # type: ignore[return-value]
 
     def vectors(self) -> Mapping[str, Content]:
         """Every name and its content now. The mapping is never changed afterwards: a change makes a new one."""
@@ -119,7 +125,7 @@ class Registry(Generic[Content]):
             previous = entries.get(name)
             if previous is None and len(entries) >= MAX_REGISTERED:
                 raise SteeringError("name", f"{MAX_REGISTERED} names are registered already; delete some first")
-            entries[name] = Stored(content.digest.hex(), content)
+            entries[name] = Stored(content.digest.hex(), content if self._store is None else _shared(content))
         return None if previous is None else previous.digest
 
     def remove(self, name: str) -> str:
@@ -191,7 +197,7 @@ class Registry(Generic[Content]):
                 if self._lost(store):
                     raise store.gone()
                 held = [*self.start.values(), *(stored.content for stored in self._index.entries.values())]
-                index = store.read({content.digest.hex(): content for content in held if content is not None})
+                index = store.read({content.digest.hex(): _shared(content) for content in held if content is not None})
             except RegistryUnavailableError as error:
                 self._fail(error.message)
                 return
@@ -244,6 +250,11 @@ class ProbeRegistry(Registry[Probe]):
 
     kind = Probe
     what = "probe"
+
+
+def _shared(content: Content) -> Content:
+    """`content` as a directory keeps it: known by the digest of its numbers, which says nothing of streams."""
+    return without_stream_norms(content) if isinstance(content, SteeringVector) else content  # type: ignore[return-value]
 
 
 def check_name(name: object, field: str) -> str:

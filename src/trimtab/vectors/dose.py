@@ -7,6 +7,7 @@ tokens of the prompts that the vector came from, the first of each left out, sin
 """
 
 import math
+from dataclasses import replace
 
 from trimtab.sites import HookPoint, Site
 from trimtab.vectors.vector import SteeringVector
@@ -18,6 +19,15 @@ LARGEST_UNTRIED_DOSE = 1.0  # as long as the stream itself
 def stream_norm_key(site: Site) -> str:
     """The key of the metadata that holds the stream's median norm at `site`."""
     return f"stream_norm.{site.hook.value}.{site.layer}"
+
+
+def without_stream_norms(vector: SteeringVector) -> SteeringVector:
+    """The same vector saying nothing of streams, so that no dose of it is served: for places that know vectors by the
+    digest of their numbers, and could not tell it from another whose norms were measured elsewhere."""
+    kept = {key: value for key, value in vector.metadata.extra.items() if not key.startswith("stream_norm.")}
+    if len(kept) == len(vector.metadata.extra):
+        return vector
+    return vector.with_metadata(replace(vector.metadata, extra=kept))
 
 
 def stream_site(site: Site) -> Site:

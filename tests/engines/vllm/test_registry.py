@@ -11,6 +11,8 @@ from trimtab.errors import SteeringError
 from trimtab.serving import registry as module
 from trimtab.serving.registry import ReadOnlyNameError, VectorRegistry
 from trimtab.sites import HookPoint, Site
+from trimtab.vectors.content import VectorMetadata
+from trimtab.vectors.dose import stream_norm, stream_norm_key
 from trimtab.vectors.vector import SteeringVector
 
 
@@ -130,6 +132,8 @@ import sys
 import numpy as np
 from pathlib import Path
 from trimtab.serving.registry import VectorRegistry
+from trimtab.vectors.content import VectorMetadata
+from trimtab.vectors.dose import stream_norm, stream_norm_key
 from trimtab.vectors.vector import SteeringVector
 registry = VectorRegistry({}, Path(sys.argv[1]))
 for number in range(20):
@@ -150,3 +154,18 @@ def test_processes_that_write_at_once_lose_nothing(tmp_path: Path):
             assert content.block[0, 0] == float(name.split("-")[1])
     assert [writer.wait() for writer in writers] == [0, 0]
     assert set(reader.vectors()) == {f"{name}-{number}" for name in "ab" for number in range(1, 20, 2)}
+
+
+def test_a_directory_keeps_nothing_of_what_streams_were_measured(tmp_path: Path) -> None:
+    """It knows vectors by the digest of their numbers, so a dose of one could be taken with the norms of another."""
+    site = Site(1, HookPoint.POST_BLOCK)
+    extra = {stream_norm_key(site): "10.0", "pairs": "8"}
+    vector = SteeringVector({site: [3.0, 4.0]}, VectorMetadata(method="mean", extra=extra))
+    shared, sibling, own = VectorRegistry({}, tmp_path), VectorRegistry({"start": vector}, tmp_path), VectorRegistry({})
+    for registry in (shared, own):
+        registry.add("calm", vector)
+    assert stream_norm(own.vectors()["calm"], site) == 10.0
+    assert stream_norm(sibling.vectors()["start"], site) == 10.0
+    for registry in (shared, sibling, VectorRegistry({}, tmp_path)):
+        kept = registry.vectors()["calm"]
+        assert (stream_norm(kept, site), kept.digest, kept.metadata.extra["pairs"]) == (None, vector.digest, "8")

@@ -25,6 +25,7 @@ class Scale(Intervention):
 
     def lower(self, vectors: Vectors, path: str) -> tuple[Slot]:
         """A clip to the interval [0, 0] of strength 1 - factor. Raises `SteeringError` below `path`."""
-        if abs(self.factor) > MAX_VALUE:
-            raise SteeringError(f"{path}.factor", f"got {self.factor:g}, want at most {MAX_VALUE:g}, or its negative")
+        if abs(1.0 - self.factor) > MAX_VALUE:
+            said = f"got {self.factor:g}, want a number whose distance from 1 is at most {MAX_VALUE:g}"
+            raise SteeringError(f"{path}.factor", said)
         return (clip(self.direction(vectors, path), 1.0 - self.factor),)
