@@ -33,12 +33,14 @@ CONFIG = SimpleNamespace(
 )
 
 
-def attached(dtype: torch.dtype = torch.bfloat16, *, row_monitor: bool = False) -> Attachment:
+def attached(
+    dtype: torch.dtype = torch.bfloat16, *, row_monitor: bool = False, responses: tuple[str, ...] = ("clip",)
+) -> Attachment:
     """Three layers; probes of gates are read at layer 1, and there rows may have probes."""
     buffers = SteeringBuffers(
         SITES, hidden_size=WIDTH, max_rows=5, max_tokens=LONGEST, dtype=dtype, gates=2, max_probes=3,
         probe_sites={SITES[1]}, row_monitor={SITES[1]} if row_monitor else False,
-        slots=SlotForm(2, ("clip",), writes=False), slot_sites=SITES[1:],
+        slots=SlotForm(2, responses, writes=False), slot_sites=SITES[1:],
     )  # fmt: skip
     terms = ROWS_ONLY._replace(row_monitor=row_monitor)
     modules: dict[Site, nn.Module] = {}
@@ -89,6 +91,26 @@ def test_with_the_row_monitor_nothing_is_compiled_late_whether_a_row_has_a_probe
         assert {launch["p_hidden_states"].dtype for launch in scored} == {dtype, torch.float32}  # one part, and two
     assert kernels.keys == keys
     assert late_variants() == late
+
+
+@pytest.mark.parametrize("row_monitor", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_where_slots_look_back_what_is_steered_in_float32_is_warm_too(
+    kernels: Recorders, dtype: torch.dtype, row_monitor: bool
+) -> None:
+    attachment = attached(dtype, row_monitor=row_monitor, responses=("clip", "replace"))
+    late = late_variants()
+    warm_up_kernels(CONFIG, attachment)
+    keys, launched = kernels.keys, len(kernels.slots.launches)
+    serve(attachment, dtype)
+    assert kernels.keys == keys
+    assert late_variants() == late
+    served = kernels.slots.launches[launched:]
+    assert {(launch["p_steered"].dtype, launch["p_hidden_states"].dtype) for launch in served} == {
+        (torch.float32, dtype)
+    }
+    written = {launch["p_out"].dtype for launch in kernels.apply.launches}
+    assert written == {dtype, torch.float32}  # slots act at two of the layers
 
 
 def test_what_was_warmed_is_a_number(kernels: Recorders) -> None:

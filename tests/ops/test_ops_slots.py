@@ -301,6 +301,8 @@ def test_shapes_that_no_backend_could_read_are_refused():
         {"steered": torch.randn(4, 7)},
         {"hidden_rest": torch.randn(2, 8)},
         {"hidden_rest": torch.randn(4, 7)},
+        {"hidden_states": torch.randn(2, 8)},
+        {"hidden_states": torch.randn(4, 7)},
         {"steering_index": args.steering_index[:2]},
         {"slot_rows": args.slot_rows[1:]},
         {"slot_codes": args.slot_codes[:, :1]},

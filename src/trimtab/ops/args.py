@@ -63,7 +63,7 @@ class GateOpArgs(NamedTuple):
     Factors and gains are written at a probe's site and read at later ones.
     """
 
-    steered: Tensor  # [N, H] model dtype, added to in place; or [0, H] where gates are only to be decided
+    steered: Tensor  # [N, H] model dtype or float32, added to in place; or [0, H] where gates are only to be decided
     hidden_states: Tensor  # [N, H] model dtype: the tensor at the hook point before any steering
     hidden_rest: Tensor  # [N, H], what must be added to it to make the full stream, or [0, H] where it is the stream
     steering_table: Tensor  # [R, H] model dtype: the site's rows, shared with ungated steering
@@ -97,7 +97,8 @@ class SlotOpArgs(NamedTuple):
     forever, and so is what stands where a row has fewer slots than K.
     """
 
-    steered: Tensor  # [N, H] model dtype: the tensor at the hook point after all that is added; changed in place
+    steered: Tensor  # [N, H] the tensor at the hook point after all that is added; changed in place; model dtype, or
+    # float32 where responses look back
     hidden_states: Tensor  # [N, H] model dtype: the same before any steering; or [0, H] where no response looks back
     hidden_rest: Tensor  # [N, H], what must be added to it to make the full stream, or [0, H] where it is the stream
     steering_table: Tensor  # [R, H] model dtype: the site's rows, shared with rows that are added

@@ -10,7 +10,7 @@ from trimtab.ops.gate_buffers import decided_gates, decides, gate_count, gate_op
 from trimtab.ops.gather import stored
 from trimtab.ops.host import rests
 from trimtab.ops.site_buffers import has_steering, monitor_op_args, steering_op_args
-from trimtab.ops.slot_buffers import site_slots, slot_form, slot_op_args
+from trimtab.ops.slot_buffers import site_slots, slot_form, slot_op_args, steered_dtype
 from trimtab.sites import HookPoint
 
 
@@ -24,8 +24,8 @@ def emit(
     shape, is what must be added to `hidden` to make the stream that a probe reads, where the model keeps it in two
     parts: for slots, for gates, for the monitor in cross-layer mode, and where the site has the row monitor's tensors
     for the monitors that are part of the operator, which elsewhere read `hidden` alone. `in_place` lets the operator
-    write into `hidden`, outside of compiled graphs, so an idle site costs a launch and no copy; callers must use the
-    returned tensor in either case.
+    write into `hidden`, outside of compiled graphs, so an idle site costs a launch and no copy; where gates or slots
+    look at what it was, it is left as it is. Callers must use the returned tensor in either case.
     """
     compiling = torch.compiler.is_compiling()
     mode = emission(module)
@@ -55,6 +55,7 @@ def emit(
         if monitor is not None:
             torch.ops.trimtab.steering_monitor(*monitor)
         gated = gate_count(module, hook) > 0
+        args = args._replace(hidden_states=tokens.to(steered_dtype(module, hook, tokens.dtype)))
         if scored is not None:
             out = _added_to_part(args, scored)
         else:
@@ -64,6 +65,7 @@ def emit(
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, out, tokens, rest))
         if slots is not None:
             torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, out, rest, tokens))
+        out = out.to(tokens.dtype)
     return out if hidden.dim() == 2 else out.reshape(hidden.shape)
 
 

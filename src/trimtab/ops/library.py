@@ -230,8 +230,9 @@ def _checked_slots(tensors: tuple[Tensor, ...]) -> SlotOpArgs:
     args = SlotOpArgs(*tensors)
     check_slot_args(args)
     tokens = args.steered.shape[0]
-    if args.hidden_rest.shape[0] not in (0, tokens):
-        raise ValueError(f"{tokens} tokens, but the rest has {args.hidden_rest.shape[0]}")
+    for name in ("hidden_states", "hidden_rest"):
+        if (found := getattr(args, name).shape[0]) not in (0, tokens):
+            raise ValueError(f"{tokens} tokens, but {name} has {found}")
     per_token = (args.gate_values.t(),) if args.gate_values.shape[0] else ()
     check_capacity(args.steered, args.steering_index, *per_token)
     return args

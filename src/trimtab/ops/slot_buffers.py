@@ -103,6 +103,16 @@ def slot_form(module: nn.Module, hook: HookPoint) -> SlotForm | None:
     return form
 
 
+def steered_dtype(module: nn.Module, hook: HookPoint, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which operators steer a tensor of `dtype` at `hook` of `module`, to be rounded once behind them all.
+
+    float32 where slots look back: they find what was added as the difference to the stream before it, and in 16 bits
+    next to a large number there is none.
+    """
+    form = slot_form(module, hook)
+    return torch.float32 if form is not None and form.looks_back else dtype
+
+
 def site_slots(module: nn.Module, hook: HookPoint) -> Slots:
     """The slots of `module`'s rows at `hook`, for `reference.apply_slots`."""
     table, token_rows = getattr(module, f"steering_table_{hook.value}"), module.steering_index

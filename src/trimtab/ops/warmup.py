@@ -27,7 +27,7 @@ from trimtab.ops.site_buffers import (
     row_monitor_tensors,
     steering_op_args,
 )
-from trimtab.ops.slot_buffers import slot_form, slot_op_args
+from trimtab.ops.slot_buffers import slot_form, slot_op_args, steered_dtype
 from trimtab.ops.variants import compiled_variants, late_variants, pause, watch
 from trimtab.sites import HookPoint
 
@@ -55,15 +55,16 @@ def warmup_apply_steering_kernel(
 ) -> int:
     """Launch `apply_steering` (and its in-place form) for every site of `modules` at every number of tokens in `sizes`.
 
-    `dtype` is that of the hidden states (default: the site's table). `row_monitor` names the states to warm; by default
-    each site is warmed as it is registered. Buffers keep their values. Returns how many variants this compiled; any
-    that appears later is counted by `late_variants`.
+    `dtype` is that of the hidden states (default: the site's table); where slots look back they are steered in float32.
+    `row_monitor` names the states to warm; by default each site is warmed as it is registered. Buffers keep their
+    values. Returns how many variants this compiled; any that appears later is counted by `late_variants`.
     """
 
     operators = {False: torch.ops.trimtab.apply_steering, True: torch.ops.trimtab.apply_steering_}
 
     def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> int:
-        states = list(_row_monitor_states(steering_op_args(module, hook, hidden), row_monitor))
+        steered = hidden.to(steered_dtype(module, hook, hidden.dtype))
+        states = list(_row_monitor_states(steering_op_args(module, hook, steered), row_monitor))
         for args, form in product(states, in_place):
             operators[form](*args)
         return len(states) * len(in_place)
@@ -112,7 +113,8 @@ def warmup_apply_gates_kernel(
     """
 
     def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> int:
-        forms = list(product((torch.empty_like(hidden), hidden.new_empty(0, hidden.shape[1])), (None, hidden)))
+        added_to = torch.empty_like(hidden, dtype=steered_dtype(module, hook, hidden.dtype))
+        forms = list(product((added_to, hidden.new_empty(0, hidden.shape[1])), (None, hidden)))
         for steered, rest in forms:
             torch.ops.trimtab.apply_gates_(*gate_op_args(module, hook, steered, hidden, rest))
         return len(forms)
@@ -134,8 +136,9 @@ def warmup_apply_slots_kernel(
     """
 
     def launches(module: nn.Module, hook: HookPoint, hidden: Tensor) -> int:
+        steered = torch.zeros_like(hidden, dtype=steered_dtype(module, hook, hidden.dtype))
         for rest in (None, hidden):
-            torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, torch.zeros_like(hidden), rest, hidden))
+            torch.ops.trimtab.apply_slots_(*slot_op_args(module, hook, steered, rest, hidden))
         return 2
 
     sites = [(module, hook) for module, hook in _served_sites(modules) if slot_form(module, hook) is not None]

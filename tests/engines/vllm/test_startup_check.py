@@ -25,7 +25,7 @@ class Runner:
 
     def __init__(self, layers: list[nn.Module], first: bool, deaf: bool) -> None:
         with torch.inference_mode():
-            residual, embeddings = torch.zeros(2, MOST, WIDTH)
+            residual, embeddings = torch.zeros(2, MOST, WIDTH, dtype=layers[0].steering_table_post_block.dtype)
         self.intermediate_tensors = None if first else SimpleNamespace(tensors={"residual": residual})
         self.inputs_embeds = SimpleNamespace(gpu=embeddings)
         self.supports_mm_inputs = self.is_first_pp_rank = first
@@ -98,6 +98,7 @@ def test_a_site_at_which_a_rows_probe_does_nothing_is_named(v2: bool) -> None:
 
 
 SLOTTED = SlotForm(2, ("clip",), True)
+LOOKING_BACK = SLOTTED._replace(responses=("clip", "replace", "norm", "keep_norm"))
 
 
 def break_slots(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
@@ -124,6 +125,23 @@ def test_an_engine_whose_slots_act_starts_and_is_left_as_new(v2: bool, gates: in
     check_slots(v2, gates)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gates", [0, 2])
+def test_where_slots_look_back_those_of_the_check_act_on_the_stream_that_is_not_rounded(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gates: int
+) -> None:
+    module, dtypes = importlib.import_module("trimtab.ops.emit"), set()
+    original = module.slot_op_args
+
+    def noted(layer: nn.Module, hook: HookPoint, steered: Tensor, *streams: Tensor | None) -> Any:
+        dtypes.add(steered.dtype)
+        return original(layer, hook, steered, *streams)
+
+    monkeypatch.setattr(module, "slot_op_args", noted)
+    check_slots(False, gates, LOOKING_BACK, dtype)
+    assert dtypes == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
@@ -141,10 +159,10 @@ def test_an_engine_whose_slots_do_something_else_does_not_start(
         check_slots(False, 2)
 
 
-def check_slots(v2: bool, gates: int) -> None:
+def check_slots(v2: bool, gates: int, form: SlotForm = SLOTTED, dtype: torch.dtype = torch.float32) -> None:
     buffers = SteeringBuffers(
-        SITES, hidden_size=WIDTH, max_rows=5, max_tokens=MOST, dtype=torch.float32, gates=gates, max_probes=3,
-        probe_sites=SITES[:1], slots=SLOTTED,
+        SITES, hidden_size=WIDTH, max_rows=5, max_tokens=MOST, dtype=dtype, gates=gates, max_probes=3,
+        probe_sites=SITES[:1], slots=form,
     )  # fmt: skip
     layers = attached(buffers)
     before = [tensor.clone() for layer in layers for tensor in layer.buffers()]
