@@ -4,6 +4,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.vllm.worker import layers as steered_layers
+from trimtab.engines.vllm.worker import worker as worker_module
 from trimtab.engines.vllm.worker.attach import Attachment
 from trimtab.engines.vllm.worker.boundaries import LayerBoundary
 from trimtab.engines.vllm.worker.conventions import convention_of
 from trimtab.engines.vllm.worker.layers import steered_layer_class
 from trimtab.engines.vllm.worker.row_sizes import require_full_size, tolerance
+from trimtab.engines.vllm.worker.single_runs import require_single_runs
 from trimtab.engines.vllm.worker.slot_check import require_live_slots
 from trimtab.errors import SteeringError
 from trimtab.ops import Emission, SlotForm, SteeringBuffers, set_emission
@@ -150,6 +153,7 @@ def check(
     batched_tokens: int = MOST,
     slots: SlotForm | None = None,
     required: Callable[[Any, Attachment, bool], None] = require_full_size,
+    kind: Callable[..., "Model"] = Model,
 ) -> Runner:
     """Steer layers and measure; see that all is as before. `first` is the number of the stage's first layer."""
     held = {first + i: LayerBoundary.of(layer) for i, layer in enumerate(layers)}
@@ -163,8 +167,8 @@ def check(
         set_emission(layer, Emission(eager=True))
     for state in buffers.states:
         state.resting = True  # as after a warm-up that ran real steps
-    runner = Runner(Model(layers, between), dtype)
-    runner.longest, runner.serves = batched_tokens, slots is not None
+    runner = Runner(kind(layers, between), dtype)
+    runner.longest, runner.serves = batched_tokens, slots is not None or required is started
     spoil(runner)
     worker = SimpleNamespace(model_runner=runner, vllm_config=config(batched_tokens))
     attachment = Attachment(buffers, {site: held[site.layer].layer for site in sites}, (), held)
@@ -179,6 +183,17 @@ def check(
         assert not runner.model.do_not_compile
         assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
     return runner
+
+
+def started(worker: Any, attachment: Attachment, v2: bool) -> None:
+    """All that is checked at a start, in its order."""
+    runner, original = worker.model_runner, worker_module.is_v2
+    worker._trimtab = worker_module.WorkerSteering(SimpleNamespace(), attachment, None, None)  # type: ignore[arg-type]
+    try:
+        worker_module.is_v2 = lambda asked: v2 and asked is runner
+        worker_module.after_warm_up(worker)
+    finally:
+        worker_module.is_v2 = original
 
 
 SLOTTED = {"slots": SlotForm(2, ("clip",), False), "required": require_live_slots}
@@ -372,6 +387,103 @@ def test_a_branch_that_answers_in_proportion_is_no_reading_and_no_fault() -> Non
             return residual @ self.branch.weight.to(residual), residual
 
     check([Linear(seed) for seed in range(LAYERS)], hooks=(PRE, POST))
+
+
+class Looped(Model):
+    """Runs its layers twice."""
+
+    def __init__(self, *args: Any, normed: bool) -> None:
+        super().__init__(*args)
+        self.normed = normed
+
+    def forward(self, stream: Tensor) -> Tensor:
+        for _ in range(2):
+            stream = super().forward(stream)
+            if self.normed:
+                stream = (stream.float() / stream.float().square().mean(-1, keepdim=True).sqrt()).to(stream)
+        return stream
+
+
+@pytest.mark.parametrize("slots", [None, SLOTTED["slots"]], ids=["plain", "slots"])
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("hooks", [(POST,), (PRE,), (PRE, POST)], ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("kind", [Split, Whole, Scaled])
+def test_layers_that_run_twice_are_refused_by_class_and_count(
+    kind: Any, normed: bool, hooks: tuple[HookPoint, ...], v2: bool, slots: SlotForm | None
+) -> None:
+    looped = partial(Looped, normed=normed)
+    with pytest.raises(
+        SteeringError, match=rf"class {kind.__name__} cannot be steered: .* runs them 2 times \(layers 0, 1, 2, 3\)"
+    ):
+        check(made(kind), hooks=hooks, v2=v2, slots=slots, required=started, kind=looped)
+
+
+@pytest.mark.parametrize("slots", [None, SLOTTED["slots"]], ids=["plain", "slots"])
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("kind", [Split, Whole, Scaled, Normed])
+def test_layers_that_run_once_start(
+    kind: Any, v2: bool, slots: SlotForm | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, logger="vllm.trimtab"):
+        check(made(kind), hooks=(PRE, POST), v2=v2, slots=slots, required=started)
+    assert not caplog.records
+
+
+def test_of_layers_that_run_differently_often_each_is_told() -> None:
+    class Uneven(Model):
+        def forward(self, stream: Tensor) -> Tensor:
+            for layer in (self.layers[i] for i in (0, 1, 1, 2, 2, 2, 3)):
+                stream = layer(stream) if self.do_not_compile else layer.forward(stream)
+            return stream
+
+    with pytest.raises(SteeringError, match=r"runs them 2 times \(layers 1\), 3 times \(layers 2\), and"):
+        check(made(Whole), required=require_single_runs, kind=Uneven)
+
+
+def test_one_layer_in_two_places_runs_twice() -> None:
+    layers = made(Split)
+    layers[2] = layers[0]
+    with pytest.raises(SteeringError, match=r"Split cannot be steered: .* 2 times \(layers 0, 2\)"):
+        check(layers, required=require_single_runs)
+
+
+def test_loops_of_a_model_that_is_one_compiled_function_are_counted() -> None:
+    with pytest.raises(SteeringError, match="2 times"):
+        check(made(Whole), required=require_single_runs, kind=partial(Looped, normed=True), spoil=compiled_whole)
+
+
+def test_loops_are_counted_in_a_pass_that_fails_later() -> None:
+    class Failing(Looped):
+        def forward(self, stream: Tensor) -> Tensor:
+            super().forward(stream)
+            raise RuntimeError("this model runs as a graph alone")
+
+    with pytest.raises(SteeringError, match="2 times"):
+        check(made(Whole), required=require_single_runs, kind=partial(Failing, normed=False))
+
+
+def test_a_runner_that_runs_its_model_twice_is_no_fault() -> None:
+    def repeated(runner: Runner) -> None:
+        once = runner.execute_model
+
+        def twice(tokens: int) -> Tensor:
+            once(tokens)
+            return once(tokens)
+
+        runner.execute_model = twice  # type: ignore[method-assign]
+
+    check(made(Split), required=require_single_runs, spoil=repeated)
+
+
+@pytest.mark.parametrize("spoil", [without_hooks, failing])
+def test_where_runs_cannot_be_counted_nothing_is_refused_and_it_is_said(
+    spoil: Callable[[Runner], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, logger="vllm.trimtab"):
+        check(made(Split), required=require_single_runs, spoil=spoil)
+    assert "How often layers run was not measured" in caplog.text
+    assert all(record.levelno == logging.DEBUG for record in caplog.records)
 
 
 def test_passes_are_few() -> None:

@@ -19,21 +19,30 @@ def dummy_forward(worker: Any, is_v2: bool, *, eager: bool = False) -> Forward:
 
 
 @contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Let the parts of `model` that vLLM compiles run as they are written."""
+def uncompiled(model: nn.Module, *, whole: bool = False) -> Iterator[None]:
+    """Let the parts of `model` that vLLM compiles run as they are written; if `whole`, those that torch does, too."""
     parts: list[Any] = [module for module in model.modules() if getattr(module, "do_not_compile", None) is False]
+    compiled = {module: module._compiled_call_impl for module in model.modules() if whole and _is_compiled(module)}
     try:
         for part in parts:
             part.do_not_compile = True
+        for module in compiled:
+            module._compiled_call_impl = None
         yield
     finally:
         for part in parts:
             part.do_not_compile = False
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def is_compiled_whole(model: nn.Module) -> bool:
-    """Whether torch itself was asked to compile `model` (vLLM's mode 1), which `uncompiled` does not undo."""
-    return any(module._compiled_call_impl is not None for module in model.modules())
+    """Whether torch itself was asked to compile `model` (vLLM's mode 1)."""
+    return any(map(_is_compiled, model.modules()))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None
 
 
 def _forward_v1(runner: Any, options: dict[str, bool]) -> Forward:

@@ -1,8 +1,9 @@
-"""Why a decoder layer of vLLM hands on something other than one residual stream at its full size.
+"""Why a decoder layer of vLLM hands on something other than one residual stream at its full size, or runs repeatedly.
 
 What can be read from the layer is read: a `forward` that multiplies the residual it passes on. The layers that vLLM
 keeps under `vllm.models`, and few others, were read by hand, and are refused by package or class with what was found.
-A package that nobody has read is refused, too. A scale that no source shows is measured at start (`row_sizes`).
+A package that nobody has read is refused, too. A scale that no source shows is measured at start (`row_sizes`), and
+how often layers run is counted (`single_runs`).
 """
 
 import ast
@@ -20,6 +21,7 @@ _PARTIAL = (
     "given an input that was normed already"
 )
 _EARLY = "it hands on an input of the next layer that was normed already, which an addition would miss"
+_LOOPED = "its model runs all layers in a loop, and what is added once would be added in each run"
 
 _PACKAGES = {  # below `vllm.models`
     "deepseek_v32": _PARTIAL,
@@ -40,6 +42,8 @@ _PACKAGES = {  # below `vllm.models`
 _CLASSES = {
     "Gemma3nDecoderLayer": _SEVERAL,
     "Gemma4DecoderLayer": "it scales the whole stream at its end, and no test has shown yet that it is steered in full",
+    "OuroDecoderLayer": _LOOPED,  # `total_ut_steps` times, 4 by default, with a norm between
+    "LoopCoderDecoderLayer": _LOOPED,  # of IQuest-Coder: `loop_num` times, 2 by default, with nothing between
 }
 
 

@@ -12,6 +12,7 @@ from trimtab.engines.vllm.worker.attach import Attachment, attach
 from trimtab.engines.vllm.worker.row_sizes import require_full_size
 from trimtab.engines.vllm.worker.runner_v1 import DriveV1
 from trimtab.engines.vllm.worker.runner_v2 import DriveV2
+from trimtab.engines.vllm.worker.single_runs import require_single_runs
 from trimtab.engines.vllm.worker.slot_check import require_live_slots
 from trimtab.engines.vllm.worker.startup_check import require_live_sites
 from trimtab.engines.vllm.worker.warmup import require_warm, warm_up_kernels
@@ -116,8 +117,9 @@ def before_warm_up(worker: Any) -> None:
 
 
 def after_warm_up(worker: Any) -> None:
-    """See that the model that will serve is steered, and at full size. Raises `SteeringError` if it is not."""
+    """See that the model that will serve is steered, once, and at full size. Raises `SteeringError` if it is not."""
     steering = _steering(worker)
+    require_single_runs(worker, steering.attachment, is_v2(worker.model_runner))
     require_live_sites(worker, steering.attachment, is_v2(worker.model_runner))
     require_live_slots(worker, steering.attachment, is_v2(worker.model_runner))
     require_full_size(worker, steering.attachment, is_v2(worker.model_runner))
