@@ -7,7 +7,11 @@ from trimtab.sites import Room
 
 
 def check_room(steering: ResolvedSteering, room: Room | None, field: str) -> None:
-    """Raise `SteeringError` at `field` where a request needs more than there is; None is room for any."""
+    """Raise `SteeringError` at `field` where a request needs more than there is; None is room for any.
+
+    The message holds what `max_rows` an engine would need, row 0 included: tables have as many rows of probes as that,
+    or all that its requests can use.
+    """
     if room is None:
         return
     needed = contents_of(steering, lowers=room.lowers)
@@ -16,5 +20,6 @@ def check_room(steering: ResolvedSteering, room: Room | None, field: str) -> Non
             raise SteeringError(
                 field,
                 f"needs {len(keys)} {what} at one time, and this engine has {held}: interventions with equal gates and "
-                "phases share one; or start it with a larger `table_memory` (or `max_rows`, where that is set)",
+                "phases share one, and so do equal directions of slots; or start it with a larger `table_memory`, or "
+                f"with `max_rows` of at least {len(keys) + 1}",
             )

@@ -151,7 +151,7 @@ BAD = {
     "not json": ("{", "steering", "other"),
     "empty": ({}, "steering.interventions", "interventions"),
     "no interventions": ({"interventions": []}, "steering.interventions", "interventions"),
-    "unknown key": ({"interventions": [], "amount": 1}, "steering.amount", "other"),
+    "unknown key": ({"interventions": [], "sum": 1}, "steering.sum", "other"),
     "unknown name": (add("nobody"), "steering.interventions[0].vector", "vector"),
     "unknown kind": ({"interventions": [{"kind": "x", "vector": "calm"}]}, "steering.interventions[0].kind", "kind"),
     "unknown hook": (add({"resid": {"0": [1.0] * WIDTH}}), "steering.interventions[0].vector.resid", "vector"),
@@ -181,6 +181,19 @@ def test_a_bad_spec_is_refused_at_its_field_and_counted(case: str):
     assert caught.value.field.startswith(field)
     assert front._observer.reasons == [reason]
     assert front._observer.accepted == 0
+
+
+@pytest.mark.parametrize("field", [
+    "plane", "by", "to", "read", "write", "bias", "amount", "unit", "adaptive", "factor", "strength", "min", "max",
+    "value", "hooks", "layers", "invert", "hard",
+])  # fmt: skip
+def test_a_refusal_is_counted_under_each_field_of_a_kind(field: str):
+    assert refusal_reason(f"steering.interventions[1].{field}") == field
+    assert refusal_reason(f"steering.interventions[1].{field}[0].calm") == field
+
+
+def test_a_refused_norm_is_counted_under_its_field():
+    assert refusal_reason("keep_norm") == "keep_norm"
 
 
 def test_counter_labels_are_never_what_a_caller_wrote():

@@ -1,5 +1,7 @@
 """How large tables are: what a row costs, what a share of a device holds, and what is never undercut."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,10 @@ from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
 from trimtab.ops.sizes import row_bytes
 from trimtab.program.resolved_gate import probes_needed, rows_needed
-from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
+from trimtab.program.room import check_room
+from trimtab.sites import GateLimits, HookPoint, ModelSites, Site, SlotLimits
+from trimtab.spec import Steering
+from trimtab.vectors.vector import SteeringVector
 
 GIB = 1 << 30
 
@@ -161,3 +166,22 @@ def test_what_was_decided_travels_in_the_stamp_and_is_not_decided_again(device) 
     assert model_sites(engine(), settings).room == (8, 0, False)
     assert model_sites(engine(), unstamped).room is None
     assert stamped(engine(), settings).stamp == settings.stamp
+
+
+def test_a_request_of_more_slots_than_tables_have_room_for_is_told_how_many_rows_would_do(device) -> None:
+    device(None)
+    numbers = torch.randn(96, 16, generator=torch.Generator().manual_seed(0)).numpy()
+    vectors = {f"v{i}": SteeringVector({Site(i % 16, HookPoint.POST_BLOCK): row}) for i, row in enumerate(numbers)}
+    served = model(layers=16, width=16)
+    served = replace(served, slots=SlotLimits(3, served.sites, frozenset({"lowrank"})))
+    at = [[f"v{layer + 16 * j}" for j in range(6)] for layer in range(16)]
+    spec = [{"kind": "lowrank", "read": names[:3], "write": names[3:]} for names in at]
+    asked = Steering.parse({"interventions": spec}).resolve(vectors, served)
+    made = decide_tables(engine(requests=1), served, parse_memory("100 MiB"), None)
+    assert made.rows == rows_needed(1, 0, 16)
+    with pytest.raises(SteeringError, match=r"needs \d+ table rows .*table_memory.*`max_rows` of at least \d+") as e:
+        check_room(asked, made.room, "")
+    enough = int(re.findall(r"at least (\d+)", str(e.value))[0])
+    check_room(asked, decide_tables(engine(requests=1), served, 0.01, enough).room, "")
+    with pytest.raises(SteeringError, match="table rows"):
+        check_room(asked, decide_tables(engine(requests=1), served, 0.01, enough - 1).room, "")

@@ -22,16 +22,19 @@ from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.serving.server_default import ServerDefault, merge
 from trimtab.sites import HookPoint, ModelSites
 from trimtab.spec import Steering
+from trimtab.spec.base import Model
 from trimtab.spec.faults import join
+from trimtab.spec.gate import Gate
+from trimtab.spec.kinds import KINDS
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
 FIELD = "steering"  # the request's field, at every door
 
 # Labels of the refusal counter: a fixed set, since field paths hold what callers wrote.
-REASONS = frozenset({"interventions", "kind", "vector", "scale", "phase", "layers", "gate", "probe", "threshold"})
-REASONS |= {"hooks", "to", "strength", "factor", "min", "max", "value"}
-REASONS |= {"sharpness", "dtype", "shape", "layer_indices", "data", *HookPoint}
+_MODELS: tuple[type[Model], ...] = (Steering, *KINDS, Gate)
+REASONS = frozenset(field for model in _MODELS for field in model.model_fields)
+REASONS |= {"dtype", "shape", "layer_indices", "data", *HookPoint}
 REASONS |= {"disabled", "beam_search", "resumable", "twice", "route", "place"}
 
 

@@ -98,5 +98,9 @@ def _writes(limits: SlotLimits) -> bool:
 
 
 def most_slots(limits: SlotLimits) -> int:
-    """Slots that one phase of a request may have at all its sites together: each of its interventions may be one."""
+    """Slots that tables have rows for in each phase of a request, at all its sites together: one an intervention.
+
+    A request may have more: `rotate` is two slots, `lowrank` one for each vector that it reads. One whose rows do not
+    fit at all is refused when it is admitted (`program.room`), and the message names the settings that make room.
+    """
     return MAX_INTERVENTIONS if limits.count else 0

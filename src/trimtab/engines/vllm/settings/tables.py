@@ -56,8 +56,10 @@ def decide_tables(
 ) -> Tables:
     """The tables of an engine that serves `model`, in a share of memory or a size (`parse_memory`), or of `max_rows`.
 
-    Never more than the largest batch can need; without `max_rows` never less than one request can. One that `lowers`
-    gates has probes of rows beside them, wherever probes are read.
+    Without `max_rows` never less than one request whose interventions have a slot each at most can need, and never more
+    than the largest batch of such can. Interventions of several slots (`most_slots`) may need more: a request that
+    never fits is refused when it is admitted (`program.room`). An engine that `lowers` gates has probes of rows beside
+    them, wherever probes are read.
     """
     from trimtab.ops.sizes import row_bytes, rows_within  # only here: it brings torch along
 
