@@ -218,7 +218,8 @@ def test_a_start_prints_vectors_probes_digests_default_monitor_and_who_may_chang
     assert f"    mood {JOY.digest.hex()} (registered at run time)" in lines
     assert f"    anger {ANGER.digest.hex()} (anger.safetensors)" in lines
     shown = json.loads(next(line for line in lines if "default: " in line).split("default: ")[1])
-    assert shown["interventions"][0] == {"kind": "add", "vector": "calm", "phase": "all", "scale": 0.5}
+    expected = {"kind": "add", "vector": "calm", "phase": "all", "scale": 0.5, "unit": "raw"}
+    assert shown["interventions"][0] == expected
     assert shown["interventions"][1]["vector"].startswith("inline ")
     monitor = json.loads(next(line for line in lines if "monitor: " in line).split("monitor: ")[1])
     assert (monitor["probe"], monitor["threshold"]) == ("anger.safetensors", 2.0)

@@ -114,7 +114,6 @@ def test_gemma_4_is_refused_for_the_scale_at_its_end() -> None:
     assert "scales the whole stream at its end" in (reason or "")
 
 
-@pytest.mark.parametrize("path", ["ouro.OuroDecoderLayer", "iquest_loopcoder.LoopCoderDecoderLayer"])
-def test_layers_that_run_in_a_loop_are_refused(path: str) -> None:
-    reason = unsupported_reason(instance(MODELS + path), torch.bfloat16)
+def test_layers_that_run_in_a_loop_are_refused() -> None:
+    reason = unsupported_reason(instance(MODELS + "iquest_loopcoder.LoopCoderDecoderLayer"), torch.bfloat16)
     assert "runs all layers in a loop" in (reason or "")
