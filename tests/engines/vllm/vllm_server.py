@@ -110,10 +110,13 @@ class Server:
     """A `vllm serve` process on the CPU, model runner V1 unless the environment says otherwise."""
 
     def __init__(self, model: Path, *flags: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        # Bound until the server has ended, so that nobody is given this port while the server starts. Both set
+        # SO_REUSEADDR, and only the server listens.
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("127.0.0.1", 0))
+        port = self._port.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
         self.log = log
         settings = {
             **os.environ,
@@ -130,7 +133,7 @@ class Server:
         settings.pop("VLLM_PLUGINS", None)
         command = [
             str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--served-model-name", "tiny",
-            "--host", "127.0.0.1", "--port", str(self.port), "--api-key", KEY,
+            "--host", "127.0.0.1", "--port", str(port), "--api-key", KEY,
             "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--block-size", "32",
             "--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "16", *flags,
         ]  # fmt: skip
@@ -158,6 +161,7 @@ class Server:
 
     def stop(self, timeout: float = 300) -> list[str]:
         """Ask the server to end; returns the command lines of processes that outlived it, which are then killed."""
+        self._port.close()
         if self.process.poll() is not None:
             return []
         family = psutil.Process(self.process.pid).children(recursive=True)
