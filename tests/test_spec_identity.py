@@ -160,6 +160,9 @@ def test_identities_do_not_drift(case: str) -> None:
 
 def test_vector_digests_do_not_drift() -> None:
     assert CALM.digest.hex() == "4da21778c12d9be31b2582c953947fe4fe4d541baf89e07dc3b273fa7be2361b"
+    known = ("pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block")  # those that there were when this was taken
+    whole = SteeringVector({Site(1, HookPoint(hook)): [float(i), -1.0, 0.5] for i, hook in enumerate(known)})
+    assert whole.digest.hex() == "58423f57cb7066eacbb8597c968338e1cf1fffb7226e829819f17c40d919468f"
 
 
 def test_digests_are_what_the_format_page_says() -> None:

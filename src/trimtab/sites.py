@@ -13,6 +13,7 @@ class HookPoint(StrEnum):
     """A place in a decoder layer. The order here is the order in which a forward pass reaches them."""
 
     PRE_ATTN = "pre_attn"  # the residual stream entering the layer
+    ATTN_OUT = "attn_out"  # the attention branch before its add
     POST_ATTN = "post_attn"  # the stream after the attention add
     MLP_IN = "mlp_in"  # the normed MLP input
     MLP_OUT = "mlp_out"  # the MLP branch before its add

@@ -6,11 +6,12 @@ import transformers as hf
 from torch import nn
 
 from trimtab.errors import SteeringError
-from trimtab.instrument import map_hook_points
+from trimtab.instrument import Tap, map_hook_points
 from trimtab.sites import HookPoint, Site
 
 WIDTH = 16
 ALL = set(HookPoint)
+SUMMED = ("attn_out", "post_attn", "mlp_out")  # a layer has none of these where it does not just add up
 TINY = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -85,6 +86,39 @@ class Parallel(Layer):
         return x + self.attention(self.norm_1(x)) + self.ffn(self.norm_2(x))
 
 
+class MlpFirst(Layer):
+    """Parallel, too, but the MLP is called before the attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.ffn(self.norm_2(x))
+        return x + self.attention(self.norm_1(x)) + made
+
+
+class NormsBehind(Layer):
+    """Norms behind the attention and the MLP, within their branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_behind, self.norm_last = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        nn.init.normal_(self.norm_behind.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.norm_behind(self.attention(self.norm_1(x)))
+        return x + self.norm_last(self.ffn(self.norm_2(x)))
+
+
+class AroundTheDropout(Layer):
+    """What the MLP is given never went through the last module of the branch: that one is not where all pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.attention(self.norm_1(x))
+        return x + self.dropout(made) + self.ffn(self.norm_2(x + made))
+
+
 class SilentAttention(Layer):
     """Attention whose output projection starts at zero, as some recipes have it: still not parallel."""
 
@@ -121,13 +155,16 @@ class Model(nn.Module):
     [
         (Layer, {}),
         (SilentAttention, {}),
+        (NormsBehind, {}),
         (Parallel, {"post_attn": "parallel"}),
+        (MlpFirst, {"post_attn": "parallel", "attn_out": "has reached its MLP already"}),
         (NormOfACopy, {"post_attn": "no module is given the stream"}),
-        (ScaledBranches, {"mlp_out": "scales it first"}),
-        (ScaledStream, {"post_attn": "does not return its input", "mlp_out": "does not return its input"}),
-        (NormedStream, {"post_attn": "does not return its input", "mlp_out": "does not return its input"}),
-        (ResidualOfTheNorm, {"post_attn": "does not return its input", "mlp_out": "does not return its input"}),
-        (NoAttention, dict.fromkeys(("post_attn", "mlp_in", "mlp_out"), "one attention sub-block and an MLP")),
+        (AroundTheDropout, {"post_attn": "no module is given the stream"}),
+        (ScaledBranches, {"attn_out": "scales it first", "mlp_out": "scales it first"}),
+        (ScaledStream, dict.fromkeys(SUMMED, "does not return its input")),
+        (NormedStream, dict.fromkeys(SUMMED, "does not return its input")),
+        (ResidualOfTheNorm, dict.fromkeys(SUMMED, "does not return its input")),
+        (NoAttention, dict.fromkeys((*SUMMED, "mlp_in"), "one attention sub-block and an MLP")),
     ],
 )
 def test_a_layer_that_does_not_fit_is_refused_by_hook_point_with_the_reason(kind, refused):
@@ -143,20 +180,20 @@ def test_a_layer_that_does_not_fit_is_refused_by_hook_point_with_the_reason(kind
 @pytest.mark.parametrize(
     ("config", "refused"),
     [
-        (hf.GraniteConfig(**TINY, residual_multiplier=0.4), {"mlp_out"}),
+        (hf.GraniteConfig(**TINY, residual_multiplier=0.4), {"attn_out", "mlp_out"}),
         (hf.OPTConfig(vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-                      do_layer_norm_before=False, word_embed_proj_dim=16), {"post_attn", "mlp_out"}),
-        (hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), {"post_attn", "mlp_in", "mlp_out"}),
+                      do_layer_norm_before=False, word_embed_proj_dim=16), {*SUMMED}),
+        (hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2), {*SUMMED, "mlp_in"}),
         (hf.PhiConfig(**TINY), {"post_attn"}),
         (hf.StableLmConfig(**TINY), set()),
-        (hf.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2), {"post_attn", "mlp_out"}),
+        (hf.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, expansion_ratio=2), {*SUMMED}),
         (hf.Gemma4TextConfig(**TINY, head_dim=8, global_head_dim=8, num_kv_shared_layers=0, enable_moe_block=True,
                              num_experts=4, top_k_experts=2, moe_intermediate_size=16, hidden_size_per_layer_input=8,
                              vocab_size_per_layer_input=64, layer_types=["sliding_attention", "full_attention"]),
-         {"post_attn", "mlp_in", "mlp_out"}),
+         {*SUMMED, "mlp_in"}),
         (hf.Gemma4TextConfig(**TINY, head_dim=8, global_head_dim=8, num_kv_shared_layers=0, enable_moe_block=False,
                              hidden_size_per_layer_input=8, vocab_size_per_layer_input=64,
-                             layer_types=["sliding_attention", "full_attention"]), {"post_attn", "mlp_out"}),
+                             layer_types=["sliding_attention", "full_attention"]), {*SUMMED}),
         (hf.Glm4Config(**TINY, head_dim=8), set()),
         (hf.DeepseekV3Config(**TINY | {"num_key_value_heads": 4}, n_routed_experts=4, n_group=1, topk_group=1,
                              num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1, kv_lora_rank=8,
@@ -194,6 +231,34 @@ def test_a_layer_that_differs_from_its_kind_in_a_number_alone_is_caught():
     with pytest.raises(SteeringError, match=r"post_attn:1: post_attn \+ mlp_out is not post_block"):
         map_hook_points(model)
 
+    class WeightedBefore(Layer):
+        weight = 1.0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.weight * self.attention(self.norm_1(x))
+            return x + self.ffn(self.norm_2(x))
+
+    class WeightedBeside(WeightedBefore):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.weight * self.attention(self.norm_1(x)) + self.ffn(self.norm_2(x))
+
+    for kind, told in (
+        (WeightedBefore, r"pre_attn:1: pre_attn \+ attn_out is not post_attn"),
+        (WeightedBeside, r"pre_attn:1: pre_attn \+ attn_out \+ mlp_out is not post_block"),
+    ):
+        model = Model(kind)
+        model.layers[1].weight = 0.9
+        with pytest.raises(SteeringError, match=told):
+            map_hook_points(model)
+
+
+def test_the_attention_branch_is_what_leaves_the_last_module_of_it():
+    torch.manual_seed(0)
+    found = map_hook_points(Model(NormsBehind))
+    assert found.tap(Site(0, HookPoint.ATTN_OUT)) == Tap("norm_behind", "output")
+    assert found.tap(Site(0, HookPoint.MLP_OUT)) == Tap("norm_last", "output")
+    assert map_hook_points(Model(AroundTheDropout)).tap(Site(0, HookPoint.ATTN_OUT)) == Tap("attention", "output")
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_hook_points_are_the_same_in_every_dtype(dtype):
@@ -201,4 +266,4 @@ def test_hook_points_are_the_same_in_every_dtype(dtype):
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY)).to(dtype)
     assert set(map_hook_points(model).sites.hook_points) == ALL
     granite = hf.GraniteForCausalLM(hf.GraniteConfig(**TINY, residual_multiplier=0.4)).to(dtype)
-    assert set(map_hook_points(granite).refusals) == {HookPoint.MLP_OUT}
+    assert set(map_hook_points(granite).refusals) == {HookPoint.ATTN_OUT, HookPoint.MLP_OUT}

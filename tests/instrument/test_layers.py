@@ -106,7 +106,7 @@ def test_a_multimodal_model_serves_its_text_decoder_in_full():
         text_config=hf.LlamaConfig(**TEXT),
         image_token_id=63,
     )
-    assert len(map_hook_points(hf.LlavaForConditionalGeneration(config)).sites.sites) == 4 * 5
+    assert len(map_hook_points(hf.LlavaForConditionalGeneration(config)).sites.sites) == 4 * 6
 
 
 class BufferLinear(nn.Module):
@@ -162,7 +162,7 @@ def exchanged(kind: type[nn.Module]) -> nn.Module:
     ids=["dynamic int8", "buffers", "packed objects"],
 )
 def test_quantised_layers_are_found_and_have_every_hook_point(make):
-    assert len(map_hook_points(make()).sites.sites) == 4 * 5
+    assert len(map_hook_points(make()).sites.sites) == 4 * 6
 
 
 def test_a_decoder_that_names_its_head_is_looked_for_in_the_whole_model():
@@ -170,4 +170,4 @@ def test_a_decoder_that_names_its_head_is_looked_for_in_the_whole_model():
     torch.manual_seed(0)
     found = map_hook_points(hf.ModernBertDecoderForCausalLM(config))
     assert found.decoder.path == "model.layers"
-    assert len(found.sites.sites) == 4 * 5
+    assert len(found.sites.sites) == 4 * 6

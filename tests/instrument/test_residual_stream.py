@@ -130,4 +130,4 @@ def test_a_compiled_model_has_its_hook_points():
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**TINY))
     model.compile(backend="eager")
     model(input_ids=torch.tensor([[1, 2, 3]]))
-    assert len(map_hook_points(model).sites.sites) == 10
+    assert len(map_hook_points(model).sites.sites) == 12

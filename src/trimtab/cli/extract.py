@@ -23,6 +23,7 @@ from trimtab.cli.options import (
     read_layers,
 )
 from trimtab.cli.texts import rendered
+from trimtab.sites import HookPoint
 
 if TYPE_CHECKING:
     from trimtab.training.tuning import TunedVector
@@ -37,9 +38,7 @@ def extract(
     chat: Chat = False,
     model: Model = BUNDLED,
     layers: Layers = None,
-    hook_point: Annotated[
-        Literal["pre_attn", "post_attn", "post_block", "mlp_in", "mlp_out"], typer.Option(help="Where to read.")
-    ] = "post_block",
+    hook_point: Annotated[HookPoint, typer.Option(help="Where to read.")] = HookPoint.POST_BLOCK,
     token: Annotated[
         Literal["last", "mean"], typer.Option(help="Read each prompt's last token, or the mean over its tokens.")
     ] = "mean",
@@ -60,7 +59,7 @@ def extract(
     given = read_contrast(positive, negative, pairs)
     check_output(output, ".safetensors", ".gguf")  # known before minutes of reading activations
     if output.suffix == ".gguf":
-        if hook_point != "post_block":
+        if hook_point is not HookPoint.POST_BLOCK:
             raise CommandError(f"{output}: GGUF holds post_block directions alone; write .safetensors for {hook_point}")
         if chosen and 0 in chosen:
             raise CommandError(

@@ -22,6 +22,7 @@ from trimtab.cli.options import (
     read_layers,
 )
 from trimtab.cli.texts import rendered
+from trimtab.sites import HookPoint
 
 if TYPE_CHECKING:
     from trimtab.training.probe_report import ProbeReport
@@ -35,9 +36,7 @@ def probe(
     chat: Chat = False,
     model: Model = BUNDLED,
     layers: Layers = None,
-    hook_point: Annotated[
-        Literal["pre_attn", "post_attn", "post_block", "mlp_in", "mlp_out"], typer.Option(help="Where to read.")
-    ] = "post_block",
+    hook_point: Annotated[HookPoint, typer.Option(help="Where to read.")] = HookPoint.POST_BLOCK,
     token: Annotated[
         Literal["all", "last"], typer.Option(help="Train on every token of a text, or on its last one.")
     ] = "all",

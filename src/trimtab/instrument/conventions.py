@@ -7,6 +7,8 @@ the layer with its modules forced to known values:
 - `mlp_in` is a tensor that fixes what the whole MLP does and nothing else: with it held, the MLP must not follow the
   stream, and with the MLP held, nothing must follow it;
 - `mlp_out` is the output of the last module after the MLP for which the layer's output follows it one to one;
+- `attn_out` is the same behind the attention, with the MLP at zero: the stream must follow it one to one, and so must
+  what the MLP is given, unless the layer is parallel;
 - the layer is parallel where the MLP's input ignores what the attention returns: it has no `post_attn`;
 - else `post_attn` is the tensor that the layer returns when the MLP branch is zero. A module that is given this tensor
   is the place to tap, if writing a change there does all that entering the layer with that change would do, had the
@@ -15,8 +17,10 @@ the layer with its modules forced to known values:
 A hook point that fails its test is refused by name, with the reason.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +31,7 @@ from trimtab.instrument.taps import Tap
 from trimtab.sites import HookPoint
 
 ALWAYS = {HookPoint.PRE_ATTN: Tap("", "input"), HookPoint.POST_BLOCK: Tap("", "output")}
-INNER = (HookPoint.POST_ATTN, HookPoint.MLP_IN, HookPoint.MLP_OUT)
+INNER = (HookPoint.ATTN_OUT, HookPoint.POST_ATTN, HookPoint.MLP_IN, HookPoint.MLP_OUT)
 
 Ends = tuple[str, ...]  # the modules whose outputs, all at zero, silence a branch
 
@@ -46,6 +50,15 @@ def derive_convention(layer: nn.Module, probe: LayerProbe) -> LayerConvention:
     if isinstance(parts, str):
         return LayerConvention(dict(ALWAYS), dict.fromkeys(INNER, parts))
     return _Derivation(probe, parts).convention()
+
+
+class _Branches(NamedTuple):
+    """Where the branches of a layer end, and what its stream is between them."""
+
+    attention: Ends
+    mlp: Ends
+    stream: torch.Tensor  # with the MLP at zero
+    asked: Replay  # what a change of the stream that the attention has not seen does to all behind it
 
 
 class _Derivation:
@@ -69,18 +82,24 @@ class _Derivation:
         silent = self._silencing_pair()
         if silent is None:
             reason = "the layer does not return its input when its attention and its MLP are silenced"
-            refusals |= dict.fromkeys([HookPoint.POST_ATTN, HookPoint.MLP_OUT], reason)
+            refusals |= dict.fromkeys([HookPoint.ATTN_OUT, HookPoint.POST_ATTN, HookPoint.MLP_OUT], reason)
             return LayerConvention(taps, refusals)
-        attention_ends, mlp_ends = silent
-        if len(mlp_ends) > 1:
+        branches = self._branches(*silent)
+        if len(branches.mlp) > 1:
             refusals[HookPoint.MLP_OUT] = f"no module returns the MLP branch: the layer adds up {self._mlp_names}"
-        elif self._follows(mlp_ends[0]):
-            taps[HookPoint.MLP_OUT] = Tap(mlp_ends[0], "output")
+        elif self._follows(branches.mlp[0]):
+            taps[HookPoint.MLP_OUT] = Tap(branches.mlp[0], "output")
         else:
             refusals[HookPoint.MLP_OUT] = "no module returns the MLP branch as it is added: the layer scales it first"
-        if self._is_parallel():
+        if (attn_out := next(self._attention_taps(branches), None)) is None:
+            refusals[HookPoint.ATTN_OUT] = self._why_no_attention_tap()
+        elif self._is_late(attn_out, mlp_in):
+            refusals[HookPoint.ATTN_OUT] = "the attention returns when the layer has reached its MLP already"
+        else:
+            taps[HookPoint.ATTN_OUT] = attn_out
+        if self._is_parallel:
             refusals[HookPoint.POST_ATTN] = "attention and MLP run in parallel on one stream: there is none in between"
-        elif (post_attn := next(self._post_attention_taps(attention_ends, mlp_ends), None)) is not None:
+        elif (post_attn := next(self._post_attention_taps(branches), None)) is not None:
             taps[HookPoint.POST_ATTN] = post_attn
         else:
             refusals[HookPoint.POST_ATTN] = "no module is given the stream that the layer carries past its MLP"
@@ -144,6 +163,10 @@ class _Derivation:
                     return attention_end, mlp_end
         return None
 
+    def _branches(self, attention: Ends, mlp: Ends) -> _Branches:
+        asked = self.probe.run(self._natural(attention), entering=self.x + self.delta)
+        return _Branches(attention, mlp, self.probe.run(self._zeros(mlp)).output, asked)
+
     def _follows(self, mlp_end: str) -> bool:
         """Whether the layer's output is a constant plus exactly this module's output."""
         base = self.probe.run(self._zeros((mlp_end,))).output
@@ -151,37 +174,68 @@ class _Derivation:
         whole = base + self.natural.child(mlp_end).leaving.reshape(base.shape)
         return self.compare.close(moved, base + self.delta) and self.compare.close(self.natural.output, whole)
 
+    @cached_property
     def _is_parallel(self) -> bool:
         attention = self.parts.attention
         replays = (self.probe.run(forced) for forced in (self._zeros(attention), dict.fromkeys(attention, self.delta)))
         quiet, moved = (replay.child(self.parts.mlp[0]).entering for replay in replays)
         return torch.equal(quiet, moved)
 
-    def _post_attention_taps(self, attention_ends: Ends, mlp_ends: Ends) -> Iterator[Tap]:
+    def _attention_taps(self, branches: _Branches) -> Iterator[Tap]:
+        """The outputs of modules that are the attention branch: the last behind the attention comes first."""
         parts = self.parts
-        stream = self.probe.run(self._zeros(mlp_ends)).output
-        # What a change of the stream does to all that follows the attention: one that the attention has not seen.
-        asked = self.probe.run(self._natural(attention_ends), entering=self.x + self.delta)
-        asked_held = self.probe.run(self._natural((*attention_ends, *mlp_ends)), entering=self.x + self.delta)
-        for name in [*parts.between(parts.attention[-1], parts.mlp[0]), parts.mlp[0]]:
+        ends = [*parts.attention, *parts.between(parts.attention[-1], parts.stop)]
+        asked = self.natural if self._is_parallel else branches.asked
+        for end in reversed(ends):
+            leaving = self.natural.child(end).leaving
+            if end in (*parts.mlp, *branches.mlp) or not self.compare.same_tokens(leaving):
+                continue
+            moved = self.probe.run({**self._zeros(branches.mlp), end: self.delta}).output
+            whole = self.x + leaving.reshape(self.x.shape)
+            if self.compare.close(moved, self.x + self.delta) and self.compare.close(branches.stream, whole):
+                tap = Tap(end, "output")
+                written = self.probe.run(write=(tap, self._add_delta))
+                if self._same_effect(parts.mlp, written, asked):
+                    yield tap
+
+    def _why_no_attention_tap(self) -> str:
+        if len(self.parts.attention) > 1:
+            return f"no module returns the attention branch: the layer adds up {', '.join(self.parts.attention)}"
+        return "no module returns the attention branch as it is added: the layer scales it first"
+
+    def _is_late(self, attn_out: Tap, mlp_in: Tap | None) -> bool:
+        """Whether a pass reaches the MLP before the attention's branch is there, against the order of hook points."""
+        order = [call.name for call in self.natural.children]
+        later = [self.parts.mlp[0], *([] if mlp_in is None else [mlp_in.path])]
+        return order.index(attn_out.path) > min(map(order.index, later))
+
+    def _post_attention_taps(self, branches: _Branches) -> Iterator[Tap]:
+        parts = self.parts
+        held_ends = (*branches.attention, *branches.mlp)
+        asked_held = self.probe.run(self._natural(held_ends), entering=self.x + self.delta)
+        first = parts.mlp[0]
+        if torch.equal(branches.asked.child(first).entering, self.natural.child(first).entering):
+            return
+        for name in [*parts.between(parts.attention[-1], first), first]:
             given = self.natural.child(name).entering
-            if not (self.compare.same_tokens(given) and self.compare.close(given, stream)):
+            if not (self.compare.same_tokens(given) and self.compare.close(given, branches.stream)):
                 continue
             tap = Tap(name, "input", in_place=True)
             written = self.probe.run(write=(tap, self._add_delta))
-            held = self.probe.run(self._natural(mlp_ends), write=(tap, self._add_delta))
-            if self.compare.close(held.output, asked_held.output) and self._same_effect(name, written, asked):
+            held = self.probe.run(self._natural(branches.mlp), write=(tap, self._add_delta))
+            following = (name, *parts.between(name, parts.mlp[-1]), *parts.mlp)
+            if self.compare.close(held.output, asked_held.output) and self._same_effect(
+                following, written, branches.asked
+            ):
                 yield tap
 
-    def _same_effect(self, first: str, written: Replay, asked: Replay) -> bool:
-        """Whether the modules from `first` to the MLP's last are given what `asked` shows."""
-        parts, natural = self.parts, self.natural
-        following = {first, *parts.between(first, parts.mlp[-1]), *parts.mlp}
-        return not torch.equal(asked.child(parts.mlp[0]).entering, natural.child(parts.mlp[0]).entering) and all(
+    def _same_effect(self, names: Iterable[str], written: Replay, asked: Replay) -> bool:
+        """Whether these modules are given what `asked` shows."""
+        return all(
             self.compare.same_move(
-                natural.child(name).entering, written.child(name).entering, asked.child(name).entering
+                self.natural.child(name).entering, written.child(name).entering, asked.child(name).entering
             )
-            for name in following
+            for name in names
         )
 
     def _value_at(self, tap: Tap) -> torch.Tensor:

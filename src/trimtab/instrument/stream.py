@@ -26,6 +26,12 @@ from trimtab.sites import HookPoint, Site, site_order
 # are quantised as a model runs, a scale. A mix-up moves one of them instead of the token that was changed.
 APART, APART_QUANTISED = 0.05, 0.75
 
+SUMS = (  # what must add up in every layer that has all of it
+    ((HookPoint.PRE_ATTN, HookPoint.ATTN_OUT), HookPoint.POST_ATTN),
+    ((HookPoint.POST_ATTN, HookPoint.MLP_OUT), HookPoint.POST_BLOCK),
+    ((HookPoint.PRE_ATTN, HookPoint.ATTN_OUT, HookPoint.MLP_OUT), HookPoint.POST_BLOCK),
+)
+
 Installed = Callable[[Mapping[Site, Transform]], AbstractContextManager[None]]
 """Hooks a transform onto each site while the context lasts."""
 
@@ -45,7 +51,7 @@ def check_stream(calls: Sequence[LayerCall], hidden_size: int) -> None:
 
 def check_places(model: nn.Module, layers: Sequence[nn.Module], sites: frozenset[Site], installed: Installed) -> None:
     """Raise SteeringError unless each site holds one vector per token, those of a row in order and rows apart; and
-    unless post_attn + mlp_out = post_block in every layer that has both.
+    unless the stream entering a layer and its branches add up to what follows them, wherever these hook points are.
 
     The last token of the shorter prompt is exchanged for another: it, and what may follow it, has to be all that moves.
     """
@@ -58,14 +64,20 @@ def check_places(model: nn.Module, layers: Sequence[nn.Module], sites: frozenset
     full, changed = (run_probe(model, token, padded=False) for token in (5, 6))
     _check_moved(full, changed, "without padding, ", apart)
     for layer in range(len(layers)):
-        around = [Site(layer, hook) for hook in (HookPoint.POST_ATTN, HookPoint.MLP_OUT, HookPoint.POST_BLOCK)]
-        if not sites.issuperset(around):
+        _check_sums(layer, base)
+
+
+def _check_sums(layer: int, values: Mapping[Site, torch.Tensor]) -> None:
+    for terms, result in SUMS:
+        around = [Site(layer, hook) for hook in (*terms, result)]
+        if not values.keys() >= set(around):
             continue
-        eps = torch.finfo(base[around[0]].dtype).eps
-        stream, branch, leaving = (base[site].double() for site in around)
-        bound = 2 * eps * (stream.abs() + branch.abs() + leaving.abs())
-        if not bool(((stream + branch - leaving).abs() <= bound).all()):
-            raise SteeringError(str(around[0]), "post_attn + mlp_out is not post_block in this layer")
+        eps = torch.finfo(values[around[0]].dtype).eps
+        *parts, whole = (values[site].double() for site in around)
+        bound = 2 * eps * sum((part.abs() for part in parts), whole.abs())
+        if not bool(((sum(parts) - whole).abs() <= bound).all()):
+            told = " + ".join(hook.value for hook in terms)
+            raise SteeringError(str(around[0]), f"{told} is not {result} in this layer")
 
 
 def check_additions(

@@ -104,7 +104,8 @@ def read(
     progress: bool,
 ) -> Readings:
     """Read `prompts` at `sites`. Raises SteeringError for activations that are not finite."""
-    needed = list(dict.fromkeys([*sites, *map(stream_site, sites)]))
+    streams = {site: stream_site(site, model.sites.sites) for site in sites}
+    needed = list(dict.fromkeys([*sites, *streams.values()]))
     values = np.empty((len(prompts), len(sites), model.sites.hidden_size), np.float32)
     norms: dict[Site, list[npt.NDArray[np.floating]]] = {site: [] for site in sites}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -119,7 +120,7 @@ def read(
                             "model", f"its activations at {site} are not finite for the prompt {prompts[place]!r:.60}"
                         )
                     values[place, column] = _choose(arrays[site], token)
-                    stream = arrays[stream_site(site)].astype(np.float64)
+                    stream = arrays[streams[site]].astype(np.float64)
                     norms[site].append(np.linalg.norm(stream[1:] if len(stream) > 1 else stream, axis=1))
             bar.advance(task, len(part))
     return Readings(tuple(sites), values, {site: float(np.median(np.concatenate(norms[site]))) for site in sites})

@@ -7,6 +7,7 @@ tokens of the prompts that the vector came from, the first of each left out, sin
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 
 from trimtab.sites import HookPoint, Site
@@ -30,9 +31,16 @@ def without_stream_norms(vector: SteeringVector) -> SteeringVector:
     return vector.with_metadata(replace(vector.metadata, extra=kept))
 
 
-def stream_site(site: Site) -> Site:
-    """Where the stream that `site` acts on is measured: a branch is measured by the stream that it joins."""
-    return Site(site.layer, HookPoint.POST_BLOCK) if site.hook is HookPoint.MLP_OUT else site
+def stream_site(site: Site, served: Collection[Site]) -> Site:
+    """Where the stream that `site` acts on is measured: a branch is measured by the stream that it joins.
+
+    Behind the attention that stream is at `post_attn`, or, where the model has no such site among `served`, at the
+    layer's end, where attention and MLP are added at once.
+    """
+    if site.hook is HookPoint.ATTN_OUT and (between := Site(site.layer, HookPoint.POST_ATTN)) in served:
+        return between
+    branch = site.hook in (HookPoint.ATTN_OUT, HookPoint.MLP_OUT)
+    return Site(site.layer, HookPoint.POST_BLOCK) if branch else site
 
 
 def stream_norm(vector: SteeringVector, site: Site) -> float | None:

@@ -15,7 +15,7 @@ from trimtab.sites import HookPoint
 from trimtab.vectors.content import Content, Writable
 from trimtab.vectors.formats import easyedit, gguf, native, svec
 
-MAX_FILE_BYTES = 256 << 20  # a vector with five hooks in 128 layers of width 16384 in float32 takes 42 MB
+MAX_FILE_BYTES = 256 << 20  # a vector with six hooks in 128 layers of width 16384 in float32 takes 50 MB
 
 
 def read_file(path: Path, *, hook: HookPoint | str | None = None, probes_too: bool = False) -> Content:

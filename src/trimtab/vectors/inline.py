@@ -22,7 +22,7 @@ from trimtab.vectors.values import FloatArray, as_direction, largest
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown, summary, with_suggestions
 
-MAX_INLINE_BYTES = 16 << 20  # float32 bytes in one vector: five hooks in 80 layers of width 8192 take 13 MiB
+MAX_INLINE_BYTES = 16 << 20  # float32 bytes in one vector: six hooks in 80 layers of width 8192 take 15 MiB
 
 MAX_LAYERS = 1024  # more than any model has: it bounds the work that a request can ask for
 

@@ -15,8 +15,8 @@ from torch import nn
 
 Steer = Callable[[str, torch.Tensor], torch.Tensor]
 
-SEQUENTIAL = ("pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block")
-PARALLEL = ("pre_attn", "mlp_in", "mlp_out", "post_block")
+SEQUENTIAL = ("pre_attn", "attn_out", "post_attn", "mlp_in", "mlp_out", "post_block")
+PARALLEL = ("pre_attn", "attn_out", "mlp_in", "mlp_out", "post_block")
 VOCABULARY = 96
 
 COMMON: dict[str, Any] = {
@@ -41,7 +41,7 @@ DROPOUTS = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1)
 def _llama_like(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> torch.Tensor:
     x = steer("pre_attn", x)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **kw)
-    x = steer("post_attn", x + attended)
+    x = steer("post_attn", x + steer("attn_out", attended))
     branch = layer.mlp(steer("mlp_in", layer.post_attention_layernorm(x)))
     branch = branch[0] if isinstance(branch, tuple) else branch  # GPT-OSS returns its router's scores too
     return steer("post_block", x + steer("mlp_out", branch))
@@ -50,7 +50,7 @@ def _llama_like(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -
 def _gemma(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> torch.Tensor:
     x = steer("pre_attn", x)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(x), **kw)
-    x = steer("post_attn", x + layer.post_attention_layernorm(attended))
+    x = steer("post_attn", x + steer("attn_out", layer.post_attention_layernorm(attended)))
     branch = layer.mlp(steer("mlp_in", layer.pre_feedforward_layernorm(x)))
     return steer("post_block", x + steer("mlp_out", layer.post_feedforward_layernorm(branch)))
 
@@ -58,20 +58,21 @@ def _gemma(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> tor
 def _olmo2(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> torch.Tensor:
     x = steer("pre_attn", x)
     attended, _ = layer.self_attn(hidden_states=x, **kw)
-    x = steer("post_attn", x + layer.post_attention_layernorm(attended))
+    x = steer("post_attn", x + steer("attn_out", layer.post_attention_layernorm(attended)))
     branch = layer.mlp(steer("mlp_in", x))  # the MLP reads the stream as it is
     return steer("post_block", x + steer("mlp_out", layer.post_feedforward_layernorm(branch)))
 
 
 def _gpt2(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> torch.Tensor:
     x = steer("pre_attn", x)
-    x = steer("post_attn", x + layer.attn(layer.ln_1(x), **kw)[0])
+    x = steer("post_attn", x + steer("attn_out", layer.attn(layer.ln_1(x), **kw)[0]))
     return steer("post_block", x + steer("mlp_out", layer.mlp(steer("mlp_in", layer.ln_2(x)))))
 
 
 def _neox(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> torch.Tensor:
     x = steer("pre_attn", x)
     attended, _ = layer.attention(layer.input_layernorm(x), **kw)
+    attended = steer("attn_out", attended)
     if layer.use_parallel_residual:
         branch = layer.mlp(steer("mlp_in", layer.post_attention_layernorm(x)))
         return steer("post_block", x + attended + steer("mlp_out", branch))
@@ -81,7 +82,8 @@ def _neox(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> torc
 
 def _opt(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> torch.Tensor:
     x = steer("pre_attn", x)
-    x = steer("post_attn", x + layer.self_attn(hidden_states=layer.self_attn_layer_norm(x), **kw)[0])
+    attended = layer.self_attn(hidden_states=layer.self_attn_layer_norm(x), **kw)[0]
+    x = steer("post_attn", x + steer("attn_out", attended))
     inner = layer.activation_fn(layer.fc1(steer("mlp_in", layer.final_layer_norm(x))))
     return steer("post_block", x + steer("mlp_out", layer.fc2(inner)))
 
@@ -90,7 +92,7 @@ def _falcon(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> tu
     x = steer("pre_attn", x)
     two_norms = hasattr(layer, "ln_attn")
     normed = layer.ln_attn(x) if two_norms else layer.input_layernorm(x)
-    attended = layer.self_attention(normed, **kw)[0]
+    attended = steer("attn_out", layer.self_attention(normed, **kw)[0])
     if layer.config.new_decoder_architecture or layer.config.parallel_attn:
         branch = layer.mlp(steer("mlp_in", layer.ln_mlp(x) if two_norms else normed))
         return steer("post_block", x + attended + steer("mlp_out", branch)), None
@@ -103,13 +105,14 @@ def _cohere(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> to
     x = steer("pre_attn", x)
     normed = layer.input_layernorm(x)
     attended, _ = layer.self_attn(hidden_states=normed, **kw)
+    attended = steer("attn_out", attended)
     return steer("post_block", x + attended + steer("mlp_out", layer.mlp(steer("mlp_in", normed))))
 
 
 def _gptj(layer: Any, x: torch.Tensor, steer: Steer, kw: dict[str, Any]) -> Any:
     x = steer("pre_attn", x)
     normed = layer.ln_1(x)
-    attended = layer.attn(hidden_states=normed, **kw)[0]
+    attended = steer("attn_out", layer.attn(hidden_states=normed, **kw)[0])
     out = steer("post_block", x + attended + steer("mlp_out", layer.mlp(steer("mlp_in", normed))))
     older = "layer_past" in inspect.signature(type(layer).forward).parameters  # Transformers before 5.24
     return (out, None) if older else out
@@ -261,6 +264,8 @@ FAMILIES: dict[str, Family] = {
         _granite_shared,
         ("pre_attn", "post_attn", "mlp_in", "post_block"),
     ),
-    "falcon-h1": Family(hf.FalconH1Config, FALCON_H1, _falcon_h1),
+    "falcon-h1": Family(
+        hf.FalconH1Config, FALCON_H1, _falcon_h1, ("pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block")
+    ),
     "gpt-oss": Family(hf.GptOssConfig, GPT_OSS, _llama_like),
 }

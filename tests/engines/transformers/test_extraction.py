@@ -108,8 +108,12 @@ def test_the_norm_of_the_stream_is_kept_beside_the_vector_without_first_tokens(l
         vector = extract_vector(model, prompts[:1], prompts[1:], layers=[1], progress=False)
         branch = extract_vector(model, prompts[:1], prompts[1:], layers=[1], hook_point="mlp_out", progress=False)
         rows = np.concatenate([one[site][1:] for one in model.activations(prompts, [site])])
+        attention = extract_vector(model, prompts[:1], prompts[1:], layers=[1], hook_point="attn_out", progress=False)
+        between = [one[Site(1, HookPoint.POST_ATTN)][1:] for one in model.activations(prompts, [(1, "post_attn")])]
     median = float(np.median(np.linalg.norm(rows.astype(np.float64), axis=1)))
     assert float(vector.metadata.extra["stream_norm.post_block.1"]) == pytest.approx(median, rel=1e-4)
     assert float(branch.metadata.extra["stream_norm.mlp_out.1"]) == pytest.approx(median, rel=1e-4)  # what it joins
+    joined = float(np.median(np.linalg.norm(np.concatenate(between).astype(np.float64), axis=1)))
+    assert float(attention.metadata.extra["stream_norm.attn_out.1"]) == pytest.approx(joined, rel=1e-4) != median
     (norm,) = vector.norms().values()
     assert dose_of(vector, -2.0) == pytest.approx(2 * norm / median, rel=1e-4)

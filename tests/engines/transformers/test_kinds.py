@@ -42,7 +42,7 @@ MIXED = [  # one prompt each
         Act("ablate", CLOSE, (1, 2)),
         Act("add", W, (1,), options={"scale": 100.0}),
     ],
-    [Act("scale", W, (0, 2), ("mlp_out", "post_block"), "decode", {"factor": 4.0}),
+    [Act("scale", W, (0, 2), ("attn_out", "mlp_out", "post_block"), "decode", {"factor": 4.0}),
      Act("rotate", V, (0, 1, 2), options={"plane": W, "to": -40.0, "adaptive": True}),
      Act("rotate", W, (1,), options={"plane": CLOSE, "by": 75.0}, gate=PROBE),
      Act("lowrank", CLOSE, (2,), options={"write": W, "bias": [20.0]}), Act("swap", V, (1,), gate=EARLY,

@@ -48,7 +48,7 @@ def test_every_kind_in_one_batch_answers_as_the_embedded_engine_does_chunk_by_ch
     assert outcome["slots again"] == []
     assert outcome["slots alone"] == []
     (status,) = outcome["slots status"]
-    assert len(status["slot_sites"]) == len(status["sites"]) == 20
+    assert len(status["slot_sites"]) == len(status["sites"]) == 24
     assert status["rows_in_use"] == status["late_variants"] == 0
 
 

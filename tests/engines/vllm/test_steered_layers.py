@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from trimtab.engines.vllm.worker.attach import _place
 from trimtab.engines.vllm.worker.conventions import Convention
 from trimtab.engines.vllm.worker.layers import steered_branch_class, steered_join_class, steered_layer_class
-from trimtab.ops import SteeringBuffers
+from trimtab.ops import SlotForm, SteeringBuffers
+from trimtab.responses import CLIP
 from trimtab.sites import HookPoint, Site
 
 H, N = 8, 5
@@ -36,10 +37,10 @@ class Branch(nn.Module):
         return 2 * x
 
 
-def buffers_for(*hooks: HookPoint) -> SteeringBuffers:
+def buffers_for(*hooks: HookPoint, slots: SlotForm | None = None) -> SteeringBuffers:
     """One row, row 1, that adds 1, 2, ... at the sites in order; every other token uses it."""
     buffers = SteeringBuffers(
-        [Site(0, hook) for hook in hooks], hidden_size=H, max_rows=3, max_tokens=16, dtype=torch.float32
+        [Site(0, hook) for hook in hooks], hidden_size=H, max_rows=3, max_tokens=16, dtype=torch.float32, slots=slots
     )
     for place in range(len(buffers.sites)):
         buffers.table[place, 1] = place + 1.0
@@ -108,7 +109,7 @@ def test_the_inputs_of_a_layer_are_not_written_to(x: Tensor) -> None:
 def test_a_branch_is_steered_at_its_input_its_output_or_both(x: Tensor) -> None:
     buffers = buffers_for(HookPoint.MLP_IN, HookPoint.MLP_OUT)
     branch = Branch()
-    branch.__class__ = steered_branch_class(Branch, HookPoint.MLP_IN, HookPoint.MLP_OUT)
+    branch.__class__ = steered_branch_class(Branch, HookPoint.MLP_IN, (HookPoint.MLP_OUT,))
     for site in buffers.sites:
         buffers.attach(branch, site)
     torch.testing.assert_close(branch(x), 2 * (x + added(1)) + added(2))
@@ -177,6 +178,33 @@ def test_only_where_something_reads_the_addition_moves_to_the_norm_behind_the_at
     torch.testing.assert_close(hidden, 2 * torch.tanh(3 * x + added(1)))
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_the_attention_branch_is_read_before_what_is_added_behind_it_and_steered_before_the_norm(
+    x: Tensor, read: bool
+) -> None:
+    """A slot at `attn_out` takes a direction out of the branch alone, whether or not something reads at `post_attn`."""
+    hooks = (HookPoint.ATTN_OUT, HookPoint.POST_ATTN)
+    layer, buffers = Joined(), buffers_for(*hooks, slots=SlotForm(1, ("clip",), False))
+    placed = _place(layer, set(hooks), reads_join=read)
+    assert placed == {HookPoint.ATTN_OUT: layer.attention, HookPoint.POST_ATTN: layer.norm if read else layer.attention}
+    for site in buffers.sites:
+        buffers.attach(placed[site.hook], site)
+    unit = torch.nn.functional.normalize(torch.linspace(-1, 1, H), dim=0)
+    assert buffers.slots is not None
+    buffers.table[0, 1], buffers.table[0, 2] = 0.0, unit  # the row adds at `post_attn` alone
+    buffers.slots.rows[0, 1, 0, 0] = 2
+    buffers.slots.codes[0, 1, 0, 0] = CLIP.code
+    buffers.slots.params[0, 1, 0, :5] = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    buffers.slots.mix[0, 1, 0, 0] = 1.0
+    residual = x.roll(1, 0)
+    branch = 2 * x
+    branch[::2] -= (branch[::2] @ unit)[:, None] * unit
+    due = branch + residual + added(2)
+    hidden, leaving = layer(x, residual.clone())
+    torch.testing.assert_close(leaving, due)
+    torch.testing.assert_close(hidden, 2 * torch.tanh(due))
+
+
 def test_results_are_steered_in_place_and_inputs_are_not(x: Tensor) -> None:
     """A layer's result is its own; what a branch is given may be read by others too."""
 
@@ -193,7 +221,7 @@ def test_results_are_steered_in_place_and_inputs_are_not(x: Tensor) -> None:
         if convention is Convention.WHOLE:
             assert layer.made.data_ptr() == stream.data_ptr()
     branch, buffers = Keeps(), buffers_for(HookPoint.MLP_IN, HookPoint.MLP_OUT)
-    branch.__class__ = steered_branch_class(Keeps, HookPoint.MLP_IN, HookPoint.MLP_OUT)
+    branch.__class__ = steered_branch_class(Keeps, HookPoint.MLP_IN, (HookPoint.MLP_OUT,))
     for site in buffers.sites:
         buffers.attach(branch, site)
     before = x.clone()

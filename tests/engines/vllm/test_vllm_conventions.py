@@ -67,6 +67,7 @@ def test_inner_hook_points_are_at_the_ends_of_the_branches(path: str) -> None:
     attention, norm, first, last = ATTENTION_THEN_MLP[path]
     assert attention_join(layer_class(path)) == norm
     assert branch_taps(layer_class(path)) == {
+        HookPoint.ATTN_OUT: BranchTap(attention, is_input=False),
         HookPoint.POST_ATTN: BranchTap(attention, is_input=False),
         HookPoint.MLP_IN: BranchTap(first, is_input=True),
         HookPoint.MLP_OUT: BranchTap(last, is_input=False),

@@ -15,7 +15,7 @@ from support import (
     unmeasured,
 )
 
-ALL = ("pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block")
+ALL = ("pre_attn", "attn_out", "post_attn", "mlp_in", "mlp_out", "post_block")
 OUTER = ("pre_attn", "post_block")
 HOOKS = {"cohere": OUTER, "opt": OUTER, "falcon": OUTER, "transformers": OUTER}
 

@@ -102,7 +102,7 @@ def eight_specs() -> list[Spec]:
     ]
 
 
-HOOKS = ("pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block")
+HOOKS = ("pre_attn", "attn_out", "post_attn", "mlp_in", "mlp_out", "post_block")
 SLOTS: dict[str, Any] = {
     "slots": 3,
     "kinds": ["ablate", "clamp", "scale", "swap", "rotate"],
@@ -121,7 +121,8 @@ def slot(
 
 def slot_specs() -> list[dict[str, Any]]:
     """Specs of all kinds: alone, in sets, beside what is added, behind gates, in either phase, at every hook point."""
-    gate = {"probe": {"post_attn": {"0": random_spec(70, layers=[0])["interventions"][0]["vector"]["post_block"]["0"]}}}
+    probe = random_spec(70, layers=[0])["interventions"][0]["vector"]["post_block"]
+    gate, of_the_branch = {"probe": {"post_attn": probe}}, {"probe": {"attn_out": probe}}
     turned = slot("ablate", 47, [1, 2])  # overlaps with the direction that it stands beside
     for layer, values in turned["vector"]["post_block"].items():
         other = slot("clamp", 48, [1, 2])["vector"]["post_block"][layer]
@@ -134,8 +135,8 @@ def slot_specs() -> list[dict[str, Any]]:
         [slot("swap", 44, [0, 3], to=slot("swap", 45, [0, 3])["vector"])],
         [turned, slot("clamp", 48, [1, 2], min=5.0, strength=0.75), slot("scale", 46, [2, 3], factor=3.0)],
         [*random_spec(3, strength=2.0)["interventions"], slot("clamp", 50, value={str(n): 3.0 + n for n in range(4)})],
-        [slot("clamp", 51, [0, 1, 3], value=-8.0, gate=gate | {"threshold": 0.0, "hard": True})],
-        [slot("clamp", 52, hooks=HOOKS, value=3.0, phase="prefill"), slot("clamp", 53, hooks=HOOKS[3:], value=-4.0)],
+        [slot("clamp", 51, [0, 1, 3], value=-8.0, gate=of_the_branch | {"threshold": 0.0, "hard": True})],
+        [slot("clamp", 52, hooks=HOOKS, value=3.0, phase="prefill"), slot("clamp", 53, hooks=HOOKS[4:], value=-4.0)],
         [spread, *random_spec(5, layers=[3], phase="decode")["interventions"]],
         [
             slot("scale", 54, [1, 2], factor=5.0, gate=gate | {"threshold": 0.2, "sharpness": 0.5}),

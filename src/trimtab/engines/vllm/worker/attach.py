@@ -16,7 +16,7 @@ from trimtab.engines.vllm.worker.unsteerable_layers import unsupported_reason
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.ops import ROWS_ONLY, Emission, SteeringBuffers, set_emission
-from trimtab.sites import HookPoint, Site
+from trimtab.sites import HookPoint, Site, in_order
 
 _LAYER_HOOKS = frozenset({HookPoint.PRE_ATTN, HookPoint.POST_BLOCK})
 
@@ -83,8 +83,8 @@ def _runs_eagerly(vllm_config: Any) -> bool:
 def _place(layer: nn.Module, hooks: set[HookPoint], *, reads_join: bool) -> dict[HookPoint, nn.Module]:
     """Exchange the classes of `layer` and of those of its children that `hooks` need; which module serves which.
 
-    `post_attn` needs no whole stream to be added to, and is cheapest where the attention ends; where something reads it
-    (`reads_join`) it is at the norm that follows.
+    `post_attn` needs no whole stream to be added to, and is cheapest where the attention ends, behind `attn_out`; where
+    something reads it (`reads_join`) it is at the norm that follows.
     """
     taps = branch_taps(type(layer))
     placed: dict[HookPoint, nn.Module] = {}
@@ -92,14 +92,13 @@ def _place(layer: nn.Module, hooks: set[HookPoint], *, reads_join: bool) -> dict
         join = layer.get_submodule(attention_join(type(layer)))
         join.__class__ = steered_join_class(type(join))
         placed[HookPoint.POST_ATTN] = join
-    children: dict[str, dict[bool, HookPoint]] = {}
-    for hook in hooks - _LAYER_HOOKS - placed.keys():
-        tap = taps[hook]
-        children.setdefault(tap.path, {})[tap.is_input] = hook
-    for path, ends in children.items():
+    inner = in_order(hooks - _LAYER_HOOKS - placed.keys())
+    for path in dict.fromkeys(taps[hook].path for hook in inner):
+        own = [hook for hook in inner if taps[hook].path == path]
+        entering = next((hook for hook in own if taps[hook].is_input), None)
         child = layer.get_submodule(path)
-        child.__class__ = steered_branch_class(type(child), ends.get(True), ends.get(False))
-        placed.update(dict.fromkeys(ends.values(), child))
+        child.__class__ = steered_branch_class(type(child), entering, tuple(hook for hook in own if hook != entering))
+        placed.update(dict.fromkeys(own, child))
     if hooks & _LAYER_HOOKS:
         layer.__class__ = steered_layer_class(type(layer), convention_of(type(layer)))
         placed.update(dict.fromkeys(hooks & _LAYER_HOOKS, layer))

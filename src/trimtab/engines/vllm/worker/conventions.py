@@ -73,13 +73,14 @@ def branch_taps(layer_class: type) -> dict[HookPoint, BranchTap]:
         h = self.<mlp>(h)                         any number of further h = self.<module>(h)
         return h, residual
 
-    What is added to the last module before the norm enters the stream, and the MLP, as `post_attn` says; what follows
-    the norm is the MLP branch.
+    What the last module before the norm returns is the attention branch: what is added to it enters the stream, and the
+    MLP, as `post_attn` says, too. What follows the norm is the MLP branch.
     """
     form = _recognised(layer_class)
     if form is None:
         return {}
     return {
+        HookPoint.ATTN_OUT: BranchTap(form.attention, is_input=False),
         HookPoint.POST_ATTN: BranchTap(form.attention, is_input=False),
         HookPoint.MLP_IN: BranchTap(form.first, is_input=True),
         HookPoint.MLP_OUT: BranchTap(form.last, is_input=False),

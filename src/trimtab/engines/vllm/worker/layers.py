@@ -55,7 +55,7 @@ class SteeredBranch:
     """Mixed in before the class of a layer's child: adds to what it is given, to what it returns, or to both."""
 
     steering_input: HookPoint | None
-    steering_output: HookPoint | None
+    steering_outputs: tuple[HookPoint, ...]  # in forward order
     steering_hidden: Slot
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,11 +63,10 @@ class SteeredBranch:
             steered = emit(_module(self), self.steering_input, argument(args, kwargs, self.steering_hidden))
             args, kwargs = with_argument(args, kwargs, self.steering_hidden, steered)
         out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if self.steering_output is None:
-            return out
-        if isinstance(out, tuple):
-            return (emit(_module(self), self.steering_output, out[0], in_place=True), *out[1:])
-        return emit(_module(self), self.steering_output, out, in_place=True)
+        made = out[0] if isinstance(out, tuple) else out
+        for hook in self.steering_outputs:
+            made = emit(_module(self), hook, made, in_place=True)
+        return (made, *out[1:]) if isinstance(out, tuple) else made
 
 
 class SteeredJoin:
@@ -90,14 +89,14 @@ def steered_layer_class(base: type, convention: Convention) -> type:
     return _subclass(SteeredLayer, base, convention.value, attributes)
 
 
-def steered_branch_class(base: type, steering_input: HookPoint | None, steering_output: HookPoint | None) -> type:
+def steered_branch_class(base: type, steering_input: HookPoint | None, steering_outputs: tuple[HookPoint, ...]) -> type:
     """The steered subclass of the class of a layer's child: the same object for the same arguments."""
     attributes = {
         "steering_input": steering_input,
-        "steering_output": steering_output,
+        "steering_outputs": steering_outputs,
         "steering_hidden": stream_slots(base)[0],
     }
-    label = "_".join(hook.value for hook in (steering_input, steering_output) if hook is not None)
+    label = "_".join(hook.value for hook in (steering_input, *steering_outputs) if hook is not None)
     return _subclass(SteeredBranch, base, label, attributes)
 
 

@@ -9,7 +9,7 @@ What the layer's own branches answer drops out. They read the stream through a n
 all else is the same at both strengths; what does not drop out shows across the pattern, and then there is no reading.
 The factor has to be 1 at
 
-- `post_block`, `mlp_out` and `post_attn`: each is added to the stream itself;
+- `post_block`, `mlp_out`, `post_attn` and `attn_out`: each is added to the stream itself;
 - each layer that hands on the stream in two parts, up to the last that is steered: an addition that a hook makes to
   what the layer is given passes through it. vLLM scales such a stream to keep it in float16's range, and then it is
   not the model's. A layer that returns one whole stream may scale it, or norm it, by its own definition.
@@ -43,7 +43,7 @@ _WEAK = 64.0  # times the stream's own root mean square, or 1 if that is smaller
 _STEP = 4.0
 _RANGE = (2.0**15, 2.0**26)  # what 4 s u may reach: half of float16's range, and far below that of the others
 _CLEAR = 0.2  # of the expected difference: how much of it may lie across the pattern
-_MEASURED = (HookPoint.PRE_ATTN, HookPoint.POST_ATTN, HookPoint.MLP_OUT, HookPoint.POST_BLOCK)
+_MEASURED = frozenset(HookPoint) - {HookPoint.MLP_IN}
 _TOKENS = 64  # of a pass at most
 
 Factors = dict[Any, float]  # by site or layer; those without a reading are left out
