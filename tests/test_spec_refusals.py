@@ -77,9 +77,9 @@ REFUSED_IN_FORM = {
     "layer named twice": (add(layers=[2, 1, 2]), "interventions[1].layers[2]", "twice"),
     "too many layers": (add(layers=range(10**9)), "interventions[1].layers", "at most 1024"),
     "too many rows": (
-        add(vector={"post_block": {str(layer): [1.0] for layer in range(6000)}}),
+        add(vector={"post_block": {str(layer): [1.0] for layer in range(7000)}}),
         f"{V}.post_block",
-        "6000 sites are too many",
+        "7000 sites are too many",
     ),
     "too many packed rows": (inline(shape=[1 << 22, 1]), f"{V}.post_block.shape", "4194304 sites are too many"),
     "vector is a number": (add(vector=3), V, "want a registered name"),

@@ -117,7 +117,7 @@ def test_a_spread_vector_is_a_vector_like_others() -> None:
 
 
 def test_a_spread_ablation_does_not_compute_each_row_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a request of 5,000 sites makes the server compute before its sites are checked is one row's worth."""
+    """What a request of 6,000 sites makes the server compute before its sites are checked is one row's worth."""
     sizes: list[int] = []
     norm = np.linalg.norm
 

@@ -28,7 +28,7 @@ def content(vector: SteeringVector) -> dict[str, list[float]]:
 def test_sites_are_kept_in_forward_order_with_their_own_direction() -> None:
     rows = {Site(layer, hook): [layer, len(hook)] for layer in (3, 0) for hook in reversed(HookPoint)}
     vector = SteeringVector(rows)
-    expected = ["pre_attn", "post_attn", "mlp_in", "mlp_out", "post_block"]
+    expected = ["pre_attn", "attn_out", "post_attn", "mlp_in", "mlp_out", "post_block"]
     assert [str(site) for site in vector.sites] == [f"{hook}:{layer}" for layer in (0, 3) for hook in expected]
     assert all(vector.directions[site].tolist() == numbers for site, numbers in rows.items())
     assert (vector.hidden_size, vector.layers) == (2, (0, 3))

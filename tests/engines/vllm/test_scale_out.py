@@ -7,7 +7,7 @@ from vllm_harness import run_scenario
 
 pytestmark = pytest.mark.vllm
 
-SITES = 20  # five hook points in four layers
+SITES = 24  # six hook points in four layers
 
 
 @pytest.fixture(scope="module", params=["tp", "pp"])
@@ -27,7 +27,7 @@ def test_ranks_that_saw_the_same_requests_hold_the_same_state(parallel: tuple[st
     assert (first["rank"], second["rank"]) == (0, 1)
     assert first["digest"] == second["digest"]
     assert first["row_uploads"] == second["row_uploads"] > 0
-    assert first["capacity"] == second["capacity"] == 12  # 39 requests with 18 different specs had to wait for them
+    assert first["capacity"] == second["capacity"] == 12  # 39 requests with 20 different specs had to wait for them
     assert first["rows_in_use"] == second["rows_in_use"] == 0
 
 

@@ -189,7 +189,7 @@ def test_the_attention_branch_is_read_before_what_is_added_behind_it_and_steered
     assert placed == {HookPoint.ATTN_OUT: layer.attention, HookPoint.POST_ATTN: layer.norm if read else layer.attention}
     for site in buffers.sites:
         buffers.attach(placed[site.hook], site)
-    unit = torch.nn.functional.normalize(torch.linspace(-1, 1, H), dim=0)
+    unit = torch.nn.functional.normalize(torch.linspace(-1, 2, H), dim=0)
     assert buffers.slots is not None
     buffers.table[0, 1], buffers.table[0, 2] = 0.0, unit  # the row adds at `post_attn` alone
     buffers.slots.rows[0, 1, 0, 0] = 2

@@ -135,7 +135,7 @@ def slot_specs() -> list[dict[str, Any]]:
         [slot("swap", 44, [0, 3], to=slot("swap", 45, [0, 3])["vector"])],
         [turned, slot("clamp", 48, [1, 2], min=5.0, strength=0.75), slot("scale", 46, [2, 3], factor=3.0)],
         [*random_spec(3, strength=2.0)["interventions"], slot("clamp", 50, value={str(n): 3.0 + n for n in range(4)})],
-        [slot("clamp", 51, [0, 1, 3], value=-8.0, gate=of_the_branch | {"threshold": 0.0, "hard": True})],
+        [slot("clamp", 51, [0, 1, 3], value=-8.0, gate=gate | {"threshold": 0.0, "hard": True})],
         [slot("clamp", 52, hooks=HOOKS, value=3.0, phase="prefill"), slot("clamp", 53, hooks=HOOKS[4:], value=-4.0)],
         [spread, *random_spec(5, layers=[3], phase="decode")["interventions"]],
         [
@@ -144,6 +144,7 @@ def slot_specs() -> list[dict[str, Any]]:
             slot("clamp", 55, [2], ["post_attn"], min=2.0, max=6.0),
         ],
         [slot("rotate", 56, [1, 2], plane=slot("rotate", 57, [1, 2])["vector"], to=30.0), slot("ablate", 58, [2])],
+        [slot("clamp", 59, [0, 1], ["attn_out"], value=6.0, gate=of_the_branch | {"threshold": 0.1})],
     ]
     return [{"interventions": some} for some in steps]
 
