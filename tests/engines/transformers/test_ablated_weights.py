@@ -43,7 +43,7 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "cohere"])
 def test_one_direction_ablated_in_a_branch_equals_orthogonalised_writers_of_that_branch(name):
-    family, options = FAMILIES[name], {"max_new_tokens": STEPS, "do_sample": False}
+    family, options = FAMILIES[name], {"max_new_tokens": 2, "do_sample": False}
     ablation = {"kind": "ablate", "vector": {"attn_out": {"1": V.tolist()}}, "layers": [0, 1, 2]}
     first = []
     for hooks in (["attn_out"], ["mlp_out"], ["attn_out", "mlp_out"], ["pre_attn", "attn_out", "mlp_out"]):
