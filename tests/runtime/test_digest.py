@@ -284,6 +284,7 @@ NOT_STATE = {
         "_records": "seen by `_record_words`", "_rows": "seen by it", "_coefficients": "seen by it",
         "_last_ids": "whose slots `_last_slots` are", "_last_steered": "follows from `_last_slots`",
         "_counts": "room for a step's numbers", "_segments": "room for a step's records",
+        "_is_planned": "whether the plan that the device holds is that of `_last_ids`", "_planned": "the counts of it",
     },
     "gates": {
         "_buffers": "the device", "_words": "a view of `_records`", "_probes": "an allocator as above",
@@ -291,9 +292,9 @@ NOT_STATE = {
         "_slab": "an uploader as below", "meters": "below",
     },
     "meters": {
-        "_values": "the device", "_on_gpu": "constant", "_free": "depends on when passes end",
+        "_free": "depends on when passes end", "_most": "constant",
         **dict.fromkeys(
-            ("_expected", "_sums", "_passes", "_sent", "_folded", "_closing", "_staging", "_finished", "_totals"),
+            ("_log", "_last", "_expected", "_sums", "_kept", "_folded", "_closing", "_finished", "_totals"),
             "what gates were seen to do, and how far that is",
         ),
     },

@@ -109,6 +109,7 @@ class GateLanes:
             self._unwritten.clear()
         if counts is None:
             self._slab.write(np.zeros((0, self._words.shape[1] // COLUMNS), np.int64))
+            self.meters.expect_none()
             return
         segments = self._words[slots].reshape(COLUMNS * len(slots), -1)
         self._slab.write(np.repeat(segments, counts.reshape(-1), axis=0))

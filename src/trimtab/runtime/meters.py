@@ -1,7 +1,7 @@
 """What gates did: tokens evaluated, mean factor, and how many exceeded one half, per request and per probe.
 
-The factors of a forward pass are copied to the host behind it, in stream order, and read once the copy has finished,
-which is seen without waiting: a step or two later on a GPU. `report` and `totals` wait, and are called between steps.
+The factors of each forward pass are kept behind it, and added up once they have reached the host (`runtime.passes`):
+passes later, many at a time. `report` and `totals` wait, and are called between steps.
 
 What is kept is bounded: of requests that are gone the last `KEPT_REPORTS` owners, of each only names and sums; in
 totals `MOST_LABELS` names.
@@ -9,18 +9,16 @@ totals `MOST_LABELS` names.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from trimtab.program.counting import GateUse
 from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.runtime.passes import IntArray, PassLog
 from trimtab.runtime.step_plan import COLUMNS
-from trimtab.runtime.upload import Staging
 
 KEPT_REPORTS = 4096  # owners of requests that are gone; the oldest are forgotten first
 MOST_LABELS = 4096  # names in totals: any number of them can be registered, one after the other
@@ -31,7 +29,6 @@ INLINE, OTHERS = "(inline)", "(others)"
 Phases = tuple[tuple[ResolvedGate | None, ...], ...]
 """The gates of each span, None where another rank evaluates it."""
 
-IntArray = npt.NDArray[np.int64]
 Sums = npt.NDArray[np.float64]  # [COLUMNS, G, 4]: tokens, sum of factors, factors above one half, times lowered
 
 
@@ -43,34 +40,20 @@ class _Named(NamedTuple):
     label: str  # in totals
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """The factors of one forward pass on their way to the host, and whose they are."""
-
-    arrived: "torch.cuda.Event | None"
-    staged: Staging  # [G * tokens] float32
-    meters: IntArray  # [B]
-    counts: IntArray  # [B, COLUMNS]: tokens per request and span
-
-    def has_arrived(self) -> bool:
-        return self.arrived is None or bool(self.arrived.query())  # type: ignore[no-untyped-call]
-
-
 class GateMeters:
     """Adds up the factors `values` [G, T] of forward passes. Each slot with gates has a meter while it is in use."""
 
     def __init__(self, values: Tensor, max_requests: int) -> None:
-        self._values = values
-        self._on_gpu = values.is_cuda
-        self._sums = np.zeros((1 + 2 * max_requests, COLUMNS, values.shape[0], 4))  # by meter; 0 takes the rest
+        self._log = PassLog(values)
+        self._most = max_requests
+        self._sums = np.zeros((1 + 3 * max_requests, COLUMNS, values.shape[0], 4))  # by meter; 0 takes the rest
         self._free = list(range(len(self._sums) - 1, 0, -1))
         self._owner: dict[int, tuple[str, _Names]] = {}
         self._meter_of = np.zeros(max_requests + 1, np.int64)  # by slot
-        self._expected: tuple[IntArray, IntArray] | None = None
-        self._passes: deque[_Pass] = deque()
-        self._sent = self._folded = 0  # passes
+        self._last: IntArray | None = None  # where each token of the last pass counts, None where it had no gates
+        self._expected = False  # whether that pass is still to be kept
+        self._kept = self._folded = 0  # passes
         self._closing: deque[tuple[int, int]] = deque()  # (the last pass that counts, meter)
-        self._staging: list[Staging] = []
         self._finished: OrderedDict[str, dict[_Named, Sums]] = OrderedDict()
         self._totals: dict[str, Sums] = {}  # of finished requests, by label
 
@@ -94,31 +77,33 @@ class GateMeters:
         """The request of `slot` has gone; what is under way for it still counts. One without a meter is no error."""
         if not (meter := int(self._meter_of[slot])):
             return
-        self._closing.append((self._sent + (self._expected is not None), meter))
+        self._closing.append((self._kept + self._expected, meter))
         self._meter_of[slot] = 0
         self._finish()
 
     def expect(self, slots: IntArray, counts: IntArray) -> None:
         """The next forward pass evaluates the gates of `slots` [B] on `counts` [B, COLUMNS] tokens."""
-        self._expected = self._meter_of[slots], counts.copy()
+        places = self._meter_of[slots, None] * COLUMNS + np.arange(COLUMNS)
+        self._last = np.repeat(places.reshape(-1), counts.reshape(-1))
+        self._expected = True
+
+    def expect_again(self) -> None:
+        """The next forward pass is like the last one, of the same requests."""
+        self._expected = self._last is not None
+
+    def expect_none(self) -> None:
+        """The next forward pass evaluates no gate."""
+        self._last = None
 
     def collect(self) -> None:
-        """To be called before another pass runs, whoever runs it: fetches what the last one decided."""
-        if self._expected is not None:
-            meters, counts = self._expected
-            self._expected = None
-            tokens = int(counts.sum())
-            staged = self._staging.pop() if self._staging else self._new_staging()
-            values = self._values[:, :tokens].reshape(-1)
-            staged.tensor[: len(values)].copy_(values, non_blocking=self._on_gpu)
-            event = None
-            if self._on_gpu:
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(torch.cuda.current_stream(self._values.device))
-            self._passes.append(_Pass(event, staged, meters, counts))
-            self._sent += 1
-        while self._passes and self._passes[0].has_arrived():
-            self._fold(self._passes.popleft())
+        """To be called before another pass runs, whoever runs it: keeps what the last one decided."""
+        if self._expected and self._last is not None:
+            self._log.keep(self._last)
+            self._kept += 1
+            self._expected = False
+        if self._closing and len(self._free) <= self._most:
+            self._log.send()  # a meter is free again when its last pass has arrived
+        self._fold(wait=False)
 
     def report(self, owner: str) -> tuple[GateUse, ...]:
         """What each gate of the requests of `owner` has done so far; waits for the pass under way."""
@@ -132,11 +117,8 @@ class GateMeters:
     def settle(self) -> None:
         """Count everything that has been launched, waiting for it."""
         self.collect()
-        while self._passes:
-            first = self._passes.popleft()
-            if first.arrived is not None:
-                first.arrived.synchronize()
-            self._fold(first)
+        self._log.send()
+        self._fold(wait=True)
 
     def totals(self) -> tuple[GateUse, ...]:
         """What was done since start, by label: a probe's name, or one for all without; waits for the pass under way."""
@@ -153,29 +135,16 @@ class GateMeters:
         meters = enumerate(self._meter_of.tolist())
         return repr([(slot, self._owner[meter][0]) for slot, meter in meters if meter]).encode()
 
-    def _new_staging(self) -> Staging:
-        with torch.inference_mode(False):  # steps run in it, reports do not: both write here
-            tensor = torch.empty(self._values.numel(), dtype=torch.float32, pin_memory=self._on_gpu)
-        return Staging(tensor, tensor.numpy())
-
-    def _fold(self, done: _Pass) -> None:
-        counts = done.counts.reshape(-1)
-        kept = np.flatnonzero(counts)
-        if len(kept):
-            gates, tokens = self._values.shape[0], int(counts.sum())
-            factors = done.staged.array[: gates * tokens].reshape(gates, tokens)
-            above = factors > 0.5
-            if tokens > len(kept):  # else each of them is a segment already, as in a pass that only decodes
-                starts = (np.cumsum(counts) - counts)[kept]
-                factors = np.add.reduceat(factors, starts, axis=1, dtype=np.float64)
-                above = np.add.reduceat(above, starts, axis=1, dtype=np.int64)
-            sums = np.zeros((len(kept), gates, 4))
-            sums[..., 0], sums[..., 1], sums[..., 2] = counts[kept, None], factors.T, above.T
-            # A request is in a batch once, so no meter but 0 is named twice.
-            self._sums[done.meters[kept // COLUMNS], kept % COLUMNS] += sums
-        self._staging.append(done.staged)
-        self._folded += 1
-        self._finish()
+    def _fold(self, *, wait: bool) -> None:
+        for passes, keys, factors in self._log.arrived(wait=wait):
+            places = self._sums.reshape(-1, *self._sums.shape[2:])
+            tokens = np.bincount(keys)
+            places[: len(tokens), :, 0] += tokens[:, None]
+            for gate, column in enumerate(factors.T):
+                places[: len(tokens), gate, 1] += np.bincount(keys, column)
+                places[: len(tokens), gate, 2] += np.bincount(keys, column > 0.5)
+            self._folded += passes
+            self._finish()
 
     def _finish(self) -> None:
         while self._closing and self._closing[0][0] <= self._folded:

@@ -40,6 +40,11 @@ class SiteMonitors:
         """What is on here, by site; for reading."""
         return self._gates
 
+    @property
+    def idle(self) -> bool:
+        """Whether none is on here, was on in the last pass, or has been taken away since."""
+        return not (self._gates or self._changed or self._written[0])
+
     def set(self, gate: ResolvedGate) -> None:
         """Let `gate` be the monitor of its probe's site, in place of any other. Raises SteeringError."""
         check_probe(gate, self._buffers)

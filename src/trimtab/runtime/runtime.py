@@ -172,17 +172,23 @@ class SteeringRuntime:
             self._slot_rows.write()
         if self._row_monitors is not None:
             self._row_monitors.write()
+        unmonitored = self._monitors.idle
         worn = self._monitors.write()
         words = NO_TOKENS
         gated = None
         if self._planner.steers(request_ids):
-            planned = self._planner.plan(as_ints(first_positions), as_ints(token_counts), as_ints(prompt_lengths))
+            same = self._planner.count(as_ints(first_positions), as_ints(token_counts), as_ints(prompt_lengths))
+            tokens = int(self._planner.counts.sum())
             limit = len(self._buffers.token_slab) if padded_tokens is None else padded_tokens
-            if not len(planned) <= limit <= len(self._buffers.token_slab):
+            if not tokens <= limit <= len(self._buffers.token_slab):
                 raise ValueError(
-                    f"{len(planned)} tokens in a forward pass of {limit}; the buffers hold "
-                    f"{len(self._buffers.token_slab)}"
+                    f"{tokens} tokens in a forward pass of {limit}; the buffers hold {len(self._buffers.token_slab)}"
                 )
+            if same and unmonitored:  # all that follows was done before the last pass
+                if gates is not None:
+                    gates.meters.expect_again()
+                return
+            planned = self._planner.plan()
             if planned.reshape(-1).view(TOKEN)["index"].any():
                 words = planned
             if gates is not None and gates.in_batch(self._planner.batch):

@@ -58,6 +58,7 @@ class StepPlanner:
         self._last_ids: list[str] | None = None
         self._last_slots = np.zeros(0, np.int64)
         self._last_steered = False
+        self._is_planned = False  # whether the batch last given to `steers` has a plan
         self._resize(max_requests)
 
     @property
@@ -72,7 +73,7 @@ class StepPlanner:
 
     @property
     def counts(self) -> IntArray:
-        """Tokens per request of that batch and span, [B, COLUMNS], as `plan` last counted them."""
+        """Tokens per request of that batch and span, [B, COLUMNS], as `count` last found them."""
         return self._counts[: len(self._last_slots)]
 
     def rows(self, slots: IntArray) -> IntArray:
@@ -110,19 +111,27 @@ class StepPlanner:
             self._last_ids = ids.copy()
             self._last_slots = np.fromiter(map(self._slot_of.get, ids, repeat(NO_SLOT)), np.int64, len(ids))
             self._last_steered = bool(self._last_slots.any())
+            self._is_planned = False
             if len(ids) > len(self._counts):
                 self._resize(2 * len(ids))
         return self._last_steered
 
-    def plan(self, first_positions: IntArray, token_counts: IntArray, prompt_lengths: IntArray) -> Words:
-        """Token records [N, TOKEN_WORDS] of the batch last given to `steers`, N = sum of `token_counts`."""
-        batch = len(self._last_slots)
-        counts, segments = self._counts[:batch], self._segments[:batch]
+    def count(self, first_positions: IntArray, token_counts: IntArray, prompt_lengths: IntArray) -> bool:
+        """Count the tokens of the batch last given to `steers`. Whether its last plan was of the same requests, with
+        the same records, and of as many tokens each: then it is that of these tokens too."""
+        counts = self._counts[: len(self._last_slots)]
         prefill = counts[:, PREFILL]
         np.subtract(prompt_lengths, first_positions, out=prefill)  # tokens of the prompt still to come
         np.maximum(prefill, 0, out=prefill)
         np.minimum(prefill, token_counts, out=prefill)
         np.subtract(token_counts, prefill, out=counts[:, DECODE])
+        return self._is_planned and np.array_equal(counts, self._planned[: len(counts)])
+
+    def plan(self) -> Words:
+        """Token records [N, TOKEN_WORDS] of the N tokens that were counted last."""
+        counts, segments = self.counts, self._segments[: len(self._last_slots)]
+        self._planned[: len(counts)] = counts
+        self._is_planned = True
         # mode="clip" lets numpy write to `out` without a copy; every slot is in range
         np.take(self._record_words, self._last_slots, axis=0, out=segments, mode="clip")
         return np.repeat(segments.reshape(-1, TOKEN_WORDS), counts.reshape(-1), axis=0)
@@ -136,6 +145,7 @@ class StepPlanner:
 
     def _resize(self, batch: int) -> None:
         self._counts = np.zeros((batch, COLUMNS), np.int64)
+        self._planned = np.zeros((batch, COLUMNS), np.int64)  # those of the last plan
         self._segments = np.zeros((batch, COLUMNS * TOKEN_WORDS), np.int64)
 
 

@@ -94,6 +94,8 @@ class TableRows:
 
     def write(self) -> None:
         """Bring the device up to date."""
+        if not (self._unwritten or self._turned):
+            return
         if self._unwritten:
             self._table.write(self._unwritten)
             self.uploads += len(self._unwritten)

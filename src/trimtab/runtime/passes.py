@@ -1,0 +1,89 @@
+"""What forward passes leave behind on the device, on its way to the host.
+
+Behind each pass it is copied once, to the end of a log on the device. The log goes to the host when it is full, after
+`MOST_PASSES`, or when somebody asks, in one copy that is seen to have arrived without waiting for it. So a pass costs
+the host one launch, and what comes of many is read at once.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trimtab.runtime.upload import Staging
+
+MOST_PASSES = 32  # on the device at one time
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Arrived(NamedTuple):
+    """What some passes left behind for N tokens, with what each token was said to be."""
+
+    passes: int
+    keys: IntArray  # [N]
+    values: npt.NDArray[np.float32]  # [N, G]; to be read before the next is asked for
+
+
+class _Sent(NamedTuple):
+    """A log on its way."""
+
+    event: "torch.cuda.Event | None"
+    staged: Staging
+    passes: list[IntArray]
+
+    def has_arrived(self) -> bool:
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+
+class PassLog:
+    """Keeps the first tokens of `values` [G, T] float32 of every pass until they are read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._on_gpu = values.T, values.is_cuda
+        self._log = torch.empty(self._values.shape, dtype=torch.float32, device=values.device)
+        self._end = 0  # tokens that it holds
+        self._passes: list[IntArray] = []  # what it holds, by pass
+        self._sent: deque[_Sent] = deque()
+        self._staging: list[Staging] = []  # not under way
+
+    def keep(self, keys: IntArray) -> None:
+        """Copy what the pass that has just been launched leaves behind for its first tokens, one for each of `keys`."""
+        tokens = len(keys)
+        if self._end + tokens > len(self._log) or len(self._passes) == MOST_PASSES:
+            self.send()
+        self._log[self._end : self._end + tokens].copy_(self._values[:tokens])
+        self._end += tokens
+        self._passes.append(keys)
+
+    def send(self) -> None:
+        """Let what is kept go to the host."""
+        if not self._passes:
+            return
+        staged = self._staging.pop() if self._staging else self._new_staging()
+        staged.tensor[: self._end].copy_(self._log[: self._end], non_blocking=self._on_gpu)
+        event = None
+        if self._on_gpu:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._log.device))
+        self._sent.append(_Sent(event, staged, self._passes))
+        self._end, self._passes = 0, []
+
+    def arrived(self, *, wait: bool) -> Iterator[Arrived]:
+        """What was sent and has arrived, or with `wait` all of it."""
+        while self._sent and (wait or self._sent[0].has_arrived()):
+            event, staged, passes = self._sent.popleft()
+            if event is not None:
+                event.synchronize()
+            keys = np.concatenate(passes)
+            yield Arrived(len(passes), keys, staged.array[: len(keys)])
+            self._staging.append(staged)
+
+    def _new_staging(self) -> Staging:
+        with torch.inference_mode(False):  # steps run in it, reports do not: both write here
+            tensor = torch.empty(self._log.shape, dtype=torch.float32, pin_memory=self._on_gpu)
+        return Staging(tensor, tensor.numpy())
