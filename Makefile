@@ -3,6 +3,7 @@
 #   make demo   train nothing, download no model: steer the bundled one and measure the effect
 #   make test   every test, stock vLLM on the CPU included
 #   make test-versions   tests of the engines on the oldest and the newest Transformers and vLLM that are admitted
+#   make test-oracles   kinds of intervention against the libraries that the methods come from
 #   make serve-cpu   stock vLLM on the CPU with steering on: the bundled model, or MODEL=PATH
 #   make lint   ruff and mypy
 #   make test-gpu   the tests that need a CUDA device (see docs/performance.md)
@@ -53,7 +54,13 @@ test-on-transformers-oldest test-on-transformers-newest: test-on-%: $(FOLDER)/%/
 test-on-vllm-oldest test-on-vllm-newest: test-on-%: $(FOLDER)/%/.complete
 	$(ON) $(PYTEST) -n 3 $(ON_VLLM) $(PYTEST_ARGS)
 
-$(VERSIONS:%=$(FOLDER)/%/.complete): $(FOLDER)/%/.complete: tests/support/versions/%.txt $(VENV)/.vllm
+# The libraries of tests/oracles are such a folder too: no other test finds them.
+test-oracles: test-on-oracles
+test-on-oracles: test-on-%: $(FOLDER)/%/.complete
+	$(ON) $(PYTEST) -n 2 tests/oracles $(PYTEST_ARGS)
+
+FOLDERS := $(patsubst %,$(FOLDER)/%/.complete,$(VERSIONS) oracles)
+$(FOLDERS): $(FOLDER)/%/.complete: tests/support/versions/%.txt $(VENV)/.vllm
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target $(@D) --requirement $<
 	@touch $@
@@ -95,4 +102,4 @@ $(VENV)/.vllm: $(VENV)/.dev $(CPU_VLLM)/requirements.txt $(CPU_VLLM)/pyproject.t
 	$(PIP) --no-deps ./$(CPU_VLLM)
 	@touch $@
 
-.PHONY: demo serve-cpu test test-versions $(VERSIONS:%=test-on-%) lint types test-gpu clean
+.PHONY: demo serve-cpu test test-versions $(VERSIONS:%=test-on-%) test-oracles test-on-oracles lint types test-gpu clean

@@ -76,13 +76,19 @@ def test_both_halves_of_the_tests_run_and_the_command_fails_at_the_end(environme
     assert "tests/engines/vllm" in asked[1]
 
 
+WANTED = {
+    "vllm": ["start", "parity", "cache", "refus"],
+    "transformers": ["engines/transformers", "instrument"],
+    "oracles": ["tests/oracles"],
+}
+
+
 def test_every_version_is_tried_and_the_command_fails_at_the_end(environment: Path) -> None:
-    asked = made(environment, "test-versions", f"FOLDER={environment}")
+    asked = made(environment, "--keep-going", "test-versions", "test-oracles", f"FOLDER={environment}")
     runs = {Path(path).name: arguments for path, arguments in (line.split("|") for line in asked)}
     assert set(runs) == {path.stem for path in VERSIONS.iterdir()}
     for name, arguments in runs.items():
-        wanted = ["start", "parity", "cache", "refus"] if "vllm" in name else ["engines/transformers", "instrument"]
-        assert all(word in arguments for word in wanted)
+        assert all(word in arguments for word in WANTED[name.partition("-")[0]])
 
 
 def made(environment: Path, *arguments: str) -> list[str]:

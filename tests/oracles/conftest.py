@@ -1,0 +1,30 @@
+"""What the libraries of this folder miss, and the tiny Llama that they steer.
+
+Left out are aisteer360, steerability and vllm-lens, which pip does not find ("No matching distribution found");
+easysteer, whose package (0.0.1.dev0) holds no code; and LM-Steer, which is no package.
+"""
+
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+from side_by_side import Llama, llama
+
+# repeng 0.4.0 names a type in annotations that NumPy 2 has dropped.
+if not hasattr(np, "float_"):
+    np.float_ = np.float64  # type: ignore[attr-defined]
+
+# pyreft 0.1.0 imports `datasets` for sets of training examples. There are none here, and pyarrow would come with it.
+# Transformers looks for it as well: its trainer, which pyreft imports, is imported before there is one.
+if "datasets" not in sys.modules:
+    import transformers.trainer  # noqa: F401
+
+    sys.modules["datasets"] = nothing = ModuleType("datasets")
+    nothing.Dataset = nothing.load_dataset = None  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def model() -> Llama:
+    """A model of its own for each test: some libraries change the one that they are given."""
+    return llama()
