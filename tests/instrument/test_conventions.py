@@ -160,7 +160,7 @@ class Model(nn.Module):
         (MlpFirst, {"post_attn": "parallel", "attn_out": "has reached its MLP already"}),
         (NormOfACopy, {"post_attn": "no module is given the stream"}),
         (AroundTheDropout, {"post_attn": "no module is given the stream"}),
-        (ScaledBranches, {"attn_out": "scales it first", "mlp_out": "scales it first"}),
+        (ScaledBranches, {"attn_out": "scales it, or adds to it, first", "mlp_out": "scales it first"}),
         (ScaledStream, dict.fromkeys(SUMMED, "does not return its input")),
         (NormedStream, dict.fromkeys(SUMMED, "does not return its input")),
         (ResidualOfTheNorm, dict.fromkeys(SUMMED, "does not return its input")),
@@ -242,14 +242,30 @@ def test_a_layer_that_differs_from_its_kind_in_a_number_alone_is_caught():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.weight * self.attention(self.norm_1(x)) + self.ffn(self.norm_2(x))
 
-    for kind, told in (
-        (WeightedBefore, r"pre_attn:1: pre_attn \+ attn_out is not post_attn"),
-        (WeightedBeside, r"pre_attn:1: pre_attn \+ attn_out \+ mlp_out is not post_block"),
+    for kind, lost, told in (  # which of the branches is not what it should be is not known in the second case
+        (WeightedBefore, ["attn_out"], "pre_attn + attn_out is not post_attn in this layer"),
+        (WeightedBeside, ["attn_out", "mlp_out"], "pre_attn + attn_out + mlp_out is not post_block in this layer"),
     ):
         model = Model(kind)
         model.layers[1].weight = 0.9
-        with pytest.raises(SteeringError, match=told):
-            map_hook_points(model)
+        first, second = map_hook_points(model).conventions
+        assert {hook: second.refusals[hook] for hook in first.taps.keys() - second.taps.keys()} == dict.fromkeys(
+            map(HookPoint, lost), told
+        )
+
+
+def test_a_bias_that_one_layer_adds_beside_its_attention_costs_that_layer_the_branch_alone():
+    """As the last layer of GPT-NeoX-Japanese: the module returns the bias for the layer to add."""
+    torch.manual_seed(0)
+    model = hf.GPTNeoXJapaneseForCausalLM(
+        hf.GPTNeoXJapaneseConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                 intermediate_multiple_size=2)
+    )  # fmt: skip
+    torch.nn.init.normal_(model.gpt_neox_japanese.layers[1].attention.dense_bias)
+    first, last = map_hook_points(model).conventions
+    assert first.taps.keys() == ALL
+    assert last.refusals == {HookPoint.ATTN_OUT: "pre_attn + attn_out is not post_attn in this layer"}
+    assert last.taps.keys() == ALL - {HookPoint.ATTN_OUT}
 
 
 def test_the_attention_branch_is_what_leaves_the_last_module_of_it():

@@ -17,7 +17,7 @@ the layer with its modules forced to known values:
 A hook point that fails its test is refused by name, with the reason.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -42,6 +42,11 @@ class LayerConvention:
 
     taps: dict[HookPoint, Tap]
     refusals: dict[HookPoint, str]
+
+    def without(self, reasons: Mapping[HookPoint, str]) -> "LayerConvention":
+        """The same less some hook points, for these reasons."""
+        kept = {hook: tap for hook, tap in self.taps.items() if hook not in reasons}
+        return LayerConvention(kept, {**self.refusals, **reasons})
 
 
 def derive_convention(layer: nn.Module, probe: LayerProbe) -> LayerConvention:
@@ -201,7 +206,7 @@ class _Derivation:
     def _why_no_attention_tap(self) -> str:
         if len(self.parts.attention) > 1:
             return f"no module returns the attention branch: the layer adds up {', '.join(self.parts.attention)}"
-        return "no module returns the attention branch as it is added: the layer scales it first"
+        return "no module returns the attention branch as it is added: the layer scales it, or adds to it, first"
 
     def _is_late(self, attn_out: Tap, mlp_in: Tap | None) -> bool:
         """Whether a pass reaches the MLP before the attention's branch is there, against the order of hook points."""

@@ -1,6 +1,6 @@
 """The hook points of a whole model: which sites exist, where each is tapped, and why the others are refused."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -90,11 +90,17 @@ def _map(model: nn.Module) -> HookMap:
             if kind not in kinds:
                 kinds[kind] = derive_convention(layer, LayerProbe(layer, call))
             conventions.append(kinds[kind])
-        sites = frozenset(Site(layer, hook) for layer, conv in enumerate(conventions) for hook in conv.taps)
-        found = HookMap(decoder, tuple(conventions), ModelSites(decoder.hidden_size, len(decoder), sites))
-        check_places(model, layers, sites, found.installed)
-        check_additions(model, layers, calls, sites, found.installed)
+        found = _hook_map(decoder, conventions)
+        if amiss := check_places(model, layers, found.sites.sites, found.installed):
+            reasons = [{site.hook: why for site, why in amiss.items() if site.layer == i} for i in range(len(layers))]
+            found = _hook_map(decoder, [conv.without(why) for conv, why in zip(conventions, reasons, strict=True)])
+        check_additions(model, layers, calls, found.sites.sites, found.installed)
     return found
+
+
+def _hook_map(decoder: DecoderLayers, conventions: Sequence[LayerConvention]) -> HookMap:
+    sites = frozenset(Site(layer, hook) for layer, conv in enumerate(conventions) for hook in conv.taps)
+    return HookMap(decoder, tuple(conventions), ModelSites(decoder.hidden_size, len(decoder), sites))
 
 
 def _embedding(model: nn.Module) -> nn.Module:

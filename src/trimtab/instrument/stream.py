@@ -26,11 +26,12 @@ from trimtab.sites import HookPoint, Site, site_order
 # are quantised as a model runs, a scale. A mix-up moves one of them instead of the token that was changed.
 APART, APART_QUANTISED = 0.05, 0.75
 
+BRANCHES = (HookPoint.ATTN_OUT, HookPoint.MLP_OUT)
 SUMS = (  # what must add up in every layer that has all of it
     ((HookPoint.PRE_ATTN, HookPoint.ATTN_OUT), HookPoint.POST_ATTN),
     ((HookPoint.POST_ATTN, HookPoint.MLP_OUT), HookPoint.POST_BLOCK),
-    ((HookPoint.PRE_ATTN, HookPoint.ATTN_OUT, HookPoint.MLP_OUT), HookPoint.POST_BLOCK),
 )
+BESIDE = ((HookPoint.PRE_ATTN, *BRANCHES), HookPoint.POST_BLOCK)  # without a stream between the branches
 
 Installed = Callable[[Mapping[Site, Transform]], AbstractContextManager[None]]
 """Hooks a transform onto each site while the context lasts."""
@@ -49,9 +50,13 @@ def check_stream(calls: Sequence[LayerCall], hidden_size: int) -> None:
             raise SteeringError("model", f"layer {index} is not given what layer {index - 1} returns")
 
 
-def check_places(model: nn.Module, layers: Sequence[nn.Module], sites: frozenset[Site], installed: Installed) -> None:
+def check_places(
+    model: nn.Module, layers: Sequence[nn.Module], sites: frozenset[Site], installed: Installed
+) -> dict[Site, str]:
     """Raise SteeringError unless each site holds one vector per token, those of a row in order and rows apart; and
-    unless the stream entering a layer and its branches add up to what follows them, wherever these hook points are.
+    unless post_attn + mlp_out = post_block in every layer that has both.
+
+    Returned are branches that do not make up, with the stream entering their layer, what follows them, and why.
 
     The last token of the shorter prompt is exchanged for another: it, and what may follow it, has to be all that moves.
     """
@@ -63,21 +68,24 @@ def check_places(model: nn.Module, layers: Sequence[nn.Module], sites: frozenset
             raise SteeringError(str(site), "what is there does not follow its token")
     full, changed = (run_probe(model, token, padded=False) for token in (5, 6))
     _check_moved(full, changed, "without padding, ", apart)
+    amiss: dict[Site, str] = {}
     for layer in range(len(layers)):
-        _check_sums(layer, base)
+        for terms, result in SUMS if Site(layer, HookPoint.POST_ATTN) in sites else [BESIDE]:
+            around = [Site(layer, hook) for hook in (*terms, result)]
+            if not base.keys() >= set(around) or _adds_up([base[site] for site in around]):
+                continue
+            told = f"{' + '.join(terms)} is not {result} in this layer"
+            if HookPoint.ATTN_OUT not in terms:
+                raise SteeringError(str(around[0]), told)
+            amiss |= {site: told for site in around if site.hook in BRANCHES}
+    return amiss
 
 
-def _check_sums(layer: int, values: Mapping[Site, torch.Tensor]) -> None:
-    for terms, result in SUMS:
-        around = [Site(layer, hook) for hook in (*terms, result)]
-        if not values.keys() >= set(around):
-            continue
-        eps = torch.finfo(values[around[0]].dtype).eps
-        *parts, whole = (values[site].double() for site in around)
-        bound = 2 * eps * sum((part.abs() for part in parts), whole.abs())
-        if not bool(((sum(parts) - whole).abs() <= bound).all()):
-            told = " + ".join(hook.value for hook in terms)
-            raise SteeringError(str(around[0]), f"{told} is not {result} in this layer")
+def _adds_up(values: Sequence[torch.Tensor]) -> bool:
+    """Whether the last of the tensors is the sum of the others, but for rounding."""
+    *parts, whole = (value.double() for value in values)
+    bound = 2 * torch.finfo(values[0].dtype).eps * sum((part.abs() for part in parts), whole.abs())
+    return bool(((sum(parts) - whole).abs() <= bound).all())
 
 
 def check_additions(

@@ -15,7 +15,7 @@ REFUSED = [(name, hook) for name, family in FAMILIES.items() for hook in SEQUENT
 WHY = {
     "post_attn": "parallel",
     "mlp_out": "the layer adds up block_sparse_moe, shared_mlp",
-    "attn_out": "no module returns the attention branch.* the layer (scales it first|adds up mamba, self_attn)",
+    "attn_out": "no module returns the attention branch.* the layer (scales it, or|adds up mamba, self_attn)",
 }
 
 
