@@ -35,7 +35,12 @@ def turn(u: float, v: float, own: float, other: float, length: float, when: floa
     return own * u + other * v + length * np.hypot(u, v) if (1.0, u, v)[int(when)] > 0 else 0.0
 
 
-RESPONSES = {"clip": clip, "turn": turn}
+def feature(u: float, threshold: float, scale: float, add: float, low: float, high: float, off: float) -> float:
+    """As of `trimtab.responses`."""
+    return min(max(scale * u + add, low), high) - u if u > threshold else off
+
+
+RESPONSES = {"clip": clip, "turn": turn, "feature": feature}
 
 
 def vector(seed: int = 0, sites: tuple[Site, ...] = (HERE,), scale: float = 1.0) -> SteeringVector:

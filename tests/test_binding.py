@@ -15,7 +15,7 @@ from trimtab.spec import Steering
 
 WIDTH, LAYERS = 3, 4
 SITES = frozenset(Site(layer, hook) for layer in range(LAYERS) for hook in HookPoint)
-SLOTS = SlotLimits(8, SITES, frozenset({"ablate", "clamp", "scale", "swap", "rotate", "lowrank"}))
+SLOTS = SlotLimits(8, SITES, frozenset({"ablate", "clamp", "scale", "swap", "rotate", "lowrank", "feature"}))
 MODEL = ModelSites(WIDTH, LAYERS, SITES, GateLimits(8, SITES), slots=SLOTS)
 
 
@@ -25,6 +25,9 @@ def resolved(*steps: dict[str, Any]) -> ResolvedSteering:
 
 def at(hook: str, layer: int, *row: float) -> dict[str, Any]:
     return {hook: {str(layer): list(row)}}
+
+
+FEATURE = {"kind": "feature", "architecture": "relu", "encoder": at("post_block", 1, 0.0, 1.0, 0.0), "set": 3.0}
 
 
 def gate(threshold: float = 0.0, **more: Any) -> dict[str, Any]:
@@ -97,6 +100,8 @@ def toward(cosine: float, **more: Any) -> dict[str, Any]:
         ([slot("rotate", 0.0, 1.0, 0.0, plane=at("post_block", 1, 0.0, 0.0, 1.0), by=90.0)], 1.0),
         ([slot("rotate", 0.0, 1.0, 0.0, plane=at("post_block", 1, 1.0, 0.0, 0.0), by=1.0)], 0.0),
         ([{"kind": "lowrank", "read": [at("post_block", 1, 0.0, 1.0, 0.0)], "write": [PUSH["vector"]]}], 0.0),
+        ([FEATURE | {"decoder": at("post_block", 1, 0.0, 0.0, 1.0)}], 1.0),
+        ([FEATURE | {"decoder": at("post_block", 1, 0.1, 0.0, 1.0)}], 0.0),
         # A relay: one copies the default's push elsewhere, the next turns the copy against it.
         (
             [

@@ -1,6 +1,6 @@
 """Per-request, per-token activation steering inside stock vLLM and Transformers.
 
-    from trimtab import Probe, SteeredModel, Steering, SteeringVector
+    from trimtab import Dictionary, Probe, SteeredModel, Steering, SteeringVector
 
 The names are imported when they are first used: a server process that only validates requests never loads a model
 library.
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from trimtab.engines.transformers import SteeredModel
     from trimtab.errors import SteeringError
     from trimtab.spec import Steering
-    from trimtab.vectors import Probe, SteeringVector
+    from trimtab.vectors import Dictionary, Probe, SteeringVector
 
-__all__ = ["Probe", "SteeredModel", "Steering", "SteeringError", "SteeringVector", "__version__"]
+__all__ = ["Dictionary", "Probe", "SteeredModel", "Steering", "SteeringError", "SteeringVector", "__version__"]
 
 _HOMES = {
+    "Dictionary": "trimtab.vectors",
     "Probe": "trimtab.vectors",
     "SteeredModel": "trimtab.engines.transformers",
     "Steering": "trimtab.spec",

@@ -8,12 +8,18 @@ Some look back instead, at x, the whole stream before anything of ours (`trimtab
 `FIRST` act before others measure the stream, those of stage `LAST` on what has come of all.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 MOST_NUMBERS = 8
 """That any response takes. The last is for the place of the second score, where a response sees one."""
+
+FLOAT32_ROWS = 3
+"""Table rows that hold one direction to all digits of float32, `DIGITS` in each: every model dtype has as many."""
+
+DIGITS = 8
 
 
 class Stage(Enum):
@@ -36,6 +42,7 @@ class Response:
     numbers: tuple[str, ...]
     nothing: Mapping[str, float] = field(default_factory=dict)
     sees_two: bool = False
+    reads_float32: bool = False  # each of its slots reads one direction to all digits of float32, and writes another
     stage: Stage = Stage.LOCAL
 
     def __post_init__(self) -> None:
@@ -54,6 +61,15 @@ CLIP = Response("clip", 0, ("strength", "low", "high"), {"strength": 0.0})
 # c = own * u + other * v + length * |(u, v)|, where `when` is 1 only if u > 0, and where it is 2 only if v > 0
 TURN = Response("turn", 1, ("own", "other", "length", "when"), {"own": 0.0, "other": 0.0, "length": 0.0}, sees_two=True)
 
+# c = min(max(scale * u + add, low), high) - u where u > threshold, and `off` where it is not
+FEATURE = Response(
+    "feature",
+    2,
+    ("threshold", "scale", "add", "low", "high", "off"),
+    {"scale": 1.0, "add": 0.0, "low": -math.inf, "high": math.inf, "off": 0.0},
+    reads_float32=True,
+)
+
 # c = amount; so much of x goes, and c times a direction comes
 REPLACE = Response("replace", 8, ("amount",), stage=Stage.FIRST)
 
@@ -63,7 +79,7 @@ NORM = Response("norm", 9, ("scale",), {"scale": 0.0}, stage=Stage.FIRST)
 # the stream leaves as long as x; where `if_grown` is 1 only if it is longer
 KEEP_NORM = Response("keep_norm", 10, ("if_grown",), stage=Stage.LAST)
 
-RESPONSES = {response.name: response for response in (CLIP, TURN, REPLACE, NORM, KEEP_NORM)}
+RESPONSES = {response.name: response for response in (CLIP, TURN, FEATURE, REPLACE, NORM, KEEP_NORM)}
 """Every response by its name. Codes are kept for ever: they are part of identities."""
 
 

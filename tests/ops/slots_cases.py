@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from trimtab.ops import SlotForm, SteeringBuffers, slot_op_args
 from trimtab.ops.args import SlotOpArgs
-from trimtab.responses import RESPONSES, TURN, Stage, of_stage
+from trimtab.responses import FEATURE, RESPONSES, TURN, Stage, of_stage
 from trimtab.sites import HookPoint, Site
 
 POST = HookPoint.POST_BLOCK
 SITE = Site(0, POST)
+LOCAL = of_stage(RESPONSES, Stage.LOCAL)
 RESPONSE_OF = {response.code: name for name, response in RESPONSES.items()}
 Array = npt.NDArray[np.float64]
 
@@ -39,7 +40,7 @@ def slotted(
     rows: int = 7,
     gates: int = 0,
     writes: bool = True,
-    responses: tuple[str, ...] = of_stage(RESPONSES, Stage.LOCAL),
+    responses: tuple[str, ...] | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: str = "cpu",
@@ -48,8 +49,11 @@ def slotted(
     """A third of the slots are none, bounds are infinite as often as not, sets mix, some slots read nothing; where the
     form looks back, half of them do.
 
-    Responses are drawn from `responses`, and second scores from the slots of the row.
+    Responses are drawn from `responses`, by default all local ones that the form can have; second scores from the slots
+    of the row.
     """
+    if responses is None:
+        responses = tuple(name for name in LOCAL if writes or not RESPONSES[name].reads_float32)
     rng = np.random.default_rng(seed)
     buffers = SteeringBuffers(
         [SITE],
@@ -80,11 +84,21 @@ def slotted(
     params[..., 2] = rng.uniform(-2, 2, shape)
     params[..., 3:5] = bounds
     params[..., 5:] = rng.standard_normal((*shape, 5))  # numbers of other responses
-    codes = rng.choice([RESPONSES[name].code for name in responses], shape)
+    theirs = np.random.default_rng(seed)  # of features, so that those of others are what they are without
+    others = [name for name in responses if name != FEATURE.name]
+    codes = rng.choice([RESPONSES[name].code for name in others or responses], shape)
+    if others != list(responses):
+        codes = np.where(theirs.random(shape) < 1 / 3, FEATURE.code, codes)
     turns = codes == TURN.code
     params[turns, 2:5] = rng.uniform(-2, 2, (turns.sum(), 3))
     params[turns, 5] = rng.integers(0, 3, turns.sum())
     params[turns, -1] = rng.integers(0, slots, turns.sum())
+    features = codes == FEATURE.code
+    read = np.where(features, theirs.integers(1, rows, shape) * on, read)
+    write = np.where(features, theirs.integers(1, rows, shape) * on, write)
+    params[features, 2:5] = theirs.uniform(-2, 2, (features.sum(), 3))
+    params[features, 5:7] = bounds[features]
+    params[features, 7] = theirs.uniform(-2, 2, features.sum())
     params[~on] = codes[~on] = 0
     mix = np.eye(slots) + rng.uniform(-1, 1, (rows, slots, slots)) * (rng.random((rows, 1, 1)) < 1 / 2)
     mix *= on[:, None, :] & on[:, :, None]
@@ -98,7 +112,11 @@ def slotted(
         apart = (back[:, :, None] == 0) & (back[:, None, :] == 0)
         mix = np.where(apart | np.eye(slots, dtype=bool), mix, 0.0)
         codes = np.where(back > 0, back, codes)
-    state.rows[0] = torch.from_numpy(np.stack([read, write], -1))
+    named = [read, write]
+    if buffers.slots.form.reads_float32:  # some digits are none
+        drawn = [(theirs.random(shape) < 3 / 4) * theirs.integers(1, rows, shape) for _ in range(2)]
+        named += [np.where(features & on, more, 0) for more in drawn]
+    state.rows[0] = torch.from_numpy(np.stack(named, -1))
     state.codes[0, :, :, 0] = torch.from_numpy(codes)
     state.codes[0, :, :, 1] = torch.from_numpy(np.where(on, rng.integers(0, gates + 1, shape), 0))
     state.params[0] = torch.from_numpy(params)
@@ -134,14 +152,14 @@ def after(args: SlotOpArgs) -> Array:
                 out[token] += mix[row, slot, slot] * number * np.linalg.norm(x) * table[rows[row, slot, 1]]
         stream = out[token] + other
         scores = [
-            bias + (factor * (stream @ table[read]) if read else 0.0)
-            for (read, _), (factor, bias, *_) in zip(rows[row], params[row], strict=True)
+            bias + (factor * (stream @ whole(table, read, more)) if read else 0.0)
+            for (read, _, *more), (factor, bias, *_) in zip(rows[row], params[row], strict=True)
         ]
         numbers = [
             0.0 if code >= 8 else response(RESPONSE_OF[code], u, own, scores) * gate
             for u, (code, _), (_, _, *own), gate in zip(scores, codes[row], params[row], opened, strict=True)
         ]
-        for slot, (read, write) in enumerate(rows[row]):
+        for slot, (read, write, *_) in enumerate(rows[row]):
             if read or write:
                 out[token] += (mix[row, slot] @ numbers) * table[write or read]
         keeping = [params[row, slot, 2] for slot, (code, _) in enumerate(codes[row]) if code == 10]
@@ -151,11 +169,19 @@ def after(args: SlotOpArgs) -> Array:
     return out
 
 
+def whole(table: Array, read: int, more: Sequence[int]) -> Array:
+    """What is read: the rows of its digits, each in units 2^-8 times those of the one before."""
+    return table[read] + sum(table[row] / 256.0**place for place, row in enumerate(more, start=1) if row)
+
+
 def response(name: str, u: float, own: Sequence[float], scores: Sequence[float]) -> float:
     """What `trimtab.responses` says of each."""
     if name == "clip":
         strength, low, high = own[:3]
         return strength * (min(max(u, low), high) - u)
+    if name == "feature":
+        threshold, scale, add, low, high, off = own[:6]
+        return min(max(scale * u + add, low), high) - u if u > threshold else off
     assert name == "turn"
     mine, others, length, when = own[:4]
     v = scores[int(own[-1])]

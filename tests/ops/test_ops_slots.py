@@ -105,7 +105,7 @@ def test_each_projection_of_a_set_lands_where_it_was_asked_to(count, seed, dtype
 
 @pytest.mark.parametrize("bounds", [(0.0, np.inf), (-np.inf, 0.0), (-np.inf, np.inf)])
 def test_a_score_that_overflows_within_infinite_bounds_changes_nothing(bounds):
-    case = slotted(1, 8, slots=1)
+    case = slotted(1, 8, slots=1, responses=("clip",))
     state, sign = case.buffers.slots, 1.0 if bounds[1] > 0 else -1.0
     case.buffers.index[0] = 1
     case.buffers.table[0, 2] = 1e30
@@ -327,7 +327,11 @@ def test_the_operator_passes_opcheck(split):
     opcheck(operator.default, tuple(case.args(torch.randn(5, 20), torch.randn(5, 20) if split else None)))
 
 
-@given(st.sampled_from([("clip",), ("turn",), ("clip", "turn")]), st.integers(1, 4), st.integers(0, 2**32 - 1))
+@given(
+    st.sampled_from([("clip",), ("turn",), ("feature",), ("clip", "turn"), ("clip", "turn", "feature")]),
+    st.integers(1, 4),
+    st.integers(0, 2**32 - 1),
+)
 def test_only_the_responses_that_are_declared_are_in_the_expression(responses, slots, seed):
     """The traced form knows the names; the operator does not, and computes the same."""
     case = slotted(6, 20, slots=slots, gates=1, responses=responses, seed=seed)
@@ -340,7 +344,7 @@ def test_only_the_responses_that_are_declared_are_in_the_expression(responses, s
 
 @pytest.mark.parametrize("wild", [float("inf"), float("nan"), -3e38])
 def test_tokens_without_slots_keep_whatever_numbers_they_have(wild):
-    for responses in (("clip",), ("turn",), ("clip", "turn")):
+    for responses in (("clip",), ("turn",), ("feature",), ("clip", "turn")):
         case = slotted(5, 9, slots=3, responses=responses)
         case.buffers.index.zero_()
         steered = torch.full((5, 9), wild)
@@ -360,3 +364,5 @@ def test_an_engine_without_a_response_has_none_of_it_in_its_graph():
 
     assert not any("sqrt" in name for name in operators("clip"))
     assert any("sqrt" in name for name in operators("clip", "turn"))
+    rows = [sum("index" in name for name in operators(*names)) for names in (("clip", "turn"), ("clip", "feature"))]
+    assert rows[1] == rows[0] + 2 * 2  # two more of what each slot reads, which are in no graph without `feature`

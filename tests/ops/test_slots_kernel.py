@@ -14,7 +14,7 @@ from torch import nn
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from ops_triton import machine_code, recorded, resource_usage
-from slots_cases import POST, slotted
+from slots_cases import LOCAL, POST, slotted
 
 from trimtab.ops import SlotForm, SlotOpArgs, SteeringBuffers, slot_op_args
 from trimtab.ops.kernels import apply_slots as module
@@ -48,21 +48,26 @@ def arguments(
     gates: int = 1,
     split: bool = True,
     back: bool = False,
+    float32: bool = False,
     dtype: torch.dtype = BFLOAT16,
 ) -> SlotOpArgs:
-    case = slotted(tokens, width, slots=slots, gates=gates, dtype=dtype, looks_back=back)
+    names = tuple(name for name in LOCAL if float32 or not RESPONSES[name].reads_float32)
+    case = slotted(tokens, width, slots=slots, gates=gates, dtype=dtype, looks_back=back, responses=names)
     steered, rest, hidden = (torch.zeros(tokens, width, dtype=dtype) for _ in range(3))
     return case.args(steered, rest if split else None, hidden)
 
 
+@pytest.mark.parametrize("float32", [False, True])
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float32])
 @pytest.mark.parametrize(
     ("width", "slots"), [(100, 3), (4096, 1), (4096, 4), (4096, 8), (4096, 16), (8192, 2), (8192, 4), (16384, 2)]
 )
-def test_the_kernel_compiles_without_spills(width: int, slots: int, dtype: torch.dtype, back: bool) -> None:
+def test_the_kernel_compiles_without_spills(
+    width: int, slots: int, dtype: torch.dtype, back: bool, float32: bool
+) -> None:
     with recorded(module, "apply_slots_kernel") as kernel:
-        module.launch_apply_slots(arguments(width, slots=slots, dtype=dtype, back=back))
+        module.launch_apply_slots(arguments(width, slots=slots, dtype=dtype, back=back, float32=float32))
     launch = kernel.launches[0]
     usage = resource_usage(kernel.build(launch, 90))
     assert usage["REG"] * launch["num_warps"] * 32 <= REGISTERS  # or it cannot start

@@ -9,7 +9,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from trimtab.responses import MOST_NUMBERS, RESPONSES, Stage
+from trimtab.responses import FLOAT32_ROWS, MOST_NUMBERS, RESPONSES, Stage
+
+SLOT_ROWS, FLOAT32_SLOT_ROWS = 2, 1 + FLOAT32_ROWS
+"""Table rows that a slot names: one that it reads, and one that it writes along; where directions are read to all
+digits of float32, the others of those that it reads stand behind them."""
 
 NO_THRESHOLD = -1.0e30
 """Row-monitor threshold of a row without a probe: sigmoid(1 * (0 + 1e30)) is exactly 1 in float32."""
@@ -89,6 +93,16 @@ class SlotForm(NamedTuple):
         """Whether a response looks at the stream as it was before any steering."""
         return any(RESPONSES[name].stage is not Stage.LOCAL for name in self.responses)
 
+    @property
+    def reads_float32(self) -> bool:
+        """Whether slots read to all digits of float32."""
+        return any(RESPONSES[name].reads_float32 for name in self.responses)
+
+    @property
+    def rows(self) -> int:
+        """C: table rows that a slot names."""
+        return FLOAT32_SLOT_ROWS if self.reads_float32 else SLOT_ROWS
+
 
 class SlotOpArgs(NamedTuple):
     """Arguments of `trimtab::apply_slots_`.
@@ -103,7 +117,8 @@ class SlotOpArgs(NamedTuple):
     hidden_rest: Tensor  # [N, H], what must be added to it to make the full stream, or [0, H] where it is the stream
     steering_table: Tensor  # [R, H] model dtype: the site's rows, shared with rows that are added
     steering_index: Tensor  # [T] int64: token -> row
-    slot_rows: Tensor  # [R, K, 2] int64: what a slot reads and writes along; 0 reads nothing, or writes what it reads
+    slot_rows: Tensor  # [R, K, C] int64: what a slot reads and writes along; 0 reads nothing, or writes what it reads;
+    # C is 2, or 4 where a response reads to the digits of float32: then two more rows of what is read, 2^-8 apart
     slot_codes: Tensor  # [R, K, 2] int32: code of the response; gate, counted from 1, or 0
     slot_params: Tensor  # [R, K, 10] float32: read factor, bias, the response's own numbers, place of a second score
     slot_mix: Tensor  # [R, K, K] float32: slot k writes sum(mix[k, j] * number j)
@@ -170,7 +185,8 @@ def check_slot_args(args: SlotOpArgs) -> None:
         if tensor.shape[-1] != width:
             raise ValueError(f"steered is {width} wide, {name} {tensor.shape[-1]}")
     rows, slots = args.steering_table.shape[0], args.slot_rows.shape[1]
-    parts = {"slot_rows": 2, "slot_codes": 2, "slot_params": SLOT_PARAMS, "slot_mix": slots}
+    named = FLOAT32_SLOT_ROWS if args.slot_rows.shape[2] > SLOT_ROWS else SLOT_ROWS
+    parts = {"slot_rows": named, "slot_codes": 2, "slot_params": SLOT_PARAMS, "slot_mix": slots}
     for name, numbers in parts.items():
         shape, found = (rows, slots, numbers), tuple(getattr(args, name).shape)
         if found != shape:

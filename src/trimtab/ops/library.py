@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trimtab.ops import reference
 from trimtab.ops.args import (
+    SLOT_ROWS,
     GateOpArgs,
     MonitorOpArgs,
     SlotForm,
@@ -146,7 +147,8 @@ def _with_slots(args: SlotOpArgs) -> Tensor:
     slots = reference.Slots(*args[3:])
     rest = args.hidden_rest if args.hidden_rest.shape[0] else None
     hidden = args.hidden_states if args.hidden_states.shape[0] else None
-    names = tuple(RESPONSES) if hidden is not None else of_stage(RESPONSES, Stage.LOCAL)
+    known = [name for name in RESPONSES if not RESPONSES[name].reads_float32 or slots.rows.shape[2] > SLOT_ROWS]
+    names = tuple(known) if hidden is not None else of_stage(known, Stage.LOCAL)
     form = SlotForm(slots.rows.shape[1], names, writes=True)
     return reference.apply_slots(args.steered.float(), slots, form, rest, hidden).to(args.steered.dtype)
 

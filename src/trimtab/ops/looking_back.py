@@ -19,7 +19,7 @@ from trimtab.responses import KEEP_NORM, NORM, REPLACE
 class TokenSlots(NamedTuple):
     """The slots of each token's row at one site."""
 
-    rows: Tensor  # [N, K, 2] int64
+    rows: Tensor  # [N, K, C] int64
     codes: Tensor  # [N, K, 2] int32
     params: Tensor  # [N, K, 10] float32
     mix: Tensor  # [N, K, K] float32

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimtab.ops.args import (
     NO_THRESHOLD,
+    SLOT_ROWS,
     GateOpArgs,
     MonitorOpArgs,
     SlotForm,
@@ -23,7 +24,7 @@ from trimtab.ops.args import (
 from trimtab.ops.gather import stored, table_numbers, table_rows
 from trimtab.ops.looking_back import TokenSlots, begun, norm_kept
 from trimtab.ops.responses import gated, respond
-from trimtab.responses import RESPONSES, Stage, of_stage
+from trimtab.responses import DIGITS, RESPONSES, Stage, of_stage
 
 
 class Terms(NamedTuple):
@@ -55,7 +56,7 @@ class Slots(NamedTuple):
 
     table: Tensor  # [R, H] model dtype
     token_rows: Tensor  # [T] int64
-    rows: Tensor  # [R, K, 2] int64
+    rows: Tensor  # [R, K, C] int64
     codes: Tensor  # [R, K, 2] int32
     params: Tensor  # [R, K, 10] float32
     mix: Tensor  # [R, K, K] float32
@@ -134,7 +135,8 @@ def apply_slots(
         c_k = response_k(u_k) * gate_k,    response_k(u_k, u_j) where it sees the score of another slot j too
         z[i] = y[i] + sum over k of (sum over j of mix[k, j] * c_j) * table[write_k],    table[read_k] where that is 0
 
-    All slots read the same y; with `rest` [N, H], its sum with that. The responses are those of `form`; before and
+    Where the form `reads_float32`, what slot k reads is table[read_k] + 2^-8 table[middle_k] + 2^-16 table[low_k]. All
+    slots read the same y; with `rest` [N, H], its sum with that. The responses are those of `form`; before and
     behind them come those that look at `hidden` [N, H], what `y` was before anything was added (`ops.looking_back`).
     A token whose row has no slots keeps its numbers, infinite ones and NaN too.
 
@@ -166,7 +168,11 @@ def _locally(y: Tensor, table: Tensor, slots: TokenSlots, form: SlotForm, rest: 
     scores, written = [], []
     for slot in range(form.count):
         read, (factor, bias, *_) = rows[:, slot, 0], params[:, slot].unbind(-1)
-        score = (stream * table_rows(table, read).float()).sum(-1)
+        along = table_rows(table, read).float()
+        if form.reads_float32:
+            for place, row in enumerate(rows[:, slot, SLOT_ROWS:].unbind(-1), start=1):
+                along = along + table_rows(table, row).float() * 2.0 ** (-DIGITS * place)
+        score = (stream * along).sum(-1)
         scores.append(torch.where(read > 0, score * factor, 0.0) + bias)  # a choice: 0 times infinity is no 0
     for slot, u in enumerate(scores):
         code = codes[:, slot, 0]

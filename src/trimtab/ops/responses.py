@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.responses import CLIP, RESPONSES, TURN
+from trimtab.responses import CLIP, FEATURE, RESPONSES, TURN
 
 
 def clip(u: Tensor, strength: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -23,7 +23,13 @@ def turn(u: Tensor, v: Tensor, own: Tensor, other: Tensor, length: Tensor, when:
     return torch.where(asked > 0.0, own * u + other * v + length * torch.sqrt(u * u + v * v), 0.0)
 
 
-EXPRESSIONS: dict[str, Callable[..., Tensor]] = {CLIP.name: clip, TURN.name: turn}
+def feature(u: Tensor, threshold: Tensor, scale: Tensor, add: Tensor, low: Tensor, high: Tensor, off: Tensor) -> Tensor:
+    """min(max(scale * u + add, low), high) - u where u > threshold, else `off`."""
+    wanted = torch.minimum(torch.maximum(scale * u + add, low), high)
+    return torch.where(u > threshold, wanted - u, off)
+
+
+EXPRESSIONS: dict[str, Callable[..., Tensor]] = {CLIP.name: clip, TURN.name: turn, FEATURE.name: feature}
 
 
 def respond(

@@ -20,13 +20,13 @@ from trimtab.sites import HookPoint, Site
 
 @cache
 def slot_record(form: SlotForm) -> np.dtype[np.void]:
-    """A row's line of `SlotBuffers.slab`: `rows` int64 [K, 2], `codes` int32 [K, 2], `params` float32 [K, 10] and `mix`
+    """A row's line of `SlotBuffers.slab`: `rows` int64 [K, C], `codes` int32 [K, 2], `params` float32 [K, 10] and `mix`
     float32 [K, K], as in `SlotOpArgs`. Each part starts on 16 bytes. A row without slots has zeros.
     """
     count = form.count
     return aligned_record(
         {
-            "rows": (np.int64, (count, 2)),
+            "rows": (np.int64, (count, form.rows)),
             "codes": (np.int32, (count, 2)),
             "params": (np.float32, (count, SLOT_PARAMS)),
             "mix": (np.float32, (count, count)),
@@ -43,7 +43,7 @@ class SlotBuffers:
     sites: tuple[Site, ...]  # in forward order
     form: SlotForm
     slab: Tensor  # [S, R, B] uint8, lines of `slot_record`, contiguous
-    rows: Tensor  # [S, R, K, 2] int64, a view of the slab like the three below
+    rows: Tensor  # [S, R, K, C] int64, a view of the slab like the three below
     codes: Tensor  # [S, R, K, 2] int32
     params: Tensor  # [S, R, K, 10] float32
     mix: Tensor  # [S, R, K, K] float32

@@ -53,7 +53,7 @@ def contents(phases: Sequence[Placed]) -> Contents:
     """The same of a request whose sums are placed."""
     lanes = [item for phase in phases for item in phase.gated]
     rows = {*(row_key(phase.row, phase.probes) for phase in phases), *(row_key(item.total) for item in lanes)}
-    rows |= {way.row_key for phase in phases for slot in phase.row.slots for way in slot.directions}
+    rows |= {way.row_key for phase in phases for slot in phase.row.slots for way in slot.rows}
     return Contents(frozenset(rows - {b""}), frozenset(item.gate.probe.digest for item in lanes))
 
 

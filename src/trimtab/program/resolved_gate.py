@@ -160,12 +160,13 @@ def check_monitor(gate: ResolvedGate) -> None:
         raise SteeringError("hard", "a monitor opens gradually: leave `hard` out, and give a large `sharpness`")
 
 
-def rows_needed(max_requests: int, gates: int, slots: int = 0) -> int:
+def rows_needed(max_requests: int, gates: int, slots: int = 0, slot_rows: int = 2) -> int:
     """Rows of each table for any `max_requests` requests whose phases have at most so many gates and slots each.
 
-    They are a row per phase, one per gate and phase, one for each of the two directions of a slot and phase, and row 0.
+    They are a row per phase, one per gate and phase, `slot_rows` for a slot and phase (one for each of its directions,
+    or more where they are read to more digits than a row has), and row 0.
     """
-    return 1 + len(Phase) * max_requests * (1 + gates + 2 * slots)
+    return 1 + len(Phase) * max_requests * (1 + gates + slot_rows * slots)
 
 
 def probes_needed(max_requests: int, gates: int) -> int:

@@ -12,7 +12,7 @@ twice is one slot, where both agree.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from trimtab.errors import SteeringError
 from trimtab.program.slots import Direction, Numbers, Slot, a_few
 from trimtab.recent import Recent
-from trimtab.responses import CLIP, REPLACE, RESPONSES
+from trimtab.responses import CLIP, FEATURE, REPLACE, RESPONSES
 from trimtab.sites import Site, site_order
 
 MOST_GROWTH = 10.0
@@ -41,10 +41,10 @@ _APART: Recent[bool] = Recent(1 << 14)  # of some, by their row keys and `_place
 def formed(slots: Iterable[Slot]) -> tuple[Slot, ...]:
     """The slots in canonical order: what does nothing left out, and one direction of a set in one slot.
 
-    Raises `SteeringError` without a field where two slots contradict each other, where directions are too close, and
-    where more of the stream is replaced than there is.
+    A feature is in one slot too. Raises `SteeringError` without a field where two slots contradict each other, where
+    directions are too close, and where more of the stream is replaced than there is.
     """
-    kept = sorted(filter(None, map(_active, slots)), key=lambda slot: slot.digest)
+    kept = _features_once(sorted(filter(None, map(_active, slots)), key=lambda slot: slot.digest))
     _check_amounts(kept)
     members = [index for index, slot in enumerate(kept) if slot.is_member]
     if len(members) < 2:
@@ -220,6 +220,36 @@ def _inverses(cosines: Matrix) -> Matrix:
     values, vectors = np.linalg.eigh(cosines)
     result: Matrix = (vectors / np.maximum(values, 1e-30)[..., None, :]) @ vectors.swapaxes(-1, -2)
     return result
+
+
+def _features_once(slots: list[Slot]) -> list[Slot]:
+    """The slots, of which each feature has one at a site: two would move it twice as far as either was asked to.
+
+    Raises `SteeringError` where they ask for different things.
+    """
+    first: dict[tuple[object, ...], Slot] = {}
+    kept: list[Slot] = []
+    for slot in slots:
+        numbers = dict(slot.at)
+        for site in slot.sites if slot.response == FEATURE.name else ():
+            other = first.setdefault((site, *_content(slot, site)), slot)
+            if other is slot:
+                continue
+            if (other.at[site], other.gate) != (numbers.pop(site), slot.gate):
+                raise SteeringError(
+                    "",
+                    f"{_called(other)} and {_called(slot)} change one feature at {site} and ask for different things: "
+                    "leave one of them out, or say both in one",
+                )
+        if (left := _with_numbers(slot, numbers)) is not None:
+            kept.append(left)
+    return sorted(kept, key=lambda slot: slot.digest)
+
+
+def _content(slot: Slot, site: Site) -> Iterator[tuple[bytes, float, bool]]:
+    """What its directions are at `site`, wherever else they act."""
+    for part in (part for way in slot.directions for part in way.parts):
+        yield part.vector.digest_at(site), part.weight, part.unit
 
 
 def _check_amounts(slots: Sequence[Slot]) -> None:

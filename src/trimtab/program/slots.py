@@ -10,7 +10,7 @@ Slots that write along what they read are members of their site's set: see `trim
 import hashlib
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
+from trimtab.program.digits import digits, share
 from trimtab.program.ranges import unit_of
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.recent import Recent
-from trimtab.responses import RESPONSES, Stage
+from trimtab.responses import FLOAT32_ROWS, RESPONSES, Stage
 from trimtab.sites import Site
 from trimtab.vectors.values import FloatArray
 from trimtab.vectors.vector import SteeringVector
@@ -69,6 +70,7 @@ class Direction:
     parts: tuple[Part, ...]
     references: tuple[VectorReference | None, ...] = field(default=(), compare=False)
     form: Form = Form.SUM
+    place: int | None = None  # which of the rows it is that hold the whole to the digits of float32 (`program.digits`)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -85,6 +87,7 @@ class Direction:
         """Names the content of its table row."""
         content = b"".join(part.vector.digest + struct.pack("<d?", part.weight, part.unit) for part in self.parts)
         form = b"" if self.form is Form.SUM else self.form.encode() + b"\0"
+        form += b"" if self.place is None else b"digits %d\0" % self.place
         return hashlib.sha256(b"trimtab direction 1\0" + form + content).digest()
 
     @property
@@ -103,7 +106,7 @@ class Direction:
     @property
     def unit(self) -> float:
         """The power of two that `row` counts in, as of `PhaseProgram.unit`."""
-        return self._known.unit
+        return self._known.unit if self.place is None else share(self.place) * replace(self, place=None).unit
 
     @property
     def is_spread(self) -> bool:
@@ -145,12 +148,13 @@ class Direction:
     def _values(self, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
         first, *others = (self._part(part, sites) for part in self.parts)
         if self.form is Form.ORTHOGONAL:
+            assert self.place is None, "what is read to more digits than a table has is given as it is"
             (second,) = others
             left = first - (first * second).sum(axis=1, keepdims=True) * second
             return np.where(np.linalg.norm(left, axis=1, keepdims=True) < NOTHING, 0.0, _at_unit_length(left))
         for other in others:
             first += other
-        return first
+        return first if self.place is None else digits(first, self.place)
 
     def _part(self, part: Part, sites: Sequence[Site]) -> npt.NDArray[np.float64]:
         result = np.zeros((len(sites), self.hidden_size))
@@ -226,6 +230,19 @@ class Slot:
     def directions(self) -> tuple[Direction, ...]:
         """What it reads along and what it writes along, as far as it has either."""
         return tuple(direction for direction in (self.read, self.write) if direction is not None)
+
+    @property
+    def columns(self) -> tuple[Direction | None, ...]:
+        """What the table rows hold that its record names, in the order of `SlotOpArgs.slot_rows`."""
+        if self.read is None or not RESPONSES[self.response].reads_float32:
+            return self.read, self.write
+        first, *others = (replace(self.read, place=place) for place in range(FLOAT32_ROWS))
+        return first, self.write, *others
+
+    @cached_property
+    def rows(self) -> tuple[Direction, ...]:
+        """The same without gaps."""
+        return tuple(way for way in self.columns if way is not None)
 
     @property
     def vectors(self) -> tuple[SteeringVector, ...]:

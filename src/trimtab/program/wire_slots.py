@@ -10,7 +10,7 @@ from trimtab.program.resolved_gate import ResolvedGate, check_gate
 from trimtab.program.slots import Direction, Form, Numbers, Part, Slot
 from trimtab.program.wire_values import index_of, list_of, number_of, parts_of, site_of, truth_of
 from trimtab.program.wire_vectors import Known
-from trimtab.responses import CLIP, REPLACE, RESPONSES, Stage
+from trimtab.responses import CLIP, FEATURE, REPLACE, RESPONSES, Stage
 from trimtab.sites import Site, site_order
 from trimtab.wording import shown
 
@@ -132,6 +132,8 @@ def _fault_of_ways(response: str, read: Any, write: Any, gate: Any) -> str | Non
         return None if read is write is gate is None else f"{response} reads and writes no direction, and has no gate"
     if stage is Stage.FIRST:
         return None if read is None and write is not None else f"{response} reads no direction, and writes one"
+    if RESPONSES[response].reads_float32:
+        return f"{response} reads one direction and writes another" if read is None or write is None else None
     return "neither reads nor writes" if read is write is None else None
 
 
@@ -141,9 +143,19 @@ def _fault_of(response: str, numbers: Numbers) -> str | None:
         strength, low, high = numbers.own
         if not math.isfinite(strength) or not math.isfinite(numbers.bias):
             return "the bias and the strength of a clip must be finite"
-        return None if low <= high and low < math.inf and high > -math.inf else "a clip's bounds hold nothing"
+        return None if _hold(low, high) else "a clip's bounds hold nothing"
+    if response == FEATURE.name:
+        threshold, scale, add, low, high, off = numbers.own
+        if not all(map(math.isfinite, (numbers.bias, threshold, scale, add, off))):
+            return "all numbers of a feature but its bounds must be finite"
+        return None if _hold(low, high) else "a feature's bounds hold nothing"
     if not all(map(math.isfinite, (numbers.bias, *numbers.own))):
         return f"the numbers of {response} must be finite"
     if response == REPLACE.name and not 0.0 < numbers.own[0] <= 1.0:
         return f"replaces {numbers.own[0]:g} of the stream, want more than 0 and at most 1"
     return None
+
+
+def _hold(low: float, high: float) -> bool:
+    """Whether any number lies between these bounds."""
+    return low <= high and low < math.inf and high > -math.inf

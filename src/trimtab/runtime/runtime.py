@@ -276,7 +276,7 @@ class SteeringRuntime:
 
     def _hold_directions(self, request_id: str, programs: Sequence[PhaseProgram]) -> dict[bytes, int]:
         """The rows of all that slots of `programs` read and write along, by key, each held once."""
-        ways = {way.row_key: way for program in programs for slot in program.slots for way in slot.directions}
+        ways = {way.row_key: way for program in programs for slot in program.slots for way in slot.rows}
         rows = {}
         for key, way in ways.items():
             rows[key], fresh = self._hold(key, way)

@@ -73,7 +73,7 @@ class SlotRows:
 
     def fill(self, row: int, program: PhaseProgram, rows: Mapping[bytes, int], *, fresh: bool) -> None:
         """`row` is held by `program`, whose directions are among `rows`; `fresh`: it held something else before."""
-        rows = {way.row_key: rows[way.row_key] for slot in program.slots for way in slot.directions}
+        rows = {way.row_key: rows[way.row_key] for slot in program.slots for way in slot.rows}
         known = self._unwritten.get(row, self._held.get(row))
         if program.slots and (fresh or known is None or known.rows != rows):
             self._unwritten[row] = Record(program.slots, program.lanes, rows)
@@ -121,8 +121,8 @@ class SlotRows:
                 chosen = [record.slots[index] for index, _ in acting]
                 for k, (index, (bias, own)) in enumerate(acting):
                     slot = record.slots[index]
-                    ways = (slot.read, slot.write)
-                    lines["rows"][positions, k] = [0 if way is None else record.rows[way.row_key] for way in ways]
+                    named = [0 if way is None else record.rows[way.row_key] for way in slot.columns]
+                    lines["rows"][positions, k, : len(named)] = named
                     lines["codes"][positions, k] = RESPONSES[slot.response].code, record.lanes[index]
                     factor = 0.0 if slot.read is None else slot.read.unit
                     lines["params"][positions, k, : 2 + len(own)] = factor, bias, *own

@@ -1,7 +1,8 @@
-"""Steering vectors and probes: what they hold, and the files that they come from."""
+"""Steering vectors, probes and dictionaries: what they hold, and the files that they come from."""
 
 from trimtab.vectors.content import VectorMetadata
+from trimtab.vectors.dictionary import Dictionary, DictionaryRow
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
-__all__ = ["Probe", "SteeringVector", "VectorMetadata"]
+__all__ = ["Dictionary", "DictionaryRow", "Probe", "SteeringVector", "VectorMetadata"]

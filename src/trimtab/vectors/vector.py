@@ -163,6 +163,10 @@ class SteeringVector:
             self._digest = whole.digest()
         return self._digest
 
+    def digest_at(self, site: Site) -> bytes:
+        """SHA-256 (32 bytes) of its float32 direction at one of its sites, whichever that is."""
+        return self._digests_of_sites()[self._sites.index(site)]
+
     def _digests_of_sites(self) -> list[bytes]:
         # One digest per site, so that a narrowed vector is named without reading its numbers again.
         if self._site_digests is None:

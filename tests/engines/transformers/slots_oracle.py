@@ -57,6 +57,11 @@ class Act:
         step = {"kind": self.kind, "vector": named(self.vector), "phase": self.phase, **options}
         if self.kind == "lowrank":
             step |= {"read": [step.pop("vector")], "write": [step["write"]]}
+        if self.kind == "feature":  # rows of one place, spread
+            rows = {"encoder": step.pop("vector"), "decoder": step["decoder"]}
+            first = {name: {self.hooks[0]: {str(self.layers[0]): row[self.hooks[0]][str(self.layers[0])]}}
+                     for name, row in rows.items()}  # fmt: skip
+            step |= first | {"layers": list(self.layers), "hooks": list(self.hooks)}
         return step if self.gate is None else {**step, "gate": self.gate.spec()}
 
     @property
@@ -137,6 +142,10 @@ class Slow:
                 z += factor * (y @ act.unit) * (to / to.norm() - act.unit)
             if act.kind == "lowrank":
                 z += factor * (y @ act.vector.double() + act.options["bias"][0]) * act.options["write"].double()
+            if act.kind == "feature":
+                u = y @ act.vector.double() + act.options["bias"]
+                f = u if u > act.options["threshold"] else 0.0
+                z += factor * (act.options["set"] - f) * act.options["decoder"].double()
             if act.kind == "rotate":
                 z += factor * (act.turned(y) - y)
         return z

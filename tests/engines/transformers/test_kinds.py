@@ -33,7 +33,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "swap": {"to": numbers(4, 3.0)},
     "rotate": {"plane": numbers(5, 2.0), "by": 110.0},
     "lowrank": {"write": numbers(6, 0.01), "bias": [3.0]},
-}
+    "feature": {
+        "architecture": "jumprelu", "decoder": numbers(7, 0.02), "bias": 1.5, "threshold": 0.5, "set": 30.0,
+    },
+}  # fmt: skip
 MIXED = [  # one prompt each
     [Act("ablate", V, (0, 1, 2), ("pre_attn", "post_attn", "post_block"))],
     [],
@@ -52,7 +55,9 @@ MIXED = [  # one prompt each
         Act("scale", V, (2,), options={"factor": 0.0}, gate=EARLY),
         Act("add", V, (1, 2), options={"scale": -0.1}, gate=PROBE),
     ],
-    [Act("add", CLOSE, (0, 1), ("pre_attn",), options={"scale": 1.0})],
+    [Act("add", CLOSE, (0, 1), ("pre_attn",), options={"scale": 1.0}),
+     Act("feature", V, (0, 2), ("post_attn", "post_block"), options=OPTIONS["feature"]),
+     Act("feature", CLOSE, (2,), options=OPTIONS["feature"] | {"set": -20.0}, gate=PROBE)],
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from trimtab.ops.args import SLOT_PARAMS, SlotOpArgs
+from trimtab.ops.args import SLOT_PARAMS, SLOT_ROWS, SlotOpArgs
 from trimtab.ops.kernels.launch import Launch, launch_sizes, named_arguments, on_device
 from trimtab.ops.kernels.responses import (
     KEEP_NORM_CODE,
@@ -21,27 +21,32 @@ from trimtab.ops.kernels.responses import (
     REPLACE_CODE,
     SEES_TWO,
     respond,
+    respond_to_feature,
     respond_to_two,
 )
 from trimtab.ops.variants import note_launch
+from trimtab.responses import DIGITS
 
 LAST = tl.constexpr(SLOT_PARAMS - 1)  # where the place of a second score stands
+SHARE = tl.constexpr(2.0**-DIGITS)  # the unit of a row of digits in that of the one before it
 
 HELD = 16384
 """Elements that a program holds at once of what its slots read; half as many where the numbers of more than 4 slots, or
 what is known of more than one piece, leave less room."""
 
 
-def slot_launch_sizes(width: int, slots: int, tokens: int, device: torch.device, looks_back: bool = False) -> Launch:
-    """The launch for N `tokens` of `width` H with K `slots`: a thread holds 32 elements or less, 8 where it looks back,
-    which takes more of each.
+def slot_launch_sizes(
+    width: int, slots: int, tokens: int, device: torch.device, looks_back: bool = False, reads_float32: bool = False
+) -> Launch:
+    """The launch for N `tokens` of `width` H with K `slots`: a thread holds 32 elements or less, 8 where it looks back
+    or reads to the digits of float32, which take more of each, and fewer warps share a piece where it does both.
     """
-    lines = triton.next_power_of_2(slots)
+    lines, takes_more = triton.next_power_of_2(slots), looks_back + reads_float32
     held = HELD if lines <= 4 and lines * width <= HELD else HELD // 2
-    if looks_back:
-        held = (HELD if lines <= 4 else HELD // 2) // 4
+    if takes_more:
+        held = (HELD if lines <= 4 else HELD // 2) // (4 * takes_more)
     sizes = launch_sizes(min(width, max(1, held // lines)), tokens, device)
-    per_warp = 256 if looks_back else 1024
+    per_warp = 256 if takes_more else 1024
     return dataclasses.replace(sizes, num_warps=max(sizes.num_warps, lines * sizes.block // per_warp))
 
 
@@ -52,7 +57,8 @@ def launch_apply_slots(args: SlotOpArgs, sizes: Launch | None = None) -> None:
         return
     slots = args.slot_rows.shape[1]
     looks_back = args.hidden_states.shape[0] > 0
-    sizes = sizes or slot_launch_sizes(width, slots, tokens, args.steered.device, looks_back)
+    float32 = args.slot_rows.shape[2] > SLOT_ROWS
+    sizes = sizes or slot_launch_sizes(width, slots, tokens, args.steered.device, looks_back, float32)
     with on_device(args.steered):
         apply_slots_kernel[(sizes.programs,)](
             **named_arguments(apply_slots_kernel, args),
@@ -64,6 +70,7 @@ def launch_apply_slots(args: SlotOpArgs, sizes: Launch | None = None) -> None:
             SPLIT=args.hidden_rest.shape[0] > 0,
             GATED=args.gate_values.shape[0] > 0,
             BACK=looks_back,
+            FLOAT32=float32,
             num_warps=sizes.num_warps,
             maxnreg=sizes.registers,
         )
@@ -140,6 +147,7 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
     GATED: tl.constexpr,
     BACK: tl.constexpr,
+    FLOAT32: tl.constexpr,
 ):
     i_slot = tl.arange(0, LINES)
     is_slot = i_slot < SLOTS
@@ -150,6 +158,9 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
         at_rows = p_slot_rows + o_record * slot_rows_stride_0 + i_slot * slot_rows_stride_1
         o_read = tl.load(at_rows, mask=steered, other=0)
         o_write = tl.load(at_rows + slot_rows_stride_2, mask=steered, other=0)
+        if FLOAT32:  # rows with the other digits of what is read
+            o_middle = tl.load(at_rows + 2 * slot_rows_stride_2, mask=steered, other=0)
+            o_low = tl.load(at_rows + 3 * slot_rows_stride_2, mask=steered, other=0)
         acting = o_read | o_write
         if BACK:  # one that keeps the norm has no direction
             at_stages = p_slot_codes + o_record * slot_codes_stride_0 + i_slot * slot_codes_stride_1
@@ -219,7 +230,22 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                     mask=(o_read > 0)[:, None] & in_row[None, :],
                     other=0.0,
                 )
-                score += tl.sum(b_y[None, :] * b_read.to(tl.float32), 1)
+                b_read = b_read.to(tl.float32)
+                if FLOAT32:
+                    at_middle = p_steering_table + o_middle[:, None] * steering_table_stride_0
+                    b_middle = tl.load(
+                        at_middle + o_h[None, :] * steering_table_stride_1,
+                        mask=(o_middle > 0)[:, None] & in_row[None, :],
+                        other=0.0,
+                    )
+                    at_low = p_steering_table + o_low[:, None] * steering_table_stride_0
+                    b_low = tl.load(
+                        at_low + o_h[None, :] * steering_table_stride_1,
+                        mask=(o_low > 0)[:, None] & in_row[None, :],
+                        other=0.0,
+                    )
+                    b_read += (b_middle.to(tl.float32) + b_low.to(tl.float32) * SHARE) * SHARE
+                score += tl.sum(b_y[None, :] * b_read, 1)
 
             u = tl.where(o_read > 0, score * factor, 0.0) + bias
             at_numbers = at_params + 2 * slot_params_stride_2
@@ -228,6 +254,8 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                 place = tl.load(at_params + LAST * slot_params_stride_2, mask=is_slot, other=0.0).to(tl.int32)
                 v = tl.sum(tl.where(place[:, None] == i_slot[None, :], u[None, :], 0.0), 1)
                 c = respond_to_two(c, code, u, v, at_numbers, slot_params_stride_2, is_slot)
+            if FLOAT32:
+                c = respond_to_feature(c, code, u, at_numbers, slot_params_stride_2)
             c *= opened
             amount = tl.sum(b_mix * c[None, :], 1)
             o_along = tl.where(o_write > 0, o_write, o_read)

@@ -149,11 +149,12 @@ def slot_specs() -> list[dict[str, Any]]:
     return [{"interventions": some} for some in steps]
 
 
-ALL_KINDS = [*SLOTS["kinds"], "lowrank", "replace", "add:norm", "keep_norm"]
+ALL_KINDS = [*SLOTS["kinds"], "lowrank", "feature", "replace", "add:norm", "keep_norm"]
 
 
 def rarer_specs() -> list[dict[str, Any]]:
-    """Specs of the kinds that make a graph larger for all: of low rank, and those that look at the stream before."""
+    """Specs of the kinds that make a graph larger for all: of low rank, features, and those that look at the stream
+    before."""
     gate = slot_specs()[6]["interventions"][0]["gate"]
     small = [random_spec(80 + i, layers=[1, 3], strength=0.1)["interventions"][0]["vector"] for i in range(4)]
     steps = [
@@ -162,6 +163,14 @@ def rarer_specs() -> list[dict[str, Any]]:
         [slot("replace", 85, [1], amount=0.25), slot("replace", 86, [1], amount=0.5), slot("ablate", 87, [1])],
         [{**slot("add", 88, [0, 2], ["post_attn", "post_block"]), "unit": "norm", "scale": 0.75}],
     ]
+    rows = [random_spec(90 + i, layers=[1], strength=0.3)["interventions"][0]["vector"] for i in range(4)]
+    steps += [
+        [{"kind": "feature", "encoder": rows[0], "decoder": rows[1], "architecture": "jumprelu", "bias": 0.5,
+          "threshold": 0.75, "scale": 3.0, "add": 4.0, "layers": [1, 2]},
+         {"kind": "feature", "encoder": rows[2], "decoder": rows[3], "architecture": "gated", "bias": 0.25,
+          "gate_bias": 0.5, "gain": 1.5, "set": 9.0, "gate": gate | {"threshold": 0.0, "hard": True}},
+         slot("ablate", 47, [1, 2])],
+    ]  # fmt: skip
     specs: list[dict[str, Any]] = [{"interventions": some} for some in steps]
     specs.append({"interventions": [slot("clamp", 89, [1, 2], value=9.0)], "keep_norm": True})
     return [*specs, {"interventions": random_spec(7, layers=[3])["interventions"], "keep_norm": "if_grown"}]

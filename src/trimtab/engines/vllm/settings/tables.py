@@ -79,8 +79,8 @@ def decide_tables(
     requests = int(vllm_config.scheduler_config.max_num_seqs)
     rows = max_rows
     if rows is None:
-        slots = most_slots(model.slots)
-        least, most = rows_needed(1, gates, slots), rows_needed(requests, gates, slots)
+        slots = most_slots(model.slots), 0 if form is None else form.rows
+        least, most = rows_needed(1, gates, *slots), rows_needed(requests, gates, *slots)
         rows = rows_within(_budget(memory, most * each), each, least=least, most=most)
     return Tables(rows, min(rows, probes_needed(requests, gates)), rows * each, lowers)
 
