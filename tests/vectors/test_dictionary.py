@@ -1,6 +1,8 @@
 """A dictionary holds named rows of an autoencoder, and refuses what its rows do not determine."""
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,14 @@ def test_weights_may_be_tensors_of_any_dtype_and_a_threshold_one_number() -> Non
     found = Dictionary.from_weights("jumprelu", HERE, {"cats": 1}, **weights, threshold=0.5)["cats"]
     assert found.threshold == 0.5
     np.testing.assert_array_equal(found.encoder.directions[HERE], weights["encoder"].detach()[:, 1].float().numpy())
+
+
+def test_it_can_be_copied_and_sent_to_another_process() -> None:
+    given = Dictionary.from_weights("relu", HERE, {"cats": 2}, **WEIGHTS)
+    for found in (copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        assert found.architecture == "relu"
+        assert found["cats"].encoder.digest == given["cats"].encoder.digest
+        assert found["cats"].bias == given["cats"].bias
 
 
 REFUSED = {

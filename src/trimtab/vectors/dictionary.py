@@ -12,7 +12,6 @@ largest takes all of them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -73,7 +72,7 @@ class Dictionary(Mapping[str, DictionaryRow]):
                 at = error.field if error.field == "architecture" else f"{place}.{error.field}"
                 raise SteeringError(at, error.message) from None
         self._architecture = architecture
-        self._rows = MappingProxyType(dict(rows))
+        self._rows = dict(rows)
 
     @classmethod
     def from_weights(

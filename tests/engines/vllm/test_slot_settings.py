@@ -19,7 +19,9 @@ from trimtab.errors import SteeringError
 from trimtab.ops import SlotForm
 from trimtab.ops.sizes import row_bytes
 from trimtab.program.codec import encode
+from trimtab.program.lowering import contents_of
 from trimtab.program.resolved_gate import rows_needed
+from trimtab.program.room import check_room
 from trimtab.sites import HookPoint, ModelSites, Site, SlotLimits
 
 WIDTH, LAYERS = 8, 6
@@ -105,6 +107,22 @@ def test_records_of_slots_count_in_the_tables_of_the_stage_that_has_most() -> No
         each = row_bytes(sites, WIDTH, torch.float32, slots=form, slot_sites=sites)
         assert found.nbytes == found.rows * each > found.rows * row_bytes(sites, WIDTH, torch.float32)
         assert found.rows == rows_needed(2, 0, 16)  # as many as two requests of sixteen interventions may need
+
+
+def test_the_least_of_tables_holds_sixteen_features_in_four_rows_each() -> None:
+    served = SlotLimits(16, ALL.sites, frozenset({"feature"}))
+    model = ModelSites(WIDTH, LAYERS, ALL.sites, slots=served)
+    rows = [{"post_block": {"1": row.tolist()}} for row in np.random.default_rng(0).normal(size=(32, WIDTH))]
+    steps = [
+        {"kind": "feature", "architecture": "relu", "encoder": rows[2 * i], "decoder": rows[2 * i + 1], "set": 1,
+         "phase": ("prefill", "decode")[i % 2]}
+        for i in range(16)
+    ]  # fmt: skip
+    asked = Steering.parse({"interventions": steps}).resolve({}, model)
+    least = decide_tables(engine(), model, 1, None)
+    assert least.rows == rows_needed(1, 0, 16, 4)
+    check_room(asked, least.room, "")
+    assert len(contents_of(asked, lowers=False).rows) == 2 + 16 * 4
 
 
 SPEC = {"kind": "clamp", "vector": {"post_block": {"1": np.arange(1.0, 9.0).tolist()}}, "max": 1.0}
