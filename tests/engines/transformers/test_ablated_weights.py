@@ -61,6 +61,20 @@ def test_one_direction_ablated_in_a_branch_equals_orthogonalised_writers_of_that
         assert (one - other).abs().max() > 1e-3
 
 
+def test_taken_out_of_the_stream_or_of_all_that_is_added_to_it_a_direction_is_gone_alike():
+    """Also where a norm with weights stands within the branches, so that no weights would do the same."""
+    ablation = {"kind": "ablate", "vector": {"attn_out": {"1": V.tolist()}}, "layers": [0, 1, 2]}
+    found = []
+    with SteeredModel(FAMILIES["gemma2"].model()) as model:
+        for hooks in (["pre_attn", "post_attn", "post_block"], ["pre_attn", "attn_out", "mlp_out"], ["pre_attn"]):
+            recorder = Recorder()
+            spec = {"interventions": [{**ablation, "hooks": hooks}]}
+            model.generate(PROMPTS, spec, logits_processor=[recorder], max_new_tokens=2, do_sample=False)
+            found.append(recorder.logits[0])
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+    assert (found[0] - found[2]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_one_direction_ablated_wherever_the_stream_is_written_equals_orthogonalised_weights(name):
     family = FAMILIES[name]
