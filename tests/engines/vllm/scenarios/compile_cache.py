@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from support import differences, engine, generate, oracle, random_prompts, random_spec, report, tiny_model
+from support import differences, engine, generate, oracle, random_prompts, random_spec, report, slot, tiny_model
 
 
 def main(settings: str) -> None:
@@ -20,6 +20,9 @@ def main(settings: str) -> None:
     steering = None if settings == "stock" else json.loads(settings)
     layers = range(2) if not steering else [0]
     specs = [None] * 4 if steering is None else [random_spec(i, layers=layers, strength=2.0) for i in range(3)] + [None]
+    if steering and steering.get("slots"):  # one beside what is added, one alone
+        specs[0]["interventions"].append(slot("clamp", 5, layers, value=9.0))
+        specs[1] = {"interventions": [slot("ablate", 6, layers, strength=2.0)]}
     prompts = random_prompts([9, 20, 33, 15])
     expected = oracle(model, prompts, specs)
     plain = oracle(model, prompts, [None] * 4)
