@@ -1,6 +1,6 @@
 """Stock vLLM, steered, gives the embedded engine's greedy tokens, on both runners.
 
-Plain rows are compiled by Inductor in the test of compile caches, and beside a monitor in its scenario.
+Plain rows and slots are compiled by Inductor in the test of compile caches, and beside a monitor in its scenario.
 """
 
 from typing import Any
