@@ -5,7 +5,8 @@ import pytest
 from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.program.codec import decode, encode
-from trimtab.program.resolved_gate import ResolvedGate, check_served
+from trimtab.program.joint_gate import check_served
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import GateLimits, HookPoint, Site
 from trimtab.vectors import SteeringVector
 

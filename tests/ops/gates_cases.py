@@ -28,7 +28,8 @@ class Stack:
 def gated_stack(
     tokens, width, *, gates=2, dtype=torch.float32, seed=0, device="cpu", rows=5, probes=4, probe_sites=None
 ) -> Stack:
-    """A third of the gates are none, a third hard, half inverted; probes stand at any of the three sites."""
+    """A third of the gates are none, a third hard, half inverted; probes stand at any of the three sites. Half of those
+    that can be are joined to the gate before them."""
     rng = np.random.default_rng(seed)
     buffers = SteeringBuffers(
         SITES,
@@ -57,12 +58,22 @@ def gated_stack(
         ],
         axis=-1,
     )
-    state.params[:tokens] = torch.from_numpy(params.astype(np.float32)) * torch.from_numpy(on)[..., None]
+    joins = rng.choice([0.0, 0.0, 1.0, -1.0], (*shape, 1))
+    numbers = np.concatenate([params, joins], axis=-1).astype(np.float32)
+    state.params[:tokens] = torch.from_numpy(numbers) * torch.from_numpy(on)[..., None]
+    unjoined(state)
     modules = [nn.Module() for _ in SITES]
     for module, site in zip(modules, SITES, strict=True):
         buffers.attach(module, site)
     stack = Stack(buffers, modules, tokens)
     return stack if device == "cpu" else moved(stack, device, probe_sites)
+
+
+def unjoined(state) -> None:
+    """A gate is joined only to one that is decided at its own site or an earlier one."""
+    before, own = state.sites[:, :-1], state.sites[:, 1:]
+    state.params[:, 0, 4] = 0.0
+    state.params[:, 1:, 4] *= (before > 0) & (before <= own)
 
 
 def moved(stack: Stack, device, probe_sites=None) -> Stack:
@@ -98,6 +109,7 @@ class Oracle:
         self.params = state.params.double().cpu().numpy()
         self.directions = state.probe_table.double().cpu().numpy()
         self.factors: dict[tuple[int, int], float] = {}
+        self.owns: dict[tuple[int, int], float] = {}  # of joined gates, by themselves
         self.near: set[int] = set()  # tokens with a score so near a hard threshold that float32 may decide otherwise
 
     def added(self, place: int, stream: np.ndarray) -> np.ndarray:
@@ -106,7 +118,7 @@ class Oracle:
         for token in range(len(stream)):
             for slot in range(self.rows.shape[1]):
                 site = self.sites[token, slot]
-                coefficient, threshold, sharpness, invert = self.params[token, slot]
+                coefficient, threshold, sharpness, invert, join = self.params[token, slot]
                 if site == place + 1:
                     score = float(stream[token] @ self.directions[self.probes[token, slot]])
                     if sharpness == 0:
@@ -115,7 +127,11 @@ class Oracle:
                             self.near.add(token)
                     else:
                         y = 1 / (1 + np.exp(-np.clip(sharpness * (score - threshold), -700, 700)))
-                    self.factors[token, slot] = 1 - y if invert else y
+                    factor = 1 - y if invert else y
+                    if join:
+                        self.owns[token, slot], before = factor, self.factors[token, slot - 1]
+                        factor = factor * before if join > 0 else 1 - (1 - factor) * (1 - before)
+                    self.factors[token, slot] = factor
                 if 0 < site <= place + 1:
                     factor = self.factors[token, slot]
                     out[token] += self.table[place, self.rows[token, slot]] * coefficient * factor

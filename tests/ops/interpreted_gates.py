@@ -14,6 +14,8 @@ from gates_cases import SITES, Oracle, gated_stack
 from trimtab.ops.kernels.apply_gates import launch_apply_gates
 from trimtab.ops.kernels.launch import Launch
 
+joined: set[float] = set()  # how gates were joined in all cases
+
 
 def check(number: int) -> None:
     """Three sites in a row; the number chooses width, dtype, number of gates and programs, and a split stream."""
@@ -24,6 +26,7 @@ def check(number: int) -> None:
     gates_state = stack.buffers.gates
     gates_state.values.fill_(float("nan"))
     gates_state.gains.fill_(float("nan"))
+    gates_state.owns.fill_(-1.0)
     only_decide = number % 5 == 4
     oracle, rng = Oracle(stack), torch.Generator().manual_seed(number)
     for place in range(len(SITES)):
@@ -47,10 +50,16 @@ def check(number: int) -> None:
     assert oracle.factors
     for (token, slot), factor in oracle.factors.items():
         if token not in oracle.near:
-            np.testing.assert_allclose(stack.buffers.gates.values[slot, token].item(), factor, atol=2e-5)
+            np.testing.assert_allclose(gates_state.values[slot, token].item(), factor, atol=2e-5)
+    for token, slot in np.ndindex(7, gates):
+        if token not in oracle.near:
+            own = gates_state.owns[slot, token].item()
+            np.testing.assert_allclose(own, oracle.owns.get((token, slot), -1.0), atol=2e-5)
+    joined.update(float(oracle.params[key][4]) for key in oracle.owns if key[0] not in oracle.near)
 
 
 if __name__ == "__main__":
     for number in range(24):
         check(number)
+    assert joined == {-1.0, 1.0}
     print("24 gate cases equal the oracle")

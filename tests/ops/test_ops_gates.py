@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gates_cases import SITES, Oracle, gated_stack
+from gates_cases import SITES, Oracle, gated_stack, unjoined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -29,6 +29,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # 
 def test_three_sites_in_a_row_give_what_the_formula_says(tokens, width, gates, dtype, split, seed):
     stack = gated_stack(tokens, width, gates=gates, dtype=dtype, seed=seed)
     stack.buffers.gates.values.fill_(float("nan"))  # whatever an earlier pass left behind
+    stack.buffers.gates.owns.fill_(-1.0)
     oracle, rng = Oracle(stack), torch.Generator().manual_seed(seed)
     for place in range(len(SITES)):
         hidden = torch.randn(tokens, width, generator=rng).to(dtype)
@@ -45,6 +46,10 @@ def test_three_sites_in_a_row_give_what_the_formula_says(tokens, width, gates, d
     for (token, slot), factor in oracle.factors.items():
         if token not in oracle.near:
             assert stack.buffers.gates.values[slot, token].item() == pytest.approx(factor, abs=2e-5)
+    for token, slot in np.ndindex(tokens, gates):
+        if token not in oracle.near:
+            own = stack.buffers.gates.owns[slot, token].item()
+            assert own == pytest.approx(oracle.owns.get((token, slot), -1.0), abs=2e-5)
 
 
 @given(power=st.floats(-18, 4), seed=st.integers(0, 1000), dtype=st.sampled_from(list(TOLERANCE)))
@@ -58,7 +63,7 @@ def test_probes_of_any_admitted_magnitude_decide_as_the_formula_says(power, seed
     gate = ResolvedGate.of(SteeringVector({SITES[0]: probe}), float(threshold), float(sharpness))
     buffers, modules, _ = alone(dtype=dtype)
     buffers.gates.probe_table[1] = torch.from_numpy(probe)
-    buffers.gates.params[:4, 0] = torch.tensor([1.0, gate.threshold, gate.sharpness, 0.0])
+    buffers.gates.params[:4, 0] = torch.tensor([1.0, gate.threshold, gate.sharpness, 0.0, 0.0])
     buffers.gates.probes[:4, 0] = buffers.gates.sites[:4, 0] = 1
     emit(modules[0], HookPoint.POST_BLOCK, hidden)
     expected = 1.0 / (1.0 + np.exp(-np.float64(sharpness) * (scores - np.float64(threshold))))
@@ -84,7 +89,7 @@ def alone(width=16, dtype=torch.float32, tokens=4):
 def test_an_open_gate_is_no_gate_and_a_shut_one_no_steering_to_the_bit(threshold, sharpness, invert):
     buffers, modules, hidden = alone()
     coefficient = 1.7
-    buffers.gates.params[0, 0] = torch.tensor([coefficient, threshold, sharpness, invert])
+    buffers.gates.params[0, 0] = torch.tensor([coefficient, threshold, sharpness, invert, 0.0])
     ungated = SteeringBuffers(SITES, hidden_size=16, max_rows=3, max_tokens=8, dtype=torch.float32)
     ungated.table.copy_(buffers.table)
     ungated.any_active.fill_(True)
@@ -105,7 +110,7 @@ def test_a_gate_reads_the_stream_before_any_steering_at_its_site():
     buffers.index[0] = 2
     buffers.table[0, 2] = 100 * buffers.gates.probe_table[1]  # would carry every token over the threshold
     threshold = float(hidden[0] @ buffers.gates.probe_table[1]) + 0.5
-    buffers.gates.params[0, 0] = torch.tensor([1.0, threshold, 0.0, 0.0])
+    buffers.gates.params[0, 0] = torch.tensor([1.0, threshold, 0.0, 0.0, 0.0])
     for in_place in (False, True):
         buffers.gates.values.fill_(0.5)
         emit(modules[0], HookPoint.POST_BLOCK, hidden.clone(), in_place=in_place)
@@ -114,7 +119,7 @@ def test_a_gate_reads_the_stream_before_any_steering_at_its_site():
 
 def test_tokens_without_gates_are_left_alone_to_the_bit_and_write_no_factor():
     buffers, modules, hidden = alone()
-    buffers.gates.params[0, 0] = torch.tensor([1.0, -1e30, 1.0, 0.0])
+    buffers.gates.params[0, 0] = torch.tensor([1.0, -1e30, 1.0, 0.0, 0.0])
     buffers.gates.values.fill_(float("nan"))
     out = emit(modules[0], HookPoint.POST_BLOCK, hidden)
     assert torch.equal(out[1:], hidden[1:])
@@ -168,6 +173,7 @@ def test_the_traced_form_is_the_operator(probed, everywhere):
     gates = stack.buffers.gates
     numbers = torch.tensor(probed, dtype=torch.int32)
     gates.sites[:6] = torch.where(gates.sites[:6] > 0, numbers[gates.sites[:6] % len(probed)], 0)
+    unjoined(gates)
     for site in SITES[: min(probed) - 1]:  # what a gate lets through acts from its probe's site on
         stack.buffers.table[SITES.index(site)] = 0
     for module in stack.modules:
@@ -215,9 +221,10 @@ def test_shapes_that_no_backend_could_read_are_refused():
         {"steered": torch.randn(3, 8)},
         {"hidden_rest": torch.randn(2, 8)},
         {"gate_sites": args.gate_sites[:2]},
-        {"gate_params": args.gate_params[..., :3]},
+        {"gate_params": args.gate_params[..., :4]},
         {"gate_values": args.gate_values[:1]},
         {"gate_gains": args.gate_gains[:, :2]},
+        {"gate_owns": args.gate_owns[:1]},
         {"gate_probe_table": torch.zeros(2, 7)},
     ):
         with pytest.raises(ValueError, match=r".+"):
@@ -228,4 +235,4 @@ def test_the_registered_schema_is_the_tuple():
     schema = torch.ops.trimtab.apply_gates_.default._schema
     assert tuple(argument.name for argument in schema.arguments) == GateOpArgs._fields
     written = [argument.name for argument in schema.arguments if argument.alias_info is not None]
-    assert written == ["steered", "gate_values", "gate_gains"]
+    assert written == ["steered", "gate_values", "gate_gains", "gate_owns"]

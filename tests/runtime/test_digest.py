@@ -292,9 +292,9 @@ NOT_STATE = {
         "_slab": "an uploader as below", "meters": "below",
     },
     "meters": {
-        "_free": "depends on when passes end", "_most": "constant",
+        "_free": "depends on when passes end", "_most": "constant", "_lanes": "constant",
         **dict.fromkeys(
-            ("_log", "_last", "_expected", "_sums", "_kept", "_folded", "_closing", "_finished", "_totals"),
+            ("_log", "_last", "_parts", "_expected", "_sums", "_kept", "_folded", "_closing", "_finished", "_totals"),
             "what gates were seen to do, and how far that is",
         ),
     },

@@ -14,6 +14,7 @@ from runtime_model import HIDDEN, SITES, received, vector
 from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program.joint_gate import Join, joined
 from trimtab.program.lowering import contents_of
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
@@ -30,12 +31,17 @@ OPTIONS = [
     ResolvedGate.of(PROBES[2], 0.0, 8.0),
 ]
 
+JOINT = [joined(Join.ALL, [OPTIONS[2], OPTIONS[0]]), joined(Join.ANY, [OPTIONS[3], OPTIONS[1]])]
+
 plain = st.lists(st.tuples(st.sampled_from(VECTORS), st.sampled_from([0.5, -2.0, 3.0])), max_size=2)
-gated = st.lists(
-    st.tuples(st.sampled_from(VECTORS), st.sampled_from([0.5, 1.0, -2.0]), st.sampled_from(OPTIONS[:2] + OPTIONS[2:3])),
-    max_size=2,
-    unique_by=lambda item: item[2].digest,
-)
+
+
+def behind(gates, most):
+    one = st.tuples(st.sampled_from(VECTORS), st.sampled_from([0.5, 1.0, -2.0]), st.sampled_from(gates))
+    return st.lists(one, max_size=most, unique_by=lambda item: item[2].digest)
+
+
+gated = st.one_of(behind(OPTIONS[:3], GATES), behind(JOINT, 1))  # a joint gate takes both lanes
 
 
 def make(max_requests=MAX_REQUESTS, *, gates=GATES, sites=SITES):
@@ -57,8 +63,9 @@ def program(plain, gated):
 
 
 def gates_of(buffers, token):
-    """What the device holds for a token: {(probe, numbers of the gate): what it lets through [S, H]}."""
-    state, found = buffers.gates, {}
+    """What the device holds for a token: {(probe, numbers of the gate, how it is joined to which): what it lets through
+    [S, H]}."""
+    state, found, key = buffers.gates, {}, None
     for slot in range(state.count):
         row, probe, site = (int(t[token, slot]) for t in (state.rows, state.probes, state.sites))
         if site == 0:
@@ -66,7 +73,7 @@ def gates_of(buffers, token):
             assert not state.params[token, slot].any()
             continue
         coefficient, *numbers = state.params[token, slot].tolist()
-        key = (state.probe_table[probe].numpy().tobytes(), site, *numbers)
+        key = (state.probe_table[probe].numpy().tobytes(), site, *numbers, key if numbers[-1] else None)
         found[key] = buffers.table[:, row].double().numpy() * coefficient
     return found
 
@@ -79,8 +86,12 @@ def due_gates(asked):
         for place, site in enumerate(SITES):
             if site in one.directions:
                 row[place] = np.float64(scale) * one.directions[site].astype(np.float64)
-        numbers = (gate.threshold, gate.sharpness, float(gate.invert))
-        due[(gate.probe.block[0].tobytes(), SITES.index(gate.site) + 1, *numbers)] = row
+        key = None
+        for place, member in enumerate(gate.members, 1):
+            join = 0.0 if key is None else {Join.ALL: 1.0, Join.ANY: -1.0}[gate.join]
+            numbers = (member.threshold, member.sharpness, float(member.invert), join)
+            key = (member.probe.block[0].tobytes(), SITES.index(member.site) + 1, *numbers, key)
+            due[key] = row if place == len(gate.members) else 0.0 * row
     return due
 
 
@@ -91,7 +102,7 @@ class Request:
     prompt: int
     computed: int = 0
     running: bool = False
-    factors: dict = field(default_factory=dict)  # gate digest -> list of factors that the device reported
+    factors: dict = field(default_factory=dict)  # (within, gate digest) -> list of factors that the device reported
 
     @property
     def steering(self):
@@ -148,9 +159,10 @@ class Engine(RuleBasedStateMachine):
         self.call("step", ["", *names], [0, *firsts], [2, *counts], [9, *prompts])
         place = 2
         assert not gates_of(self.buffers, 0)
-        values = self.rng.random(self.buffers.gates.values.shape).astype(np.float32)
+        values, owns = self.rng.random((2, *self.buffers.gates.values.shape)).astype(np.float32)
         for buffers in (self.buffers, self.twin_buffers):
             buffers.gates.values.copy_(torch.from_numpy(values))
+            buffers.gates.owns.copy_(torch.from_numpy(owns))
         for request, count in batch:
             for position in range(request.computed, request.computed + count):
                 asked = request.phases[int(position >= request.prompt)]
@@ -158,10 +170,17 @@ class Engine(RuleBasedStateMachine):
                 assert got.keys() == want.keys()
                 for key, row in want.items():
                     np.testing.assert_allclose(got[key], row, rtol=1e-6, atol=1e-6)
-                slots = [item.gate.digest for item in program(*asked).gated]
-                for slot, digest in enumerate(slots):
-                    request.factors.setdefault(digest, []).append(float(values[slot, place]))
-                    self.total += 1
+                lane = 0
+                for gate in (item.gate for item in program(*asked).gated):
+                    told = [(("", gate.digest), values[lane + len(gate.members) - 1, place])]
+                    for member in gate.members if len(gate.members) > 1 else ():
+                        alone = values if member is gate.members[0] else owns
+                        told.append(((gate.digest.hex(), member.digest), alone[lane, place]))
+                        lane += 1
+                    lane += len(gate.members) == 1
+                    for key, factor in told:
+                        request.factors.setdefault(key, []).append(float(factor))
+                        self.total += 1
                 place += 1
             request.computed += count
         assert not any(gates_of(self.buffers, token) for token in range(place, MAX_TOKENS))
@@ -185,12 +204,14 @@ class Engine(RuleBasedStateMachine):
             self.check_report(data.draw(st.sampled_from(self.requests)))
 
     def check_report(self, request):
-        uses = {use.gate: use for use in self.runtime.gate_report(request.name)}
-        for digest, factors in request.factors.items():
-            use = uses[digest.hex()]
+        report = self.runtime.gate_report(request.name)
+        uses = {(use.within, bytes.fromhex(use.gate)): use for use in report}
+        assert len(uses) == len(report)
+        for key, factors in request.factors.items():
+            use = uses[key]
             assert (use.tokens, use.above_half) == (len(factors), sum(f > 0.5 for f in factors))
             assert use.mean == pytest.approx(np.mean(factors), abs=1e-6)
-        assert all(use.tokens == 0 for gate, use in uses.items() if bytes.fromhex(gate) not in request.factors)
+        assert all(use.tokens == 0 for key, use in uses.items() if key not in request.factors)
         assert sum(use.tokens for use in self.runtime.gate_totals()) == self.total
 
     @invariant()
@@ -280,6 +301,34 @@ def test_a_request_holds_exactly_the_contents_that_are_reserved_for_it(asked):
     runtime.admit("a", steering)
     contents = contents_of(steering, lowers=False)
     assert (runtime.rows_in_use, runtime._gates.probes_in_use) == (len(contents.rows), len(contents.probes))
+
+
+def test_a_joint_gate_is_reported_whole_and_by_its_members_beside_equal_gates_of_their_own():
+    """What it is made of counts for its probe's label in totals, and the whole for all gates of its sort."""
+    named = [
+        ResolvedGate.of(one.probe, one.threshold, 1.0, label=name)
+        for one, name in zip((OPTIONS[0], OPTIONS[2], OPTIONS[3]), ("angry", "sad", "late"), strict=True)
+    ]
+    buffers, runtime = make(gates=4)
+    both = program([], [(VECTORS[2], 1.0, joined(Join.ALL, named)), (VECTORS[0], 1.0, named[0])])
+    runtime.admit("a", ResolvedSteering((both, both)))
+    runtime.step(["a"], [0], [2], [2])
+    lanes = [member.label for item in both.gated for member in item.gate.members]
+    first = [item.gate.label for item in both.gated].index("(all)")
+    buffers.gates.values.zero_()
+    buffers.gates.owns.zero_()
+    buffers.gates.values[:, :2] = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    buffers.gates.owns[:, :2] = torch.tensor([[10.0], [20.0], [30.0], [40.0]])
+    start = 0 if first == 0 else 1
+    report, joint = runtime.gate_report("a"), both.gated[first].gate.digest.hex()
+    whole, *members = [use for use in report if joint in (use.gate, use.within)]
+    assert (whole.probe, whole.within, whole.tokens, whole.mean) == ("(all)", "", 2, start + 3.0)
+    assert {use.within for use in members} == {whole.gate}
+    due = {lanes[start]: start + 1.0, lanes[start + 1]: 10.0 * (start + 2), lanes[start + 2]: 10.0 * (start + 3)}
+    assert {use.probe: use.mean for use in members} == due
+    (alone,) = [use for use in report if use not in (whole, *members)]
+    assert (alone.probe, alone.mean, alone.gate) == ("angry", 4.0 if start == 0 else 1.0, named[0].digest.hex())
+    assert {use.probe: use.tokens for use in runtime.gate_totals()} == {"(all)": 2, "angry": 4, "sad": 2, "late": 2}
 
 
 def test_more_gates_than_the_buffers_hold_are_refused_and_the_old_steering_kept():

@@ -22,6 +22,9 @@ SLOT_PARAMS = 2 + MOST_NUMBERS
 """Numbers of a slot on the device: the factor of its read row, the bias of its score, and its response's own; where the
 response sees a second score, the last is the place of the slot, among the K, whose score that is."""
 
+GATE_PARAMS = 5
+"""Numbers of a gate on the device: see `GateOpArgs.gate_params`."""
+
 
 class SteeringOpArgs(NamedTuple):
     """Arguments of `trimtab::apply_steering`."""
@@ -74,11 +77,13 @@ class GateOpArgs(NamedTuple):
     gate_rows: Tensor  # [T, G] int64: the row that a gate lets through
     gate_probes: Tensor  # [T, G] int32: the row of its probe
     gate_sites: Tensor  # [T, G] int32: the site of its probe
-    gate_params: Tensor  # [T, G, 4] float32: coefficient, threshold, sharpness (0 = hard), invert (0 or 1)
+    gate_params: Tensor  # [T, G, 5] float32: coefficient, threshold, sharpness (0 = hard), invert (0 or 1), and how its
+    # factor is joined to that of the gate before it: 0 not at all, 1 "all", -1 "any"
     gate_probe_table: Tensor  # [P, H] float32; row 0 is zero forever
     gate_site: Tensor  # [1] int32: the site that this is
     gate_values: Tensor  # [G, T] float32: each gate's factor
     gate_gains: Tensor  # [G, T] float32: coefficient times factor; 0 of a gate that no site has decided yet
+    gate_owns: Tensor  # [G, T] float32: what the factor of a joined gate is by itself; nothing reads it on the device
 
 
 class SlotForm(NamedTuple):
@@ -165,12 +170,12 @@ def check_gate_args(args: GateOpArgs) -> None:
         if tensor.shape[-1] != width:
             raise ValueError(f"hidden_states is {width} wide, {name} {tensor.shape[-1]}")
     gates = args.gate_rows.shape[1]
-    for name, shape in (("gate_probes", (gates,)), ("gate_sites", (gates,)), ("gate_params", (gates, 4))):
+    for name, shape in (("gate_probes", (gates,)), ("gate_sites", (gates,)), ("gate_params", (gates, GATE_PARAMS))):
         if getattr(args, name).shape[1:] != shape:
             raise ValueError(
                 f"{name} must be [T, {', '.join(map(str, shape))}], got {tuple(getattr(args, name).shape)}"
             )
-    for name in ("gate_values", "gate_gains"):
+    for name in ("gate_values", "gate_gains", "gate_owns"):
         if getattr(args, name).shape[0] != gates:
             raise ValueError(f"{name} must be [{gates}, T], got {tuple(getattr(args, name).shape)}")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimtab.ops.args import GateOpArgs
+from trimtab.ops.args import GATE_PARAMS, GateOpArgs
 from trimtab.ops.reference import Gates
 from trimtab.ops.site_buffers import aligned_record
 from trimtab.sites import HookPoint, Site
@@ -19,7 +19,7 @@ from trimtab.sites import HookPoint, Site
 def gate_record(count: int) -> np.dtype[np.void]:
     """A token's line of `GateBuffers.slab`: `row` int64, `probe` and `site` int32, each [count], and `params` float32.
 
-    `params` is [count, 4] as in `GateOpArgs.gate_params`. What a site reads of all gates lies side by side, and each
+    `params` is [count, 5] as in `GateOpArgs.gate_params`. What a site reads of all gates lies side by side, and each
     part starts on 16 bytes for the reason that `TOKEN_BYTES` in `buffers` gives. A token without gates has zeros.
     """
     return aligned_record(
@@ -27,13 +27,13 @@ def gate_record(count: int) -> np.dtype[np.void]:
             "row": (np.int64, (count,)),
             "probe": (np.int32, (count,)),
             "site": (np.int32, (count,)),
-            "params": (np.float32, (count, 4)),
+            "params": (np.float32, (count, GATE_PARAMS)),
         }
     )
 
 
 _READ = ("gate_rows", "gate_probes", "gate_sites", "gate_params", "gate_probe_table")
-_WRITTEN = ("gate_values", "gate_gains")
+_WRITTEN = ("gate_values", "gate_gains", "gate_owns")
 
 
 class GateBuffers:
@@ -44,9 +44,10 @@ class GateBuffers:
     rows: Tensor  # [T, G] int64, a view of the slab like the three below
     probes: Tensor  # [T, G] int32
     sites: Tensor  # [T, G] int32, counted from 1 in forward order
-    params: Tensor  # [T, G, 4] float32
+    params: Tensor  # [T, G, 5] float32
     values: Tensor  # [G, T] float32: the factors of the last forward pass
     gains: Tensor  # [G, T] float32: coefficient times factor, between the sites of one pass
+    owns: Tensor  # [G, T] float32: of gates that are joined to the one before them, the factors by themselves
     probe_table: Tensor  # [P, H] float32
     numbers: Tensor  # [S, 4] int32, aligned: the first of each line is the site's number
 
@@ -76,9 +77,10 @@ class GateBuffers:
         self.rows = self._part(record, "row", torch.int64)
         self.probes = self._part(record, "probe", torch.int32)
         self.sites = self._part(record, "site", torch.int32)
-        self.params = self._part(record, "params", torch.float32).view(max_tokens, count, 4)
+        self.params = self._part(record, "params", torch.float32).view(max_tokens, count, GATE_PARAMS)
         self.values = torch.zeros(count, max_tokens, dtype=torch.float32, device=device)
         self.gains = torch.zeros(count, max_tokens, dtype=torch.float32, device=device)
+        self.owns = torch.zeros(count, max_tokens, dtype=torch.float32, device=device)
         self.probe_table = torch.zeros(max_probes, hidden_size, dtype=torch.float32, device=device)
         self.numbers = torch.zeros(len(sites), 4, dtype=torch.int32, device=device)
         self.numbers[:, 0] = torch.arange(1, len(sites) + 1, dtype=torch.int32)
@@ -97,15 +99,16 @@ class GateBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held."""
-        return sum(tensor.nbytes for tensor in (self.slab, self.values, self.gains, self.probe_table, self.numbers))
+        written = (self.values, self.gains, self.owns)
+        return sum(tensor.nbytes for tensor in (self.slab, *written, self.probe_table, self.numbers))
 
     def attach(self, module: nn.Module, site: Site) -> None:
         """Register the tensors that `site` reads and writes on `module`, as non-persistent buffers; none before the
         first site of a probe."""
         if site not in self._gated:
             return
-        shared = (self.rows, self.probes, self.sites, self.params, self.probe_table, self.values, self.gains)
-        for name, tensor in zip((*_READ, *_WRITTEN), shared, strict=True):
+        shared = (self.rows, self.probes, self.sites, self.params, self.probe_table)
+        for name, tensor in zip((*_READ, *_WRITTEN), (*shared, self.values, self.gains, self.owns), strict=True):
             module.register_buffer(f"steering_{name}", tensor, persistent=False)
         module.register_buffer(_number_name(site.hook), self.numbers[self.number(site) - 1, :1], persistent=False)
         setattr(module, _count_name(site.hook), self.count)

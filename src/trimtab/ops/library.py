@@ -50,7 +50,9 @@ SCHEMAS = {
     "steering_monitor": schema(
         "steering_monitor", MonitorOpArgs._fields, mutates=("steering_token_scales", "steering_row_gate")
     ),
-    "apply_gates_": schema("apply_gates_", GateOpArgs._fields, mutates=("steered", "gate_values", "gate_gains")),
+    "apply_gates_": schema(
+        "apply_gates_", GateOpArgs._fields, mutates=("steered", "gate_values", "gate_gains", "gate_owns")
+    ),
     "apply_slots_": schema("apply_slots_", SlotOpArgs._fields, mutates=("steered",)),
 }
 
@@ -224,7 +226,7 @@ def _checked_gates(tensors: tuple[Tensor, ...]) -> GateOpArgs:
     if not {args.steered.shape[0], args.hidden_rest.shape[0]} <= {0, tokens}:
         raise ValueError(f"{tokens} tokens, but steered has {args.steered.shape[0]}, the rest {args.hidden_rest.shape}")
     per_token = (args.gate_rows, args.gate_probes, args.gate_sites, args.gate_params)
-    check_capacity(args.hidden_states, *per_token, args.gate_values.t(), args.gate_gains.t())
+    check_capacity(args.hidden_states, *per_token, *(part.t() for part in args[-3:]))
     return args
 
 

@@ -195,23 +195,29 @@ def decide_gates(stream: Tensor, args: GateOpArgs) -> None:
     """Write the factors of gates whose probe is at this site, and the gains of all gates of the first N tokens.
 
         y = sigmoid(sharpness * (stream[i] . probe - threshold)), or stream[i] . probe > threshold where sharpness is 0
-        factor = 1 - y where inverted, else y
+        own = 1 - y where inverted, else y
+        factor = own, or joined to that of the gate before it: own * before ("all"), own + before * (1 - own) ("any")
         gain = coefficient * factor
 
     `stream` [N, H] float32 is the full stream before any steering here. Of a gate whose probe is at an earlier site the
     factor is the one written there; of all others the gain is 0, whatever the buffers held.
     """
     tokens, here = stream.shape[0], args.gate_site
-    for slot, (value, gain) in enumerate(zip(args.gate_values.unbind(0), args.gate_gains.unbind(0), strict=True)):
-        site, stored = args.gate_sites[:tokens, slot], value[:tokens]
-        coefficient, threshold, sharpness, invert = args.gate_params[:tokens, slot].unbind(-1)
+    factors = args.gate_values[:, :tokens]
+    written = zip(factors.unbind(0), args.gate_gains[:, :tokens], args.gate_owns[:, :tokens], strict=True)
+    for slot, (factor, gain, alone) in enumerate(written):
+        site = args.gate_sites[:tokens, slot]
+        coefficient, threshold, sharpness, invert, join = args.gate_params[:tokens, slot].unbind(-1)
         at_probe = site == here
         probe = args.gate_probe_table[torch.where(at_probe, args.gate_probes[:tokens, slot], 0)]
         score = (stream * probe).sum(-1)
         y = torch.where(sharpness > 0, torch.sigmoid(sharpness * (score - threshold)), (score > threshold).float())
-        y = torch.where(invert > 0, 1.0 - y, y)
-        stored.copy_(torch.where(at_probe, y, stored))
-        gain[:tokens].copy_(coefficient * torch.where((site > 0) & (site <= here), stored, 0.0))
+        own = torch.where(invert > 0, 1.0 - y, y)
+        before = factors[max(slot - 1, 0)]  # of the first, which is joined to none, nothing is taken
+        both = torch.where(join > 0, own * before, own + before * (1.0 - own))
+        alone.copy_(torch.where(at_probe & (join != 0), own, alone))
+        factor.copy_(torch.where(at_probe, torch.where(join != 0, both, own), factor))
+        gain.copy_(coefficient * torch.where((site > 0) & (site <= here), factor, 0.0))
 
 
 def steering_monitor(args: MonitorOpArgs, terms: Terms = ALL_TERMS) -> None:

@@ -1,6 +1,6 @@
 """The form in which resolved steering travels between processes: plain dicts, lists, bytes and numbers, for msgpack.
 
-    {"version": 3, "vectors": [VECTOR, ...], "gates": [GATE, ...], "directions": [DIRECTION, ...], "slots": [SLOT, ...],
+    {"version": 4, "vectors": [VECTOR, ...], "gates": [GATE, ...], "directions": [DIRECTION, ...], "slots": [SLOT, ...],
      "programs": [[TERM, ...], ...], "acting": [[slot index, ...], ...]}
     for each phase the terms of its program, as `ResolvedSteering.programs` has them, and its slots
     TERM = [vector index, scale], or [vector index, scale, gate index]
@@ -8,7 +8,8 @@
            or [..., direction index of its second score]
     NUMBERS = [[[[layer, hook], ...], [bias, numbers of the response ...]], ...], None for all sites of its direction
     DIRECTION = [[vector index, weight, whether at unit length], ...], a sum, or [..., form]
-    GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)]
+    GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)],
+           or ["all" | "any", [GATE of one probe, ...]]
     VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector,
            | {..., "hooks": [hook, ...]}                                                   at these hook points
            | {..., "part": [layer, hook, whether before]}                                  on one side of a site
@@ -23,9 +24,10 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from trimtab.errors import SteeringError
+from trimtab.program.joint_gate import MOST_MEMBERS, Condition, Join, JointGate, check_gate, joined
 from trimtab.program.programs import PhaseProgram, Term
 from trimtab.program.resolved import MOST_SLOTS, SPANS, ResolvedSteering
-from trimtab.program.resolved_gate import ResolvedGate, VectorReference, check_gate
+from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.program.slots import Slot
 from trimtab.program.wire_slots import decode_direction, decode_slot, encode_slot, form_told
 from trimtab.program.wire_values import check_keys, index_of, list_of, number_of, parts_of, truth_of
@@ -33,7 +35,7 @@ from trimtab.program.wire_vectors import Known, decode_vector, encode_vector
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown
 
-VERSION = 3
+VERSION = 4
 LONGEST_LABEL = 128  # characters, as of the names that can be registered
 SLOTS_READ = 2 * MOST_SLOTS  # of a program, whose slots are split where a monitor begins
 KEYS = frozenset({"version", "vectors", "gates", "directions", "slots", "programs", "acting"})
@@ -57,7 +59,13 @@ def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, 
         return places[vector.digest]
 
     gates = {gate.digest: index for index, gate in enumerate(steering.gates)}
-    encoded = [[place(g.probe, g.reference), g.threshold, g.sharpness, g.invert, g.label] for g in steering.gates]
+
+    def gate_told(gate: Condition) -> list[Any]:
+        if isinstance(gate, JointGate):
+            return [gate.join.value, [gate_told(member) for member in gate.members]]
+        return [place(gate.probe, gate.reference), gate.threshold, gate.sharpness, gate.invert, gate.label]
+
+    encoded = [gate_told(gate) for gate in steering.gates]
     slots = {slot.digest: slot for slot in steering.slots}
     ways = {way.row_key: way for slot in slots.values() for way in slot.directions}
     directions = [
@@ -98,7 +106,7 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     ]
     if len({vector.hidden_size for vector, _ in vectors}) > 1:
         raise SteeringError("wire.vectors", "the vectors have different widths")
-    gates = [_decode_gate(entry, f"wire.gates[{i}]", vectors) for i, entry in enumerate(entries["gates"])]
+    gates = [_decode_condition(entry, f"wire.gates[{i}]", vectors) for i, entry in enumerate(entries["gates"])]
     ways = [decode_direction(entry, f"wire.directions[{i}]", vectors) for i, entry in enumerate(entries["directions"])]
     slots = [decode_slot(entry, f"wire.slots[{i}]", ways, gates) for i, entry in enumerate(entries["slots"])]
     for key in ("programs", "acting"):
@@ -116,6 +124,21 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
         first = read.index(found)  # mostly all are alike, and then one object
         programs.append(programs[first] if first < i else _program(found, f"wire.programs[{i}]", vectors, gates, slots))
     return ResolvedSteering(tuple(programs))
+
+
+def _decode_condition(entry: Any, path: str, vectors: list[Known]) -> Condition:
+    parts = list_of(entry, path)
+    if len(parts) != 2:
+        return _decode_gate(entry, path, vectors)
+    if not isinstance(parts[0], str) or parts[0] not in Join.__members__.values():
+        raise SteeringError(f"{path}[0]", f"got {shown(parts[0])}, want one of {', '.join(Join)}")
+    members = list_of(parts[1], f"{path}[1]")
+    if not 1 < len(members) <= MOST_MEMBERS:
+        raise SteeringError(f"{path}[1]", f"has {len(members)} gates, want 2 to {MOST_MEMBERS}")
+    try:
+        return joined(Join(parts[0]), [_decode_gate(one, f"{path}[1][{i}]", vectors) for i, one in enumerate(members)])
+    except SteeringError as error:
+        raise SteeringError(error.field or f"{path}[1]", error.message) from None
 
 
 def _decode_gate(entry: Any, path: str, vectors: list[Known]) -> ResolvedGate:
@@ -160,7 +183,7 @@ def _decode_acting(entry: Any, path: str, slots: int) -> list[int]:
 
 
 def _program(
-    found: tuple[Terms, list[int]], path: str, vectors: list[Known], gates: list[ResolvedGate], slots: list[Slot]
+    found: tuple[Terms, list[int]], path: str, vectors: list[Known], gates: list[Condition], slots: list[Slot]
 ) -> PhaseProgram:
     terms: list[Term] = []
     for i, (vector, scale, gate) in enumerate(found[0]):

@@ -17,20 +17,29 @@ def steered_tokens(steering: ResolvedSteering | None, prompt_length: int, new_to
     return {phase: fed[phase] if steering is not None and steering.identity(phase) else 0 for phase in Phase}
 
 
+GateKey = tuple[str, bool, str]
+
+
 @dataclass(frozen=True)
 class GateUse:
     """What one gate did. `tokens` counts evaluations: a token computed twice, after a preemption, counts twice, and one
     found in a prefix cache not at all."""
 
-    probe: str  # its registered name, or the first digits of the digest of its direction; in totals the label
+    probe: str  # its registered name, or the first digits of its direction's digest; (all), (any); in totals the label
     gate: str  # hex digest of the gate; "" in a sum over all gates of a probe
     tokens: int
     mean: float  # of the factor; 0 without tokens
     above_half: int  # tokens whose factor exceeded one half
     lowered: int = 0  # times that a request had it as a probe of its row: new tokens are then not counted
+    within: str = ""  # hex digest of the gate of several whose member it is; the factor is then its own, by itself
+
+    @property
+    def key(self) -> "GateKey":
+        """By what uses of one gate are found. A gate of several comes before its members."""
+        return self.within or self.gate, bool(self.within), self.gate
 
     def __add__(self, other: "GateUse") -> "GateUse":
         tokens = self.tokens + other.tokens
         mean = (self.mean * self.tokens + other.mean * other.tokens) / tokens if tokens else 0.0
         above_half, lowered = self.above_half + other.above_half, self.lowered + other.lowered
-        return GateUse(self.probe, self.gate, tokens, mean, above_half, lowered)
+        return GateUse(self.probe, self.gate, tokens, mean, above_half, lowered, self.within)

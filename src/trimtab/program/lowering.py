@@ -12,6 +12,7 @@ must know which rows a request will hold asks `contents_of`.
 from collections.abc import Sequence, Set
 from typing import NamedTuple
 
+from trimtab.program.joint_gate import JointGate
 from trimtab.program.programs import GatedProgram, PhaseProgram
 from trimtab.program.resolved import SPANS, ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate
@@ -54,7 +55,8 @@ def contents(phases: Sequence[Placed]) -> Contents:
     lanes = [item for phase in phases for item in phase.gated]
     rows = {*(row_key(phase.row, phase.probes) for phase in phases), *(row_key(item.total) for item in lanes)}
     rows |= {way.row_key for phase in phases for slot in phase.row.slots for way in slot.rows}
-    return Contents(frozenset(rows - {b""}), frozenset(item.gate.probe.digest for item in lanes))
+    probes = {gate.probe.digest for item in lanes for gate in item.gate.members}
+    return Contents(frozenset(rows - {b""}), frozenset(probes))
 
 
 def row_key(program: PhaseProgram, probes: Sequence[ResolvedGate] = ()) -> bytes:
@@ -70,14 +72,16 @@ def lowered(decode: PhaseProgram) -> Placed:
     steered = {site for term in decode.terms for site in term.vector.sites}
     for item in decode.gated:
         gate = item.gate
-        if gate.hard or gate.invert or item.total.sites != (gate.site,) or gate.site in steered:
+        if isinstance(gate, JointGate) or gate.hard or gate.invert:
+            continue
+        if item.total.sites != (gate.site,) or gate.site in steered:
             continue
         taken.setdefault(gate.site, item)
     ordered = [taken[site] for site in sorted(taken, key=site_order)]
     parts = [decode, *(item.total for item in ordered)]
     if not ordered or not _keep_their_digits(parts):
         return Placed(decode, (), decode.gated)
-    probes = tuple(item.gate for item in ordered)
+    probes = tuple(gate for item in ordered for gate in item.gate.members)
     left = tuple(item for item in decode.gated if taken.get(item.gate.site) is not item)
     return Placed(PhaseProgram.joined(parts), probes, left)
 

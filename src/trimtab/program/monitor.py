@@ -51,7 +51,7 @@ def _with_origins(before: ResolvedSteering, steering: ResolvedSteering) -> Resol
     Content that stood in the spec has no name that its parts would keep, so it stays as long as there is any.
     """
     gone = _named(before) - _named(steering)
-    read = {gate.probe.digest for gate in steering.gates if gate.label != MONITOR_LABEL}
+    read = {one.probe.digest for gate in steering.gates if gate.label != MONITOR_LABEL for one in gate.members}
     return replace(
         steering,
         vectors=tuple(one for one in steering.vectors if (None if one.name is None else one.digest) not in gone),

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
+from trimtab.program.joint_gate import Condition
 from trimtab.program.ranges import MAX_VALUE, fault_of_range, unit_of
-from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, VectorReference
+from trimtab.program.resolved_gate import VectorReference
 from trimtab.program.slot_sets import formed
 from trimtab.program.slots import Slot, check_seconds
 from trimtab.responses import Stage
@@ -34,7 +35,7 @@ class Term:
     vector: SteeringVector
     scale: float
     reference: VectorReference | None = field(default=None, compare=False)
-    gate: ResolvedGate | None = None
+    gate: Condition | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -168,8 +169,16 @@ class PhaseProgram:
 
     @property
     def lanes(self) -> tuple[int, ...]:
-        """For each slot the place of its gate in `gated`, counted from 1; 0 where it has none."""
+        """For each slot the lane in which its gate's factor is, counted from 1; 0 where it has none.
+
+        The gates of `gated` have lanes in their order, one for each member, and the last member's has the factor.
+        """
         return _lanes(self.slots, self.gated)
+
+    @property
+    def lane_count(self) -> int:
+        """How many lanes its gates have."""
+        return sum(len(item.gate.members) for item in self.gated)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -247,7 +256,7 @@ class PhaseProgram:
 class GatedProgram:
     """The sum that one gate lets through, per token: `total` has terms and no gates of its own."""
 
-    gate: ResolvedGate
+    gate: Condition
     total: PhaseProgram
 
 
@@ -255,7 +264,10 @@ EMPTY = PhaseProgram((), b"", 0.0, "")
 
 
 def _lanes(slots: Iterable[Slot], gated: Iterable[GatedProgram]) -> tuple[int, ...]:
-    number = {item.gate.digest: place for place, item in enumerate(gated, 1)}
+    number, taken = {}, 0
+    for item in gated:
+        taken += len(item.gate.members)
+        number[item.gate.digest] = taken
     return tuple(0 if slot.gate is None else number[slot.gate.digest] for slot in slots)
 
 
@@ -287,17 +299,13 @@ def _merged(group: list[Term]) -> Term:
     return Term(group[0].vector, scale, next((term.reference for term in group if term.reference), None))
 
 
-def distinct(gates: Iterable[ResolvedGate]) -> list[ResolvedGate]:
+def distinct(gates: Iterable[Condition]) -> list[Condition]:
     """Each gate once, in the order of their digests: the engine's own before an equal one, one with a name before one
     without."""
-
-    def named(gate: ResolvedGate) -> tuple[bool, bool, bool]:
-        return gate.label == MONITOR_LABEL, gate.reference is not None, bool(gate.label)
-
-    by_digest: dict[bytes, ResolvedGate] = {}
+    by_digest: dict[bytes, Condition] = {}
     for gate in gates:
         known = by_digest.get(gate.digest)
-        if known is None or named(gate) > named(known):
+        if known is None or gate.told > known.told:
             by_digest[gate.digest] = gate
     return [by_digest[digest] for digest in sorted(by_digest)]
 

@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from trimtab.errors import SteeringError
+from trimtab.program.joint_gate import Condition
 from trimtab.program.programs import PhaseProgram, Term, distinct, together
-from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.program.slots import Slot
 from trimtab.sites import GateLimits, Phase, Site, SlotLimits
 
@@ -71,7 +71,7 @@ class ResolvedSteering:
         return together(*{program.sites for program in self.programs})
 
     @cached_property
-    def gates(self) -> tuple[ResolvedGate, ...]:
+    def gates(self) -> tuple[Condition, ...]:
         """The different gates of all programs, in canonical order."""
         return tuple(distinct(item.gate for program in self.programs for item in program.gated))
 
@@ -86,14 +86,18 @@ class ResolvedSteering:
         return tuple(slot for program in self.programs for slot in program.slots)
 
     def check_gate_count(self, limits: GateLimits, field: str) -> None:
-        """Raise `SteeringError` at `field` where a phase has more gates than an engine with these limits serves."""
+        """Raise `SteeringError` at `field` where a phase has more gates than an engine with these limits serves: of
+        those made of several each member counts."""
         own = b"" if limits.monitor is None else limits.monitor.digest
-        most = max(sum(item.gate.digest != own for item in program.gated) for program in self.programs)
+        most = max(
+            sum(len(item.gate.members) for item in program.gated if item.gate.digest != own)
+            for program in self.programs
+        )
         if most > limits.count:
             raise SteeringError(
                 field,
                 f"has {most} different gates in one phase; this engine serves {limits.count} per request (its setting "
-                "`gates`). Interventions with equal gates share one",
+                "`gates`). Interventions with equal gates share one; in `all` and `any` each member counts",
             )
 
     def check_slot_count(self, limits: SlotLimits, field: str) -> None:

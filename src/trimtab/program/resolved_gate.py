@@ -10,16 +10,14 @@ what precedes it, and of the request alone. A probe's bias is part of the thresh
 import hashlib
 import math
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from trimtab.errors import SteeringError
-from trimtab.sites import GateLimits, HookPoint, Phase, Site, site_order
+from trimtab.sites import HookPoint, Phase, Site
 from trimtab.vectors.vector import Part, SteeringVector
-from trimtab.wording import summary
 
 MONITOR_LABEL = "(monitor)"
 """Under which reports tell of an engine's own gate. No name that can be registered has parentheses."""
@@ -55,6 +53,7 @@ class ResolvedGate:
     invert: bool = False
     reference: VectorReference | None = field(default=None, compare=False)
     label: str = field(default="", compare=False)
+    path: str = field(default="", compare=False)  # where it stands in a gate of several, for messages
 
     @classmethod
     def of(
@@ -101,6 +100,16 @@ class ResolvedGate:
         return self.label or self.probe.digest.hex()[:12]
 
     @property
+    def members(self) -> tuple["ResolvedGate", ...]:
+        """The gates that it is made of: itself. See `trimtab.program.joint_gate`."""
+        return (self,)
+
+    @property
+    def told(self) -> tuple[int, int, int]:
+        """How much reports and other processes can say of it; among equal gates the one with most is kept."""
+        return self.label == MONITOR_LABEL, self.reference is not None, bool(self.label)
+
+    @property
     def hard(self) -> bool:
         """Whether the factor is 0 or 1, changing at the threshold."""
         return self.sharpness == 0.0
@@ -110,45 +119,6 @@ class ResolvedGate:
         """SHA-256 (32 bytes) of all that decides: the probe's site and numbers, threshold, sharpness and options."""
         numbers = struct.pack("<ff?", self.threshold, self.sharpness, self.invert)
         return hashlib.sha256(b"trimtab gate 1\0" + self.probe.digest + numbers).digest()
-
-
-def check_gate(gate: ResolvedGate, sites: Iterable[Site], width: int) -> None:
-    """Raise `SteeringError` at `probe` where the gate cannot stand before what acts at `sites` with vectors [width].
-
-    The factor exists from the probe's site on, in the order of the forward pass, so a vector may act there and later.
-    """
-    early = [site for site in sites if site_order(site) < site_order(gate.site)]
-    if early:
-        raise SteeringError(
-            "probe",
-            f"is read at {gate.site}, after the vector has acted at {summary(early)}: a gate works from its probe's "
-            "site on; narrow the vector with `layers`, or train a probe at an earlier layer",
-        )
-    if gate.probe.hidden_size != width:
-        raise SteeringError("probe", f"has width {gate.probe.hidden_size}, but its vector has {width}")
-
-
-def check_served(gate: ResolvedGate, sites: Iterable[Site], limits: GateLimits) -> None:
-    """Raise `SteeringError` where an engine with these limits cannot serve `gate` on a vector acting at `sites`."""
-    if limits.monitor is not None and gate.digest == limits.monitor.digest:
-        return
-    if not limits.count:
-        raise SteeringError("", "this engine serves no gates: leave the gate out")
-    if gate.site not in limits.probe_sites:
-        readable = sorted(limits.probe_sites, key=site_order)
-        raise SteeringError("probe", f"no probe can be read at {gate.site} here, only at {summary(readable)}")
-    if not limits.stages:
-        return
-    stage = limits.stage(gate.site.layer)
-    for site in sites:
-        if limits.stage(site.layer) != stage:
-            boundary = next(first for first in limits.stages if gate.site.layer < first <= site.layer)
-            raise SteeringError(
-                "probe",
-                f"is read at {gate.site}, and the vector acts at {site}, beyond the pipeline stage that ends before "
-                f"layer {boundary}: a gate works within one stage; narrow the vector with `layers`, or use a probe "
-                f"at layer {boundary} or later",
-            )
 
 
 def check_monitor(gate: ResolvedGate) -> None:

@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from trimtab.errors import SteeringError
 from trimtab.program.digits import digits, share
+from trimtab.program.joint_gate import Condition
 from trimtab.program.ranges import unit_of
-from trimtab.program.resolved_gate import ResolvedGate, VectorReference
+from trimtab.program.resolved_gate import VectorReference
 from trimtab.recent import Recent
 from trimtab.responses import FLOAT32_ROWS, RESPONSES, Stage
 from trimtab.sites import Site
@@ -211,7 +212,7 @@ class Slot:
     read: Direction | None
     write: Direction | None
     numbers: tuple[tuple[Site, Numbers], ...]  # in forward order: the sites at which it acts
-    gate: ResolvedGate | None = None
+    gate: Condition | None = None
     kind: str = field(default="", compare=False)  # what a request called it, for messages and reports
     path: str = field(default="", compare=False)  # where a request asked for it
     second: Direction | None = None

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.errors import SteeringError
+from trimtab.program.joint_gate import Condition, check_gate
 from trimtab.program.ranges import MAX_VALUE
-from trimtab.program.resolved_gate import ResolvedGate, check_gate
 from trimtab.program.slots import Direction, Form, Numbers, Part, Slot
 from trimtab.program.wire_values import index_of, list_of, number_of, parts_of, site_of, truth_of
 from trimtab.program.wire_vectors import Known
@@ -66,7 +66,7 @@ def decode_direction(entry: Any, path: str, vectors: Sequence[Known]) -> Directi
     return Direction(tuple(parts), tuple(references), form)
 
 
-def decode_slot(entry: Any, path: str, directions: Sequence[Direction], gates: Sequence[ResolvedGate]) -> Slot:
+def decode_slot(entry: Any, path: str, directions: Sequence[Direction], gates: Sequence[Condition]) -> Slot:
     """The slot of a form. Raises `SteeringError`, for what cannot be computed too."""
     parts = list_of(entry, path)
     second = parts.pop() if len(parts) == 6 else None

@@ -5,13 +5,14 @@ their own, found by content like all rows; threshold, sharpness and options ride
 with one probe at a thousand thresholds share one row.
 """
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 
 import numpy as np
 import numpy.typing as npt
 
 from trimtab.ops.gate_buffers import GateBuffers, gate_record
 from trimtab.program import PhaseProgram
+from trimtab.program.joint_gate import lanes
 from trimtab.program.programs import GatedProgram
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime.meters import GateMeters
@@ -30,12 +31,13 @@ class GateLanes:
         self._records = np.zeros((max_requests + 1, COLUMNS), record)
         self._words = self._records.view(np.int64).reshape(max_requests + 1, -1)
         self._gated = np.zeros(max_requests + 1, np.bool_)
+        self._joined = np.zeros(max_requests + 1, np.bool_)  # of these, those with a gate of several
         self._probes = RowAllocator(len(buffers.probe_table))
         self._read_at = np.zeros(len(buffers.probe_table), np.int32)  # how this rank numbers the site of each probe
         self._unwritten: dict[int, ResolvedGate] = {}
         self._table = RowUploader(buffers.probe_table[None], _direction)
         self._slab = TokenUploader(buffers.slab, np.zeros(record.itemsize // 8, np.int64))
-        self.meters = GateMeters(buffers.values, max_requests)
+        self.meters = GateMeters(buffers.values, buffers.owns, max_requests)
 
     @property
     def count(self) -> int:
@@ -65,15 +67,15 @@ class GateLanes:
         if not (any(spans) or lowered):
             return
         for record, gated in zip(self._records[slot], spans, strict=True):
-            for place, item in enumerate(gated):
-                gate = item.gate
-                record["row"][place], coefficient = acquire(item.total)
+            for place, (use, gate, join) in enumerate(_lanes_of(gated, acquire)):
+                record["row"][place], coefficient = use
                 record["probe"][place] = probe = self._probe(gate)
                 record["site"][place] = self._read_at[probe]
-                record["params"][place] = coefficient, gate.threshold, gate.sharpness, gate.invert
+                record["params"][place] = coefficient, gate.threshold, gate.sharpness, gate.invert, join
         self._gated[slot] = any(spans)
+        self._joined[slot] = any(len(item.gate.members) > 1 for gated in spans for item in gated)
         here = self._buffers.number
-        gates = tuple(tuple(g.gate if here(g.gate.site) else None for g in gated) for gated in spans)
+        gates = [[(item.gate, here(item.gate.site) > 0) for item in gated] for gated in spans]
         self.meters.open(slot, owner, gates, [gate for gate in lowered if here(gate.site)])
 
     def remove(self, slot: int) -> list[int]:
@@ -81,7 +83,7 @@ class GateLanes:
         self.meters.close(slot)
         if not self._gated[slot]:
             return []
-        self._gated[slot] = False
+        self._gated[slot] = self._joined[slot] = False
         rows, probes = self.held_by(slot)
         for probe in probes:
             if self._probes.release(probe) and self._unwritten.pop(probe, None) is not None:
@@ -113,7 +115,7 @@ class GateLanes:
             return
         segments = self._words[slots].reshape(COLUMNS * len(slots), -1)
         self._slab.write(np.repeat(segments, counts.reshape(-1), axis=0))
-        self.meters.expect(slots, counts)
+        self.meters.expect(slots, counts, joined=bool(self._joined[slots].any()))
 
     def state(self) -> Iterator[bytes]:
         """What the device holds and all that later choices depend on, the same on every pipeline stage, for digests.
@@ -123,7 +125,7 @@ class GateLanes:
         yield repr((self.count, len(self._read_at))).encode()
         yield from self._probes.state()
         yield repr(sorted((probe, gate.digest.hex()) for probe, gate in self._unwritten.items())).encode()
-        yield self._gated.tobytes()
+        yield self._gated.tobytes() + self._joined.tobytes()
         planned = np.ascontiguousarray(self._slab.held).view(self._records.dtype)
         for records in (self._records, planned):
             for field in ("row", "probe", "params"):
@@ -137,6 +139,16 @@ class GateLanes:
             self._unwritten[probe] = gate
             self._read_at[probe] = self._buffers.number(gate.site)
         return probe
+
+
+def _lanes_of(
+    gated: Iterable[GatedProgram], acquire: Callable[[PhaseProgram], RowUse]
+) -> Iterator[tuple[RowUse, ResolvedGate, float]]:
+    """The lanes of one span: what each lets through, its own gate, and how it is joined to the lane before it."""
+    for item in gated:
+        *first, (last, join) = lanes(item.gate)
+        yield from ((RowUse(0, 0.0), gate, how) for gate, how in first)
+        yield acquire(item.total), last, join
 
 
 def _direction(gate: ResolvedGate) -> FloatArray:

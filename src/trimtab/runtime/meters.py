@@ -9,6 +9,7 @@ totals `MOST_LABELS` names.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from trimtab.program.counting import GateUse
+from trimtab.program.joint_gate import Condition, JointGate
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime.passes import IntArray, PassLog
 from trimtab.runtime.step_plan import COLUMNS
@@ -26,10 +28,11 @@ MOST_LABELS = 4096  # names in totals: any number of them can be registered, one
 # Labels of totals for all that has none of its own. No name that can be registered has parentheses.
 INLINE, OTHERS = "(inline)", "(others)"
 
-Phases = tuple[tuple[ResolvedGate | None, ...], ...]
-"""The gates of each span, None where another rank evaluates it."""
+Spans = Sequence[Sequence[tuple[Condition, bool]]]
+"""The gates of each span in the order of their lanes, and of each whether it is decided on this rank."""
 
-Sums = npt.NDArray[np.float64]  # [COLUMNS, G, 4]: tokens, sum of factors, factors above one half, times lowered
+Sums = npt.NDArray[np.float64]  # [COLUMNS, 2 * G, 4]: tokens, sum of factors, factors above one half, times lowered;
+# of the factor in each lane, and then of what each joined lane's is by itself
 
 
 class _Named(NamedTuple):
@@ -38,26 +41,32 @@ class _Named(NamedTuple):
     gate: str  # hex digest
     probe: str  # its registered name, or the first digits of its digest
     label: str  # in totals
+    within: str  # hex digest of the gate of several that it is a member of; "" for none
 
 
 class GateMeters:
-    """Adds up the factors `values` [G, T] of forward passes. Each slot with gates has a meter while it is in use."""
+    """Adds up the factors `values` [G, T] of forward passes, and what joined ones are by themselves, `owns` [G, T].
 
-    def __init__(self, values: Tensor, max_requests: int) -> None:
-        self._log = PassLog(values)
+    Each slot with gates has a meter while it is in use.
+    """
+
+    def __init__(self, values: Tensor, owns: Tensor, max_requests: int) -> None:
+        self._log = PassLog(values, owns)
+        self._lanes = len(values)
         self._most = max_requests
-        self._sums = np.zeros((1 + 3 * max_requests, COLUMNS, values.shape[0], 4))  # by meter; 0 takes the rest
+        self._sums = np.zeros((1 + 3 * max_requests, COLUMNS, 2 * len(values), 4))  # by meter; 0 takes the rest
         self._free = list(range(len(self._sums) - 1, 0, -1))
         self._owner: dict[int, tuple[str, _Names]] = {}
         self._meter_of = np.zeros(max_requests + 1, np.int64)  # by slot
         self._last: IntArray | None = None  # where each token of the last pass counts, None where it had no gates
+        self._parts = 1  # to be kept of it: the factors, and where there are gates of several what members did too
         self._expected = False  # whether that pass is still to be kept
         self._kept = self._folded = 0  # passes
         self._closing: deque[tuple[int, int]] = deque()  # (the last pass that counts, meter)
         self._finished: OrderedDict[str, dict[_Named, Sums]] = OrderedDict()
         self._totals: dict[str, Sums] = {}  # of finished requests, by label
 
-    def open(self, slot: int, owner: str, gates: Phases, lowered: Sequence[ResolvedGate] = ()) -> None:
+    def open(self, slot: int, owner: str, gates: Spans, lowered: Sequence[ResolvedGate] = ()) -> None:
         """Measure what `gates` do to the request of `slot`. Requests of one `owner` are reported together.
 
         Of those that are `lowered` to probes of its row nothing is seen here; reports say how often that was so.
@@ -66,11 +75,8 @@ class GateMeters:
             self._free = list(range(2 * len(self._sums) - 1, len(self._sums) - 1, -1))
             self._sums = np.concatenate([self._sums, np.zeros_like(self._sums)])
         meter = self._free.pop()
-        phases = (*gates, lowered)
-        self._owner[meter] = (
-            owner,
-            tuple(tuple(None if gate is None else _named(gate) for gate in some) for some in phases),
-        )
+        names = [_names_of(some, self._lanes) for some in gates]
+        self._owner[meter] = owner, (*names, tuple(_named(gate) for gate in lowered))
         self._meter_of[slot] = meter
 
     def close(self, slot: int) -> None:
@@ -81,10 +87,12 @@ class GateMeters:
         self._meter_of[slot] = 0
         self._finish()
 
-    def expect(self, slots: IntArray, counts: IntArray) -> None:
-        """The next forward pass evaluates the gates of `slots` [B] on `counts` [B, COLUMNS] tokens."""
+    def expect(self, slots: IntArray, counts: IntArray, *, joined: bool) -> None:
+        """The next forward pass evaluates the gates of `slots` [B] on `counts` [B, COLUMNS] tokens; `joined` says
+        whether there are gates of several among them."""
         places = self._meter_of[slots, None] * COLUMNS + np.arange(COLUMNS)
         self._last = np.repeat(places.reshape(-1), counts.reshape(-1))
+        self._parts = 2 if joined else 1
         self._expected = True
 
     def expect_again(self) -> None:
@@ -98,7 +106,7 @@ class GateMeters:
     def collect(self) -> None:
         """To be called before another pass runs, whoever runs it: keeps what the last one decided."""
         if self._expected and self._last is not None:
-            self._log.keep(self._last)
+            self._log.keep(self._last, self._parts)
             self._kept += 1
             self._expected = False
         if self._closing and len(self._free) <= self._most:
@@ -112,7 +120,8 @@ class GateMeters:
         for names, running in ((names, self._sums[m]) for m, (whose, names) in self._owner.items() if whose == owner):
             for named, part in _each(names, running):
                 sums[named] = sums.get(named, 0.0) + part
-        return tuple(_use(named.probe, named.gate, part) for named, part in sorted(sums.items()))
+        uses = [replace(_use(named.probe, part), gate=named.gate, within=named.within) for named, part in sums.items()]
+        return tuple(sorted(uses, key=lambda use: use.key))
 
     def settle(self) -> None:
         """Count everything that has been launched, waiting for it."""
@@ -127,7 +136,7 @@ class GateMeters:
         for meter, (_, names) in self._owner.items():
             for named, part in _each(names, self._sums[meter]):
                 _count(totals, named.label, part)
-        return tuple(_use(label, "", sums) for label, sums in sorted(totals.items()))
+        return tuple(_use(label, sums) for label, sums in sorted(totals.items()))
 
     def state(self) -> bytes:
         """For whom each slot is measured, for digests. Not by which meter, nor how far counting has come: that depends
@@ -136,13 +145,13 @@ class GateMeters:
         return repr([(slot, self._owner[meter][0]) for slot, meter in meters if meter]).encode()
 
     def _fold(self, *, wait: bool) -> None:
-        for passes, keys, factors in self._log.arrived(wait=wait):
+        for passes, keys, parts in self._log.arrived(wait=wait):
             places = self._sums.reshape(-1, *self._sums.shape[2:])
             tokens = np.bincount(keys)
             places[: len(tokens), :, 0] += tokens[:, None]
-            for gate, column in enumerate(factors.T):
-                places[: len(tokens), gate, 1] += np.bincount(keys, column)
-                places[: len(tokens), gate, 2] += np.bincount(keys, column > 0.5)
+            for line, column in enumerate(column for factors in parts for column in factors.T):
+                places[: len(tokens), line, 1] += np.bincount(keys, column)
+                places[: len(tokens), line, 2] += np.bincount(keys, column > 0.5)
             self._folded += passes
             self._finish()
 
@@ -166,8 +175,23 @@ _Names = tuple[tuple[_Named | None, ...], ...]  # of each span by place, and of 
 _LOWERED_ONCE = np.array([0.0, 0.0, 0.0, 1.0])
 
 
-def _named(gate: ResolvedGate) -> _Named:
-    return _Named(gate.digest.hex(), gate.name, gate.label or INLINE)
+def _names_of(gates: Sequence[tuple[Condition, bool]], lanes: int) -> tuple[_Named | None, ...]:
+    """Whose numbers stand in each line of the sums of one span: [2 * lanes]. A joint gate's own are in the last of its
+    lanes; what its members are by themselves is in the first one's factor, and in the second half for all others."""
+    names: list[_Named | None] = [None] * (2 * lanes)
+    taken = 0
+    for gate, here in gates:
+        first, taken = taken, taken + len(gate.members)
+        if not here:
+            continue
+        names[taken - 1] = _named(gate)
+        for place, member in enumerate(gate.members if isinstance(gate, JointGate) else (), first):
+            names[place if place == first else lanes + place] = _named(member, within=gate.digest.hex())
+    return tuple(names)
+
+
+def _named(gate: Condition, within: str = "") -> _Named:
+    return _Named(gate.digest.hex(), gate.name, gate.label or INLINE, within)
 
 
 def _each(names: _Names, sums: Sums) -> Iterator[tuple[_Named, Sums]]:
@@ -183,6 +207,6 @@ def _count(totals: dict[str, Sums], label: str, sums: Sums) -> None:
     totals[label] = totals.get(label, 0.0) + sums
 
 
-def _use(probe: str, gate: str, sums: Sums) -> GateUse:
+def _use(probe: str, sums: Sums) -> GateUse:
     tokens, total, above, lowered = sums.tolist()
-    return GateUse(probe, gate, int(tokens), total / tokens if tokens else 0.0, int(above), int(lowered))
+    return GateUse(probe, "", int(tokens), total / tokens if tokens else 0.0, int(above), int(lowered))

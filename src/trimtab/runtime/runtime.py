@@ -250,11 +250,12 @@ class SteeringRuntime:
     def _check(self, request_id: str, steering: ResolvedSteering) -> None:
         width = self._buffers.table.shape[2]
         vectors = (vector for program in steering.programs for vector in program.vectors)
-        widths = {vector.hidden_size for vector in (*vectors, *(gate.probe for gate in steering.gates))}
+        probes = (one.probe for gate in steering.gates for one in gate.members)
+        widths = {vector.hidden_size for vector in (*vectors, *probes)}
         if others := sorted(widths.union(one.hidden_size for slot in steering.slots for one in slot.vectors) - {width}):
             raise SteeringError("vector", f"request {request_id!r} brings width {others[0]}; the model's is {width}")
         served = 0 if self._gates is None else self._gates.count
-        if (most := max(len(program.gated) for program in steering.programs)) > served:
+        if (most := max(program.lane_count for program in steering.programs)) > served:
             raise SteeringError("gates", f"request {request_id!r} brings {most} in a phase; the buffers hold {served}")
         check_slots(request_id, steering, self._buffers)
         admitted = self._planner.slots

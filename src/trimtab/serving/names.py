@@ -33,5 +33,6 @@ def _named(
         for field, source in step.sources.items():
             if isinstance(source, str):
                 yield f"interventions[{index}].{field}", source, vectors
-        if step.gate is not None and isinstance(step.gate.probe, str):
-            yield f"interventions[{index}].gate.probe", step.gate.probe, probes
+        for where, gate in step.gates.items():
+            if isinstance(gate.probe, str):
+                yield f"interventions[{index}].{where}.probe", gate.probe, probes

@@ -1,9 +1,9 @@
 """The gate of an intervention as a request writes it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from trimtab.errors import SteeringError
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference
@@ -35,6 +35,19 @@ class Gate(Model):
         if self.hard and "sharpness" in self.model_fields_set:
             raise SteeringError("sharpness", "has no effect on a hard gate: leave it out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _dumped(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What reads back to it: a hard gate takes no sharpness."""
+        dumped: dict[str, Any] = plain(self)
+        if self.hard:
+            dumped.pop("sharpness", None)
+        return dumped
+
+    @property
+    def members(self) -> dict[str, "Gate"]:
+        """The gates that it is made of: itself. See `trimtab.spec.joint_gate`."""
+        return {"": self}
 
     def resolve(self, probes: Mapping[str, Probe]) -> ResolvedGate:
         """The gate with its probe looked up in `probes`. Raises `SteeringError` below the gate."""

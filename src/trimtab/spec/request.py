@@ -15,8 +15,8 @@ from pydantic_core import CoreSchema, core_schema
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
 from trimtab.program import SPANS, Origin, PhaseProgram, ResolvedSteering, Slot, Term
+from trimtab.program.joint_gate import check_gate, check_served
 from trimtab.program.norms import keeping_norm
-from trimtab.program.resolved_gate import check_gate, check_served
 from trimtab.program.slot_sets import formed
 from trimtab.sites import ModelSites, Phase, Site, SlotLimits, site_order
 from trimtab.spec.base import Model, below, keys_are_text
@@ -63,7 +63,7 @@ class Steering(Model):
     def _inline_content_is_not_too_large(self) -> Self:
         given = [source for step in self.interventions for source in step.sources.values()]
         total = sum(source.block.nbytes for source in given if isinstance(source, SteeringVector))
-        gates = [step.gate for step in self.interventions if step.gate is not None]
+        gates = [gate for step in self.interventions for gate in step.gates.values()]
         total += sum(gate.probe.vector.block.nbytes for gate in gates if isinstance(gate.probe, Probe))
         if total > MAX_INLINE_BYTES:
             limit = f"at most {MAX_INLINE_BYTES} may come with a request; register the vectors instead"
@@ -205,14 +205,15 @@ class Steering(Model):
     ) -> tuple[tuple[Origin, ...], tuple[Origin, ...]]:
         """Of the vectors and of the probes in `programs`: not of what other terms, or a scale of 0, have cancelled."""
         added = {vector.digest for program in programs for vector in program.vectors}
-        read = {item.gate.probe.digest for program in programs for item in program.gated}
+        read = {one.probe.digest for program in programs for item in program.gated for one in item.gate.members}
         used: dict[Origin, None] = {}
         decided: dict[Origin, None] = {}
         for step, items in zip(self.interventions, lowered, strict=True):
             if any(_acts(item, added) for item in items):
                 used.update((_origin(source, vectors), None) for source in step.sources.values())
-            if step.gate is not None and any(item.gate and item.gate.probe.digest in read for item in items):
-                decided[_origin(step.gate.probe, probes)] = None
+            for gate in step.gates.values() if any(item.gate for item in items) else ():
+                if (origin := _origin(gate.probe, probes)).direction in read:
+                    decided[origin] = None
         return tuple(used), tuple(decided)
 
 

@@ -1,6 +1,7 @@
 """Gated steering against a slow forward pass with probe, gate and sum in float64 in the family's own layers."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -56,12 +57,27 @@ class Gated:
 
 
 @dataclass
+class Joint(Gated):
+    """A vector let through by several gates; of `gates`, only what is said of probes counts."""
+
+    join: str = "all"
+    gates: tuple[Gated, ...] = ()
+
+    def spec(self) -> dict[str, Any]:
+        return super().spec() | {"gate": {self.join: [one.spec()["gate"] for one in self.gates]}}
+
+    def joined(self, factors: list[float]) -> float:
+        return math.prod(factors) if self.join == "all" else 1.0 - math.prod(1.0 - factor for factor in factors)
+
+
+@dataclass
 class Slow:
     """Greedy decoding that recomputes the whole batch each step."""
 
     tokens: list[list[int]] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     factors: dict[tuple[int, int, int], float] = field(default_factory=dict)  # row, column, intervention
+    owns: dict[tuple[int, int, int, int], float] = field(default_factory=dict)  # and member, of joint gates
 
     def run(self, family, prompts, interventions: list[list[Gated]], steps: int = STEPS) -> "Slow":
         model = family.model()
@@ -78,8 +94,14 @@ class Slow:
                             continue
                         if one.probe is not None and one.probe[:2] == (layer, hook):
                             self.factors[row, column, number] = one.factor(before[row, column])
+                        for member, gate in enumerate(one.gates if isinstance(one, Joint) else ()):
+                            if gate.probe[:2] == (layer, hook):
+                                self.owns[row, column, number, member] = gate.factor(before[row, column])
                         if one.hook == hook and layer in one.layers:
-                            factor = 1.0 if one.probe is None else self.factors[row, column, number]
+                            if isinstance(one, Joint):
+                                owns = [self.owns[row, column, number, k] for k in range(len(one.gates))]
+                                self.factors[row, column, number] = one.joined(owns)
+                            factor = self.factors.get((row, column, number), 1.0)
                             added += factor * one.scale * one.vector.double()
                     value[row, column] = (value[row, column].double() + added).to(value.dtype)
             return value
@@ -165,6 +187,75 @@ def test_the_receipt_tells_what_each_gate_did():
         got = [(use.tokens, use.mean, use.above_half) for use in out[row].receipt.gates]
         assert [(t, pytest.approx(m, abs=1e-5), a) for t, m, a in sorted(expected)] == sorted(got)
         assert all(use.tokens >= e for use, (e, _, _) in zip(without_cache[row].receipt.gates, got, strict=True))
+
+
+SEVERAL = (
+    Gated((), torch.empty(0), probe=OTHER, threshold=0.1, sharpness=0.1),
+    Gated((), torch.empty(0), probe=PROBE, threshold=-0.5, sharpness=0.2, invert=True),
+    Gated((), torch.empty(0), probe=EARLY, threshold=0.2, sharpness=None),
+)
+JOINED = [
+    [Joint((1, 2), numbers(1), 2.0, join="all", gates=SEVERAL[:2]), Gated((2,), numbers(2), probe=PROBE)],
+    [Joint((1, 2), numbers(3), 2.0, join="any", gates=SEVERAL)],
+    [Joint((1,), numbers(4), 3.0, "decode", join="any", gates=SEVERAL[1:]), Gated((0, 2), numbers(5))],
+    [],
+]
+
+
+def test_gates_of_several_open_as_the_slow_model_says_and_are_reported_with_their_members():
+    family = FAMILIES["llama"]
+    slow = Slow().run(family, PROMPTS, JOINED)
+    with SteeredModel(family.model(), gates=3) as model:
+        out = assert_same(model, JOINED, slow)
+        turned = [
+            [replace(one, gates=one.gates[::-1]) if isinstance(one, Joint) else one for one in row] for row in JOINED
+        ]
+        again = assert_same(model, turned, slow)
+        told = [[(one.receipt.identity, one.receipt.gates) for one in outputs] for outputs in (out, again)]
+        assert told[0] == told[1]
+    assert sum(0.2 < factor < 0.8 for factor in slow.factors.values()) > 10
+    for row, steps in enumerate(JOINED[:3]):
+        uses = out[row].receipt.gates
+        (whole,) = (use for use in uses if use.probe == f"({steps[0].join})")
+        members = [use for use in uses if use.within]
+        assert {use.within for use in members} == {whole.gate}
+        factors = [factor for (r, _, number), factor in slow.factors.items() if (r, number) == (row, 0)]
+        assert (whole.tokens, whole.above_half) == (len(factors), sum(factor > 0.5 for factor in factors))
+        assert whole.mean == pytest.approx(sum(factors) / len(factors), abs=1e-5)
+        due = []
+        for k in range(len(steps[0].gates)):
+            owns = [own for (r, _, number, member), own in slow.owns.items() if (r, number, member) == (row, 0, k)]
+            due.append((pytest.approx(sum(owns) / len(owns), abs=1e-5), len(owns), sum(own > 0.5 for own in owns)))
+        found = [(use.mean, use.tokens, use.above_half) for use in members]
+        assert len(found) == len(due)
+        assert all(any(one == other for other in found) for one in due)
+
+
+@pytest.mark.parametrize("kind", ["add", "ablate"])
+def test_a_member_that_leaves_the_others_alone_changes_nothing_to_the_bit(kind):
+    one = SEVERAL[0].spec()["gate"]
+    still = {"probe": {"post_block": {"0": [0.0] * 32}}, "hard": True}
+    is_open, shut = {**still, "threshold": -1.0}, {**still, "threshold": 1.0}
+    vector = {"post_block": {"1": numbers(1).tolist(), "2": numbers(2).tolist()}}
+
+    def logits(gate):
+        recorder, step = Recorder(), {"kind": kind, "vector": vector, "gate": gate}
+        spec = None if gate == "none" else {"interventions": [step]}
+        model.generate(PROMPTS, spec, max_new_tokens=STEPS, do_sample=False, logits_processor=[recorder])
+        return torch.stack(recorder.logits)
+
+    with SteeredModel(FAMILIES["llama"].model()) as model:
+        alone, always, never = logits(one), logits(None), logits("none")
+        assert not torch.equal(alone, always)
+        assert not torch.equal(alone, never)
+        for gate, due in (
+            ({"all": [is_open, one]}, alone),
+            ({"any": [one, shut]}, alone),
+            ({"all": [one, shut]}, never),
+            ({"any": [one, is_open]}, always),
+            ({"any": [is_open, {**is_open, "threshold": -2.0}, one]}, always),
+        ):
+            assert torch.equal(logits(gate), due)
 
 
 def test_an_output_does_not_change_with_who_else_is_in_the_batch():

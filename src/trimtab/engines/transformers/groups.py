@@ -15,6 +15,7 @@ from trimtab.instrument.layers import DecoderLayers
 from trimtab.ops import SteeringBuffers, emit
 from trimtab.ops.args import SlotForm
 from trimtab.program import ResolvedSteering
+from trimtab.program.counting import GateKey
 from trimtab.program.lowering import contents_of
 from trimtab.responses import RESPONSES
 from trimtab.runtime import GateUse, SteeringRuntime
@@ -72,7 +73,7 @@ class SiteGroup:
         self._holders = {site.layer: nn.Module() for site in sites}
         self._runtime: SteeringRuntime | None = None
         self._rows = 0
-        self._uses: dict[tuple[int, str], GateUse] = {}  # by row and gate, of runtimes that grew out of use
+        self._uses: dict[tuple[int, GateKey], GateUse] = {}  # by row and gate, of runtimes that grew out of use
 
     def prepare(self, steering: Sequence[ResolvedSteering | None], tokens: int) -> None:
         """Make room for all of `steering`, one for each row of a pass, and for passes of up to `tokens` tokens."""
@@ -112,7 +113,7 @@ class SiteGroup:
         with _current(self._device):
             return emit(self._holders[site.layer], site.hook, value.to(self._device)).to(value.device)
 
-    def gate_uses(self) -> Mapping[tuple[int, str], GateUse]:
+    def gate_uses(self) -> Mapping[tuple[int, GateKey], GateUse]:
         """What each gate of each row has done in this call. To be read once the call is over."""
         self._keep_gate_uses()
         return self._uses
@@ -122,8 +123,8 @@ class SiteGroup:
         for row in range(self._rows if self._runtime is not None and self._gates else 0):
             assert self._runtime is not None
             for use in self._runtime.gate_report(str(row)):
-                known = self._uses.get((row, use.gate))
-                self._uses[row, use.gate] = use if known is None else known + use
+                known = self._uses.get((row, use.key))
+                self._uses[row, use.key] = use if known is None else known + use
         self._runtime = None
 
 

@@ -14,6 +14,7 @@ from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.taps import Transform
 from trimtab.program import ResolvedSteering
+from trimtab.program.counting import GateKey
 from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
 
@@ -44,8 +45,9 @@ class SteeringSession:
         self._padding = progress.padding
         self._lengths = np.repeat(np.repeat(batch.lengths, copies), 3)
         steered = [item for item in steering if item is not None]
-        self._sites = sorted({site for item in steered for site in (*item.sites, *(gate.site for gate in item.gates))})
-        gates = max((len(item.program(phase).gated) for item in steered for phase in Phase), default=0)
+        read = {one.site for item in steered for gate in item.gates for one in gate.members}
+        self._sites = sorted(read.union(site for item in steered for site in item.sites))
+        gates = max((item.program(phase).lane_count for item in steered for phase in Phase), default=0)
         places: dict[torch.device, list[Site]] = {}
         for site in self._sites:
             first = self._sites[0] if gates else site
@@ -95,7 +97,7 @@ class SteeringSession:
         rows, per_prompt = self._progress.rows, outputs // self._prompts
         copies, prompt = rows // self._prompts, output // per_prompt
         mine = [output] if rows == outputs else range(prompt * copies, (prompt + 1) * copies)
-        found: dict[str, GateUse] = {}
+        found: dict[GateKey, GateUse] = {}
         for group in self._groups:
             for (row, gate), use in group.gate_uses().items():
                 if row in mine:

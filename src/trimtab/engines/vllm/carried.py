@@ -17,8 +17,9 @@ from trimtab.engines.vllm.settings.slots import check_slots
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import decode
+from trimtab.program.joint_gate import check_served
 from trimtab.program.monitor import reaches
-from trimtab.program.resolved_gate import VectorReference, check_served
+from trimtab.program.resolved_gate import VectorReference
 from trimtab.program.room import check_room
 from trimtab.recent import Recent
 from trimtab.serving.memo import key_of

@@ -50,6 +50,8 @@ def launch_apply_gates(args: GateOpArgs, sizes: Launch | None = None) -> None:
         "gate_values_stride_1",
         "gate_gains_stride_0",
         "gate_gains_stride_1",
+        "gate_owns_stride_0",
+        "gate_owns_stride_1",
     ],
     do_not_specialize_on_alignment=[
         "p_gate_rows",
@@ -59,6 +61,7 @@ def launch_apply_gates(args: GateOpArgs, sizes: Launch | None = None) -> None:
         "p_gate_site",
         "p_gate_values",
         "p_gate_gains",
+        "p_gate_owns",
     ],
 )
 def apply_gates_kernel(  # type: ignore[no-untyped-def]
@@ -74,6 +77,7 @@ def apply_gates_kernel(  # type: ignore[no-untyped-def]
     p_gate_site,
     p_gate_values,
     p_gate_gains,
+    p_gate_owns,
     tokens,
     steered_stride_0,
     steered_stride_1,
@@ -98,6 +102,8 @@ def apply_gates_kernel(  # type: ignore[no-untyped-def]
     gate_values_stride_1,
     gate_gains_stride_0,
     gate_gains_stride_1,
+    gate_owns_stride_0,
+    gate_owns_stride_1,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     GATES: tl.constexpr,
@@ -156,7 +162,15 @@ def apply_gates_kernel(  # type: ignore[no-untyped-def]
                         soft = tl.sigmoid(sharpness * (score - threshold))
                         y = tl.where(sharpness > 0.0, soft, tl.where(score > threshold, 1.0, 0.0))
                         factor = tl.where(invert > 0.0, 1.0 - y, y)
-                        tl.store(p_gate_values + slot * gate_values_stride_0 + o_token * gate_values_stride_1, factor)
+                        at_value = p_gate_values + o_token * gate_values_stride_1
+                        if slot > 0:
+                            join = tl.load(at_params + 4 * gate_params_stride_2)
+                            if join != 0.0:
+                                tl.store(p_gate_owns + slot * gate_owns_stride_0 + o_token * gate_owns_stride_1, factor)
+                                tl.debug_barrier()  # the gate before it may have been decided above, by one thread
+                                joined = tl.load(at_value + (slot - 1) * gate_values_stride_0)
+                                factor = tl.where(join > 0.0, factor * joined, factor + joined * (1.0 - factor))
+                        tl.store(at_value + slot * gate_values_stride_0, factor)
                         gain = tl.load(at_params) * factor
                         tl.store(at_gain, gain)
                     if ADD:

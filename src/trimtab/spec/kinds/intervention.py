@@ -6,18 +6,17 @@ docs/kinds.md.
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
-
-from pydantic import BeforeValidator
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from trimtab.errors import SteeringError
 from trimtab.program import Direction, Numbers, Slot, Term, fault_of_range
 from trimtab.program.resolved_gate import VectorReference
 from trimtab.program.slots import Part
 from trimtab.responses import CLIP
-from trimtab.spec.base import Model, keys_are_text
+from trimtab.spec.base import Model
 from trimtab.spec.fields import Hooks, Layers, Source
 from trimtab.spec.gate import Gate
+from trimtab.spec.joint_gate import Condition
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import summary, with_suggestions
 
@@ -46,7 +45,7 @@ class Step(Model):
     phase: Literal["all", "prefill", "decode"] = "all"
     layers: Layers | None = None
     hooks: Hooks | None = None
-    gate: Annotated[Gate | None, BeforeValidator(keys_are_text)] = None
+    gate: Condition = None
 
     @classmethod
     def declared(cls) -> dict[str, Needs]:
@@ -74,6 +73,12 @@ class Step(Model):
             given = getattr(self, name)
             found.update({f"{name}[{index}]": one for index, one in enumerate(given)} if several else {name: given})
         return found
+
+    @property
+    def gates(self) -> dict[str, Gate]:
+        """The gates before it, each with one probe, by where they stand in it: `gate`, or `gate.all[0]`."""
+        members = {} if self.gate is None else self.gate.members
+        return {f"gate.{where}" if where else "gate": member for where, member in members.items()}
 
     def acting(
         self, vectors: Vectors, path: str, field: str = "vector"

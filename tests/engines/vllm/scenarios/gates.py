@@ -26,7 +26,7 @@ from support import (
     two_ranks,
 )
 
-SETTINGS = {"probe_layers": [0, 1], "gates": 3, "hook_points": ["pre_attn", "post_attn", "mlp_out", "post_block"]}
+SETTINGS = {"probe_layers": [0, 1], "gates": 4, "hook_points": ["pre_attn", "post_attn", "mlp_out", "post_block"]}
 
 
 def direction(seed):
@@ -40,15 +40,31 @@ def gated(seed, layers, *, probe=(0, "post_block"), hook="post_block", phase="al
     return {**step, "gate": {"probe": {at: {str(layer): direction(100 + seed)}}, "threshold": 0.0} | options}
 
 
+def jointly(join, step, *others):
+    """An intervention behind the gate of several: its own and those of `others`."""
+    return {**step, "gate": {join: [one["gate"] for one in (step, *others)]}}
+
+
 def gated_specs():
-    """Probes at several sites, soft, hard and inverted, in both phases or one, next to ungated steering."""
+    """Probes at several sites, soft, hard and inverted, in both phases or one, alone and several to a gate, next to
+    ungated steering."""
     return [
         {"interventions": [gated(1, [0, 1, 2, 3], sharpness=0.2)]},
         {"interventions": [gated(2, [1, 2], probe=(1, "post_block"), hard=True)]},
         None,
         {"interventions": [gated(3, [0, 3], probe=(0, "pre_attn"), invert=True, sharpness=0.3)]},
         eight_specs()[5],
-        {"interventions": [*random_spec(4, layers=[1, 3])["interventions"], gated(5, [1, 2], threshold=1.0)]},
+        {
+            "interventions": [
+                *random_spec(4, layers=[1, 3])["interventions"],
+                jointly(
+                    "any",
+                    gated(5, [1, 2], threshold=1.0),
+                    gated(6, [], probe=(1, "pre_attn"), threshold=0.5, sharpness=0.3),
+                    gated(7, [], hard=True, threshold=2.0),
+                ),
+            ]
+        },
         {
             "interventions": [
                 gated(6, [2], phase="prefill", probe=(1, "pre_attn"), sharpness=0.5),
@@ -60,7 +76,7 @@ def gated_specs():
         {
             "interventions": [
                 gated(1, [1], hook="mlp_out", sharpness=0.2),
-                gated(2, [3], probe=(1, "post_attn"), sharpness=0.1),
+                jointly("all", gated(2, [3], probe=(1, "post_attn"), sharpness=0.1), gated(1, [], sharpness=0.2)),
                 gated(3, [0, 1, 3], probe=(0, "post_attn"), hook="post_attn", sharpness=0.3),
             ]
         },
@@ -92,7 +108,7 @@ def lowered_gates(spec):
     """How many gates of a spec become probes of rows: at most one per site, where nothing else is steered."""
     free, steps = set(), (spec or {"interventions": []})["interventions"]
     steered = {site for step in steps if "gate" not in step and step["phase"] != "prefill" for site in sites(step)}
-    for step in (step for step in steps if "gate" in step and step["phase"] != "prefill"):
+    for step in (step for step in steps if "probe" in step.get("gate", ()) and step["phase"] != "prefill"):
         gate, (probe, *_) = step["gate"], sites({"vector": step["gate"]["probe"]})
         if not (gate.get("hard") or gate.get("invert") or probe in steered) and sites(step) == [probe]:
             free.add(probe)
@@ -162,14 +178,17 @@ def parallel(kind, requests, mode="eager"):
     """Two ranks. Under pipeline parallelism the second stage holds layers 2 and 3."""
     folder, model = tiny_model()
     early = [gated(1, [0, 1], sharpness=0.2)]
-    late = [gated(2, [2, 3], probe=(2, "post_block"), hard=True), gated(3, [3], probe=(2, "pre_attn"), invert=True)]
+    late = [
+        gated(2, [2, 3], probe=(2, "post_block"), hard=True),
+        jointly("any", gated(3, [3], probe=(2, "pre_attn"), invert=True), gated(4, [], probe=(2, "mlp_out"))),
+    ]
     both = [*early, *late, *random_spec(4, layers=[1, 3])["interventions"]]
     both.append(gated(5, [2], probe=(2, "post_block"), phase="decode", sharpness=0.2))
     specs = [{"interventions": steps} if steps else None for steps in (early, late, both, [])]
     specs = [specs[i % 4] for i in range(requests)]
     prompts = random_prompts([4 + (5 * i) % 37 for i in range(requests)])
     expected = oracle(model, prompts, specs)
-    settings = SETTINGS | {"gates": 4, "probe_layers": [0, 2], "row_monitor": True}
+    settings = SETTINGS | {"gates": 5, "probe_layers": [0, 2], "row_monitor": True}
     llm = engine(folder, steering=settings, mode=mode, max_num_batched_tokens=64, **two_ranks(kind))
     outcome = {
         "differs from unsteered": sum(
@@ -195,12 +214,14 @@ def without_gates(spec):
 
 
 def evaluated(prompts, specs, counts):
-    """Tokens on which gates are evaluated: of each gate, those of its phase but the last sampled one."""
+    """Tokens on which gates are evaluated: of each gate, those of its phase but the last sampled one; of a gate of
+    several each of its members counts beside it."""
     total = 0
     for prompt, spec, count in zip(prompts, specs, counts, strict=True):
         for step in (spec or {"interventions": []})["interventions"]:
             phase = step["phase"] if "gate" in step and not lowered_gates({"interventions": [step]}) else "none"
-            total += len(prompt) * (phase in ("all", "prefill")) + (count - 1) * (phase in ("all", "decode"))
+            tokens = len(prompt) * (phase in ("all", "prefill")) + (count - 1) * (phase in ("all", "decode"))
+            total += tokens * (1 + sum(len(step.get("gate", {}).get(join, ())) for join in ("all", "any")))
     return total
 
 
@@ -213,7 +234,7 @@ def refusals(llm):
     found = {}
     for name, steps in {
         "probe site": [gated(1, [3], probe=(2, "post_block"))],
-        "too many": [gated(seed, [3]) for seed in range(4)],
+        "too many": [gated(seed, [3]) for seed in range(5)],
         "unknown probe": [{**gated(1, [3]), "gate": {"probe": "joy", "threshold": 0.0}}],
     }.items():
         try:

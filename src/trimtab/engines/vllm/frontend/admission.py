@@ -25,6 +25,7 @@ from trimtab.spec import Steering
 from trimtab.spec.base import Model
 from trimtab.spec.faults import join
 from trimtab.spec.gate import Gate
+from trimtab.spec.joint_gate import AllOf, AnyOf
 from trimtab.spec.kinds import KINDS
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
@@ -32,7 +33,7 @@ from trimtab.vectors.vector import SteeringVector
 FIELD = "steering"  # the request's field, at every door
 
 # Labels of the refusal counter: a fixed set, since field paths hold what callers wrote.
-_MODELS: tuple[type[Model], ...] = (Steering, *KINDS, Gate)
+_MODELS: tuple[type[Model], ...] = (Steering, *KINDS, Gate, AllOf, AnyOf)
 REASONS = frozenset(field for model in _MODELS for field in model.model_fields)
 REASONS |= {"dtype", "shape", "layer_indices", "data", *HookPoint}
 REASONS |= {"disabled", "beam_search", "resumable", "twice", "route", "place"}
@@ -186,7 +187,7 @@ def _parse_default(given: Any) -> ServerDefault:
 def _names_alone(steering: Steering) -> bool:
     return all(
         all(isinstance(source, str) for source in step.sources.values())
-        and (step.gate is None or isinstance(step.gate.probe, str))
+        and all(isinstance(gate.probe, str) for gate in step.gates.values())
         for step in steering.interventions
     )
 

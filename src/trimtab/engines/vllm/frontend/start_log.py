@@ -13,6 +13,7 @@ from trimtab.serving.admin_key import HEADER, VARIABLE, admin_key
 from trimtab.serving.registry import Registry
 from trimtab.serving.server_default import ServerDefault
 from trimtab.sites import SlotLimits, site_order
+from trimtab.spec.joint_gate import JointGate
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import summary
@@ -74,8 +75,11 @@ def _short(default: ServerDefault) -> dict[str, Any]:
         plain = step.model_dump(mode="json", exclude={*fields, "gate"}, exclude_none=True)
         plain |= {field: named(source) for field, source in step.sources.items()}
         if step.gate is not None:
-            gate = step.gate.model_dump(mode="json", exclude={"probe"}, exclude_defaults=True)
-            plain["gate"] = {"probe": named(step.gate.probe), **gate}
+            members = [
+                {"probe": named(gate.probe), **gate.model_dump(mode="json", exclude={"probe"}, exclude_defaults=True)}
+                for gate in step.gate.members.values()
+            ]
+            plain["gate"] = {step.gate.join: members} if isinstance(step.gate, JointGate) else members[0]
         steps.append(plain)
     kept = {"keep_norm": default.spec.keep_norm} if default.spec.keep_norm else {}
     return {"interventions": steps, **kept, "binding": default.binding}

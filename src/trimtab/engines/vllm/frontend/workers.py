@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trimtab.engines.vllm.frontend.requests import current_front_end
-from trimtab.program.counting import GateUse
+from trimtab.program.counting import GateKey, GateUse
 from trimtab.serving.metrics import metrics
 
 CORE_METHOD = "trimtab_status"
@@ -136,19 +136,19 @@ def _answered(reply: "asyncio.Future[list[State]]") -> bool:
     return reply.done() and not reply.cancelled() and reply.exception() is None
 
 
-def _of_one_engine(states: Iterable[State], answer: str) -> dict[str, GateUse]:
+def _of_one_engine(states: Iterable[State], answer: str) -> dict[GateKey, GateUse]:
     """By gate, from the worker that evaluated it; ranks that share one count the same, if none is a step behind."""
-    uses: dict[str, GateUse] = {}
+    uses: dict[GateKey, GateUse] = {}
     for use in (GateUse(**use) for state in states for use in state["uses"].get(answer, ())):
-        known = uses.get(use.gate)
+        known = uses.get(use.key)
         if known is None or (use.tokens, use.lowered) >= (known.tokens, known.lowered):
-            uses[use.gate] = use
+            uses[use.key] = use
     return uses
 
 
-def _added(engines: Iterable[Mapping[str, GateUse]]) -> list[GateUse]:
+def _added(engines: Iterable[Mapping[GateKey, GateUse]]) -> list[GateUse]:
     """The requests of one answer may have run in several engines."""
-    total: dict[str, GateUse] = {}
+    total: dict[GateKey, GateUse] = {}
     for gate, use in (item for uses in engines for item in uses.items()):
         total[gate] = total[gate] + use if gate in total else use
     return [total[gate] for gate in sorted(total)]

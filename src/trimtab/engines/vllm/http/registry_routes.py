@@ -17,7 +17,8 @@ from fastapi.responses import JSONResponse, Response
 from trimtab.engines.vllm.frontend.admission import FrontEnd
 from trimtab.engines.vllm.http.registration_body import read_registration, refusal, served_front_end
 from trimtab.errors import SteeringError
-from trimtab.program.resolved_gate import ResolvedGate, check_served
+from trimtab.program.joint_gate import check_served
+from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.serving.admin_key import ForbiddenError, check_admin
 from trimtab.serving.metrics import metrics
 from trimtab.serving.registry import Entry, ReadOnlyNameError, Registry

@@ -20,6 +20,7 @@ from trimtab.errors import SteeringError
 from trimtab.ops import SteeringBuffers
 from trimtab.ops.args import NO_THRESHOLD
 from trimtab.ops.host import awake
+from trimtab.program.joint_gate import Join
 from trimtab.sites import Site, site_order
 
 STRENGTH = 64.0  # far above rounding in any dtype, far below float16's range
@@ -153,20 +154,29 @@ def gate_of_each(
     buffers: SteeringBuffers, places: Sequence[int], probe_sites: Sequence[Site], *, shut: bool
 ) -> Iterator[None]:
     """Token i has a gate, read at the probe site nearest before its site; it lets no row through yet. The gates of a
-    token are tried in turn: it is number i, modulo their count."""
+    token are tried in turn: it is number i, modulo their count. All but the first are joined to the one before, which
+    decides what comes of it: they are `any` of themselves, shut, and an open one, or `all` of theirs, open, and a shut
+    one."""
     gates, count = buffers.gates, len(places)
     assert gates is not None
     try:
         for token, place in enumerate(places):
             slot, site = token % gates.count, buffers.sites[place]
-            gates.sites[token, slot] = max(gates.number(s) for s in probe_sites if site_order(s) <= site_order(site))
-            # A hard gate of the probe in row 0, which is zero and so scores 0.
-            gates.params[token, slot, :2] = torch.tensor([1.0, -NO_THRESHOLD if shut else NO_THRESHOLD])
+            here = max(gates.number(s) for s in probe_sites if site_order(s) <= site_order(site))
+            # Hard gates of the probe in row 0, which is zero and so scores 0.
+            decides, other = (-NO_THRESHOLD, NO_THRESHOLD) if shut else (NO_THRESHOLD, -NO_THRESHOLD)
+            gates.sites[token, slot] = here
+            gates.params[token, slot, :2] = torch.tensor([1.0, other if slot else decides])
+            if slot:
+                gates.sites[token, slot - 1] = here
+                gates.params[token, slot - 1, 1] = decides
+                gates.params[token, slot, -1] = (Join.ALL if shut else Join.ANY).code
         yield
     finally:
         gates.slab[:count] = 0
         gates.values.zero_()
         gates.gains.zero_()
+        gates.owns.zero_()
 
 
 @contextmanager

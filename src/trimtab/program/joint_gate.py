@@ -1,0 +1,165 @@
+"""Gates made of several, and what both sorts are checked for.
+
+    all    factor = product over members of their factors
+    any    factor = 1 - product over members of (1 - their factors)
+
+On the device each member is a gate of its own, in a lane of its own. The lanes of one joint gate follow one another in
+the order of the forward pass, and each joins its factor to that of the lane before it; so the last has the whole.
+
+    all    whole = own * before
+    any    whole = own + before * (1 - own)        to the bit the other where one of them is 0, and 1 where one is 1
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from trimtab.errors import SteeringError
+from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.sites import GateLimits, Site, site_order
+from trimtab.wording import summary
+
+MOST_MEMBERS = 16
+
+
+class Join(StrEnum):
+    """How the factors of several gates become one."""
+
+    ALL = "all"
+    ANY = "any"
+
+    @property
+    def code(self) -> float:
+        """What a lane that is joined to the one before it says on the device; one that is not says 0."""
+        return 1.0 if self is Join.ALL else -1.0
+
+
+@dataclass(frozen=True)
+class JointGate:
+    """Several different gates whose factors are joined to one. Build it with `joined`, which knows the order."""
+
+    join: Join
+    members: tuple[ResolvedGate, ...]  # at least two, by site and then by digest
+
+    @property
+    def site(self) -> Site:
+        """From where on the factor exists: where the last probe is read."""
+        return self.members[-1].site
+
+    @property
+    def label(self) -> str:
+        """Under which totals tell of it. No name that can be registered has parentheses."""
+        return f"({self.join})"
+
+    @property
+    def name(self) -> str:
+        """What reports call it, in place of a probe."""
+        return self.label
+
+    @property
+    def told(self) -> tuple[int, int, int]:
+        """As of `ResolvedGate.told`, all members together."""
+        told = [member.told for member in self.members]
+        return 0, sum(named for _, named, _ in told), sum(labelled for _, _, labelled in told)
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 (32 bytes) of all that decides."""
+        members = b"".join(member.digest for member in self.members)
+        return hashlib.sha256(f"trimtab joint gate 1\0{self.join}\0".encode() + members).digest()
+
+
+Condition = ResolvedGate | JointGate
+"""What can stand before an intervention."""
+
+
+def joined(join: Join, members: Sequence[ResolvedGate]) -> Condition:
+    """`members` as one gate, whatever their order; one alone is that gate.
+
+    Raises `SteeringError` at the path of a member that equals an earlier one, and without one where there are none.
+    """
+    if not members:
+        raise SteeringError("", "is empty: name at least one gate, or leave the gate out")
+    seen: dict[bytes, ResolvedGate] = {}
+    for member in members:
+        if (known := seen.setdefault(member.digest, member)) is not member:
+            raise SteeringError(member.path, f"equals {known.path or 'another one'}: leave one of them out")
+    ordered = sorted(members, key=lambda member: (site_order(member.site), member.digest))
+    return ordered[0] if len(ordered) == 1 else JointGate(join, tuple(ordered))
+
+
+def lanes(gate: Condition) -> list[tuple[ResolvedGate, float]]:
+    """The lanes of a gate: of each its own gate, and how it is joined to the lane before it (`Join.code`, or 0)."""
+    if isinstance(gate, ResolvedGate):
+        return [(gate, 0.0)]
+    return [(member, gate.join.code if place else 0.0) for place, member in enumerate(gate.members)]
+
+
+def check_gate(gate: Condition, sites: Iterable[Site], width: int) -> None:
+    """Raise `SteeringError` at `probe` where a gate cannot stand before what acts at `sites` with vectors [width].
+
+    The factor exists from its last probe's site on, in the order of the forward pass, so a vector may act there and
+    later. Of a gate of several the path leads to the member.
+    """
+    where = tuple(sites)
+    for member in gate.members:
+        with _below(member):
+            _check_member(member, where, width)
+
+
+def _check_member(gate: ResolvedGate, sites: Sequence[Site], width: int) -> None:
+    early = [site for site in sites if site_order(site) < site_order(gate.site)]
+    if early:
+        raise SteeringError(
+            "probe",
+            f"is read at {gate.site}, after the vector has acted at {summary(early)}: a gate works from its probe's "
+            "site on; narrow the vector with `layers`, or train a probe at an earlier layer",
+        )
+    if gate.probe.hidden_size != width:
+        raise SteeringError("probe", f"has width {gate.probe.hidden_size}, but its vector has {width}")
+
+
+def check_served(gate: Condition, sites: Iterable[Site], limits: GateLimits) -> None:
+    """Raise `SteeringError` where an engine with these limits cannot serve `gate` on a vector acting at `sites`.
+
+    A gate that is the engine's monitor is served wherever that is read; as a member of another it is one like all.
+    """
+    if limits.monitor is not None and gate.digest == limits.monitor.digest:
+        return
+    if not limits.count:
+        raise SteeringError("", "this engine serves no gates: leave the gate out")
+    where = tuple(sites)
+    for member in gate.members:
+        with _below(member):
+            _check_member_served(member, where, limits)
+
+
+def _check_member_served(gate: ResolvedGate, sites: Sequence[Site], limits: GateLimits) -> None:
+    if gate.site not in limits.probe_sites:
+        readable = sorted(limits.probe_sites, key=site_order)
+        raise SteeringError("probe", f"no probe can be read at {gate.site} here, only at {summary(readable)}")
+    if not limits.stages:
+        return
+    stage = limits.stage(gate.site.layer)
+    for site in sites:
+        if limits.stage(site.layer) != stage:
+            boundary = next(first for first in limits.stages if gate.site.layer < first <= site.layer)
+            raise SteeringError(
+                "probe",
+                f"is read at {gate.site}, and the vector acts at {site}, beyond the pipeline stage that ends before "
+                f"layer {boundary}: a gate works within one stage; narrow the vector with `layers`, or use a probe "
+                f"at layer {boundary} or later",
+            )
+
+
+@contextmanager
+def _below(member: ResolvedGate) -> Iterator[None]:
+    """Faults of a member are told at its path."""
+    try:
+        yield
+    except SteeringError as error:
+        field = f"{member.path}.{error.field}" if member.path else error.field
+        raise SteeringError(field, error.message) from None
