@@ -20,17 +20,25 @@ def nested(depth: int) -> list[Any]:
     return value
 
 
+def within_one_another(depth: int) -> dict[str, Any]:
+    gate = GATE
+    for _ in range(depth):
+        gate = {"all": [gate]}
+    return gate
+
+
 def add(**keys: Any) -> dict[str, Any]:
     return {"interventions": [ADD | keys]}
 
 
 @pytest.mark.parametrize("key", ["self", "cls", "data", "__class__", "model_config"])
-@pytest.mark.parametrize("place", ["", "interventions[0]", "interventions[0].gate"])
+@pytest.mark.parametrize("place", ["", "interventions[0]", "interventions[0].gate", "interventions[0].gate.any[1]"])
 def test_a_key_that_python_uses_itself_is_an_unknown_key_everywhere(key: str, place: str) -> None:
     spec = {
         "": {"interventions": [ADD], key: 1},
         "interventions[0]": add(**{key: 1}),
         "interventions[0].gate": add(gate=GATE | {key: 1}),
+        "interventions[0].gate.any[1]": add(gate={"any": [GATE, GATE | {key: 1}]}),
     }[place]
     with pytest.raises(SteeringError, match=r"unknown key.*the keys are") as caught:
         Steering.parse(spec)
@@ -63,6 +71,10 @@ def test_a_key_that_is_no_text_is_refused_within_a_spec_too(spec: Any) -> None:
         {"gate": GATE | {"threshold": nested(5000)}},
         {"gate": GATE | {"invert": nested(5000)}},
         {"gate": GATE | {"probe": {"post_block": {"1": [1.0]}, "bias": nested(5000)}}},
+        {"gate": {"all": nested(5000)}},
+        {"gate": {"any": [GATE, nested(5000)]}},
+        {"gate": {"all": [GATE, GATE | {"threshold": nested(5000)}]}},
+        {"gate": within_one_another(5000)},
     ],
     ids=lambda keys: next(iter(keys)),
 )

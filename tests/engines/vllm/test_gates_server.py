@@ -144,12 +144,18 @@ def test_a_gate_that_is_not_served_is_a_400_with_its_place(client) -> None:
 CLAMP = {"kind": "clamp", "vector": "calm", "value": 4.0}
 TO = {"post_block": {str(layer): np.random.default_rng(layer).normal(size=WIDTH).round(4).tolist() for layer in (1, 2)}}
 ANGRY = {"probe": "anger", "threshold": 0.5}
+SOMEWHAT = {"all": [ANGRY, {"probe": "anger", "threshold": 4.0, "invert": True}]}
 
 
 @pytest.mark.parametrize(
     "steps",
-    [[CLAMP], [{"kind": "swap", "vector": "calm", "to": TO}], [{**CLAMP, "gate": ANGRY, "phase": "decode"}]],
-    ids=["clamp", "swap", "gated clamp"],
+    [
+        [CLAMP],
+        [{"kind": "swap", "vector": "calm", "to": TO}],
+        [{**CLAMP, "gate": ANGRY, "phase": "decode"}],
+        [{**CLAMP, "gate": SOMEWHAT}],
+    ],
+    ids=["clamp", "swap", "gated clamp", "clamp between two gates"],
 )
 def test_a_slot_over_http_answers_as_the_embedded_engine_and_its_receipt_names_its_vectors(
     client, embedded, steps: list[dict[str, Any]]
@@ -159,7 +165,12 @@ def test_a_slot_over_http_answers_as_the_embedded_engine_and_its_receipt_names_i
     assert answer["choices"][0]["text"].split() == want.text.split()
     assert want.text != expected(embedded, None).text
     receipt, told = want.receipt.as_json(), dict(answer["steering"])
-    assert len(receipt.pop("gates", [])) == len(told.pop("gates", [])) == ("gate" in steps[0])
+    mine, theirs = (
+        [(use["probe"], use["gate"], use["within"], use["tokens"], use["above_half"]) for use in one.pop("gates", [])]
+        for one in (receipt, told)
+    )
+    assert mine == theirs
+    assert len(mine) == (3 if steps[0].get("gate") == SOMEWHAT else int("gate" in steps[0]))
     assert told == receipt
     names = [vector["name"] for vector in told["vectors"]]
     assert names == (["calm", None] if "to" in steps[0] else ["calm"])

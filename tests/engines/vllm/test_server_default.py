@@ -1,5 +1,6 @@
 """What a server's default promises: a binding one stands, one that is not is counted, and receipts tell the truth."""
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 
 from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.frontend.admission import FrontEnd, Monitor
+from trimtab.engines.vllm.frontend.start_log import _short
 from trimtab.errors import SteeringError
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
+from trimtab.serving.server_default import ServerDefault
 from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site, SlotLimits
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
@@ -230,3 +233,12 @@ def test_a_request_that_takes_the_defaults_direction_out_takes_it_back(binding: 
     with pytest.raises(SteeringError, match="takes back too much of the server's default spec") as caught:
         front.admit(taking)
     assert caught.value.field == "steering.interventions[1]"
+
+
+def test_the_start_log_shows_every_probe_of_a_default_behind_a_gate_of_several() -> None:
+    members = [{"probe": "anger", "threshold": 1.0, "hard": True}, {"probe": ANGER, "threshold": 0.0}]
+    default = ServerDefault.parse(spec({**add("calm"), "gate": {"any": members}}))
+    (step,) = _short(default)["interventions"]
+    inline = {"probe": f"inline {ANGER.digest.hex()}", "threshold": 0.0}
+    assert step["gate"] == {"any": [members[0], inline]}
+    assert json.loads(json.dumps(step)) == step
