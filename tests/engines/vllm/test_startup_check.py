@@ -97,6 +97,21 @@ def test_a_site_at_which_a_rows_probe_does_nothing_is_named(v2: bool) -> None:
         check(v2, unmonitored=True)
 
 
+def test_an_engine_that_does_not_join_gates_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("trimtab.ops.emit")
+    original = module.gate_op_args
+
+    def alone(*given: Any) -> Any:
+        args = original(*given)
+        return args._replace(gate_params=args.gate_params * torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]))
+
+    monkeypatch.setattr(module, "gate_op_args", alone)
+    with pytest.raises(
+        SteeringError, match=r"steering\.gates: steering behind an open gate has no effect at post_block:3"
+    ):
+        check(v2=False)
+
+
 SLOTTED = SlotForm(2, ("clip",), True)
 LOOKING_BACK = SLOTTED._replace(responses=("clip", "replace", "norm", "keep_norm"))
 
