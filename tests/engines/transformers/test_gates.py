@@ -195,7 +195,10 @@ SEVERAL = (
     Gated((), torch.empty(0), probe=EARLY, threshold=0.2, sharpness=None),
 )
 JOINED = [
-    [Joint((1, 2), numbers(1), 2.0, join="all", gates=SEVERAL[:2]), Gated((2,), numbers(2), probe=PROBE)],
+    [
+        Joint((1, 2), numbers(1), 2.0, join="all", gates=SEVERAL[:2]),
+        replace(SEVERAL[0], layers=(2,), vector=numbers(2)),
+    ],
     [Joint((1, 2), numbers(3), 2.0, join="any", gates=SEVERAL)],
     [Joint((1,), numbers(4), 3.0, "decode", join="any", gates=SEVERAL[1:]), Gated((0, 2), numbers(5))],
     [],
@@ -229,6 +232,7 @@ def test_gates_of_several_open_as_the_slow_model_says_and_are_reported_with_thei
         found = [(use.mean, use.tokens, use.above_half) for use in members]
         assert len(found) == len(due)
         assert all(any(one == other for other in found) for one in due)
+        assert len(uses) == 1 + len(members) + (row == 0)  # where an equal gate stands alone too
 
 
 @pytest.mark.parametrize("kind", ["add", "ablate"])
