@@ -178,17 +178,15 @@ def parallel(kind, requests, mode="eager"):
     """Two ranks. Under pipeline parallelism the second stage holds layers 2 and 3."""
     folder, model = tiny_model()
     early = [gated(1, [0, 1], sharpness=0.2)]
-    late = [
-        gated(2, [2, 3], probe=(2, "post_block"), hard=True),
-        jointly("any", gated(3, [3], probe=(2, "pre_attn"), invert=True), gated(4, [], probe=(2, "mlp_out"))),
-    ]
+    hard = gated(2, [2, 3], probe=(2, "post_block"), hard=True)
+    late = [jointly("any", hard, gated(3, [], probe=(2, "pre_attn"), invert=True, threshold=3.0))]
     both = [*early, *late, *random_spec(4, layers=[1, 3])["interventions"]]
     both.append(gated(5, [2], probe=(2, "post_block"), phase="decode", sharpness=0.2))
     specs = [{"interventions": steps} if steps else None for steps in (early, late, both, [])]
     specs = [specs[i % 4] for i in range(requests)]
     prompts = random_prompts([4 + (5 * i) % 37 for i in range(requests)])
     expected = oracle(model, prompts, specs)
-    settings = SETTINGS | {"gates": 5, "probe_layers": [0, 2], "row_monitor": True}
+    settings = SETTINGS | {"gates": 4, "probe_layers": [0, 2], "row_monitor": True}
     llm = engine(folder, steering=settings, mode=mode, max_num_batched_tokens=64, **two_ranks(kind))
     outcome = {
         "differs from unsteered": sum(
