@@ -1,4 +1,4 @@
-"""Six kinds at four hook points against interp-engine, with which Neuronpedia serves its models.
+"""Six kinds at five hook points against interp-engine, with which Neuronpedia serves its models.
 
 Its `resid_mid` is left out: it writes to what the norm behind attention reads, while `post_attn` is the stream itself.
 """
@@ -13,7 +13,9 @@ from interp_engine.model import EagerModel
 from interp_engine.steer import steer
 from side_by_side import Llama, assert_same, direction
 
-POINTS = {"resid_pre": "pre_attn", "mlp_in": "mlp_in", "mlp_out": "mlp_out", "resid_post": "post_block"}
+POINTS = {"resid_pre": "pre_attn", "resid_post": "post_block"} | {
+    name: name for name in ("attn_out", "mlp_in", "mlp_out")
+}
 LAYERS = (0, 2)
 V, W = direction(1, 0.3), direction(2, 2.0)
 UNIT = V / V.norm()
