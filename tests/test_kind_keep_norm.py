@@ -1,5 +1,7 @@
 """`keep_norm` of a spec: each token leaves a site where it acts as long as it came."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from kinds_cases import HERE, MODEL, H, resolve, vector
 from kinds_looking_back import PROBE, TOLERANCE, steered
 from trimtab.errors import SteeringError
+from trimtab.ops.looking_back import TokenSlots, norm_kept
+from trimtab.responses import KEEP_NORM
 from trimtab.serving.server_default import merge
 from trimtab.sites import HookPoint, Site
 from trimtab.spec import Steering
@@ -50,6 +54,28 @@ def test_a_token_that_is_not_steered_keeps_its_numbers(x, form, dtype) -> None:
     here = torch.from_numpy(x).to(dtype).double().numpy()
     shut = here @ PROBE.directions[HERE].astype(np.float64) < -1e-2
     np.testing.assert_array_equal(steered(found, x, form, dtype=dtype)[shut], here[shut])
+
+
+@pytest.mark.parametrize("form", ["traced", "opaque"])
+def test_a_norm_that_is_not_finite_is_not_kept(form) -> None:
+    x = np.random.default_rng(0).normal(size=(3, H))
+    x[0, 0], x[1, 0] = np.inf, np.nan
+    found = steered(spec({"kind": "replace", "vector": V}), x, form)
+    np.testing.assert_allclose(found[:2], np.broadcast_to(V.directions[HERE], (2, H)), **TOLERANCE)
+    np.testing.assert_allclose(np.linalg.norm(found[2]), np.linalg.norm(x[2]), **TOLERANCE)
+
+
+def test_an_untouched_token_keeps_its_numbers_where_its_norms_differ_by_a_rounding() -> None:
+    """As sums of two reductions may; here the stream that comes is told to be longer than it is."""
+    hidden = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    slots = TokenSlots(
+        torch.zeros(4, 1, 2, dtype=torch.int64), torch.tensor([[[KEEP_NORM.code, 0]]] * 4, dtype=torch.int32),
+        torch.zeros(4, 1, 10), torch.zeros(4, 1, 1), torch.zeros(0, 4),
+    )  # fmt: skip
+    lengths = iter([hidden.square().sum(-1) * (1 + 1e-6), hidden.square().sum(-1)])
+    with mock.patch.object(torch.Tensor, "sum", side_effect=lengths):
+        kept = norm_kept(hidden.clone(), hidden, None, slots)
+    assert torch.equal(kept, hidden)
 
 
 def test_a_stream_of_nothing_stays_so() -> None:

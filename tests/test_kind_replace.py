@@ -33,6 +33,21 @@ def test_all_of_the_stream_is_the_vector_exactly() -> None:
         np.testing.assert_array_equal(nothing, 0.0 * x)
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("form", ["traced", "opaque"])
+@pytest.mark.parametrize("steps", [[1.0], [0.3, 0.7], [0.1, 0.2, 0.7]])
+def test_all_of_the_stream_is_the_vector_whatever_the_stream_was(steps, form, split) -> None:
+    """0 times infinity is no 0: what is infinite or NaN in a token is gone too, and what is not is as in others."""
+    x = np.random.default_rng(0).normal(size=(5, H))
+    x[0, 2], x[1, :], x[2, 3], x[2, 4] = np.inf, np.nan, -np.inf, np.nan
+    rest = np.random.default_rng(1).normal(size=x.shape) if split else None
+    spec = resolve(*({"kind": "replace", "vector": V, "amount": amount} for amount in steps))
+    found = steered(spec, x, form, rest) + (0 if rest is None else rest)
+    np.testing.assert_allclose(found, np.broadcast_to(v, x.shape), **TOLERANCE)
+    left = steered(resolve({"kind": "replace", "vector": V, "amount": 0.5}), x, form, rest)
+    assert not np.isfinite(left[~np.isfinite(x)]).any()
+
+
 @given(streams, amounts, amounts, st.sampled_from(["traced", "opaque"]))
 def test_shares_of_the_stream_are_replaced(x, one, other, form) -> None:
     one, other = one / 2, other / 2

@@ -7,12 +7,16 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from itertools import product
+
 import numpy as np
 import torch
 from slots_cases import after, slotted
 
+from trimtab.ops.args import SlotOpArgs
 from trimtab.ops.kernels.apply_slots import launch_apply_slots
 from trimtab.ops.kernels.launch import Launch
+from trimtab.responses import KEEP_NORM, REPLACE
 
 
 def check(number: int) -> None:
@@ -40,7 +44,46 @@ def check(number: int) -> None:
     np.testing.assert_allclose(steered.double().numpy(), expected, rtol=tolerance, atol=tolerance)
 
 
+def looking(width: int, code: int, number: float, *, split: bool) -> tuple[SlotOpArgs, Launch]:
+    """Seven tokens of one row whose only slot is of `code`, which takes `number`; they are read in pieces."""
+    case = slotted(7, width, slots=2, seed=width, looks_back=True)
+    state = case.buffers.slots
+    case.buffers.index.fill_(1)
+    for part in (state.rows, state.codes, state.params, state.mix):
+        part[0, 1] = 0
+    state.rows[0, 1, 0, 1] = 2 if code == REPLACE.code else 0
+    state.codes[0, 1, 0, 0], state.params[0, 1, 0, 2], state.mix[0, 1, 0, 0] = code, number, 1.0
+    hidden, rest = torch.randn(2, 7, width, generator=torch.Generator().manual_seed(width)) * 1e3
+    args = case.args(hidden.clone(), rest if split else None, hidden)
+    return args, Launch(32, 1, None, 7)
+
+
+def check_replaced(width: int, *, split: bool) -> None:
+    """All of a token is replaced, infinite numbers and NaN too."""
+    args, launch = looking(width, REPLACE.code, 1.0, split=split)
+    for tensor in (args.steered, args.hidden_states):
+        tensor[0, 0], tensor[1], tensor[2, -1] = float("inf"), float("nan"), -float("inf")
+    launch_apply_slots(args, launch)
+    stream = args.steered + (args.hidden_rest if split else 0.0)
+    np.testing.assert_allclose(stream, args.steering_table[2].float().expand_as(stream), rtol=1e-5, atol=1e-3)
+
+
+def check_untouched(width: int, *, split: bool) -> None:
+    """A token with which nothing was done keeps its numbers, however its norms are summed; another keeps its norm."""
+    args, launch = looking(width, KEEP_NORM.code, 0.0, split=split)
+    args.steered[3:] *= 1.5
+    launch_apply_slots(args, launch)
+    assert torch.equal(args.steered[:3], args.hidden_states[:3])
+    rest = args.hidden_rest if split else 0.0
+    lengths = [torch.linalg.vector_norm(part[3:] + rest[3:] if split else part[3:], dim=-1) for part in args[:2]]
+    torch.testing.assert_close(*lengths, rtol=1e-5, atol=0.0)
+
+
 if __name__ == "__main__":
     for number in range(60):
         check(number)
+    with np.errstate(invalid="ignore"):
+        for width, split in product((1, 33, 128, 500), (False, True)):
+            check_replaced(width, split=split)
+            check_untouched(width, split=split)
     print("60 slot cases equal the oracle")

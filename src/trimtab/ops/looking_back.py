@@ -3,6 +3,10 @@
 x   the full stream before anything of ours; y it with what was added, z it behind all slots
 first:  y + sum over k of amount_k * (v_k - x) + sum over k of scale_k * |x| * w_k
 last:   z * |x| / |z|
+
+Where amounts are all of the stream, it does not matter what x was, infinite or NaN neither. What was added to such a
+number cannot be told from it, and goes with it. A token with which nothing was done keeps its numbers to the bit,
+however its norms were summed, and a norm that is not finite is not kept.
 """
 
 from collections.abc import Sequence
@@ -15,6 +19,9 @@ from trimtab.ops.gather import table_rows
 from trimtab.ops.responses import gated
 from trimtab.responses import KEEP_NORM, NORM, REPLACE
 
+ALL = 1.0 - 1e-6
+"""The sum of amounts from which on nothing of the stream is left: each is rounded to float32."""
+
 
 class TokenSlots(NamedTuple):
     """The slots of each token's row at one site."""
@@ -26,8 +33,9 @@ class TokenSlots(NamedTuple):
     gate_values: Tensor  # [G, T] float32
 
 
-def begun(y: Tensor, x: Tensor, table: Tensor, slots: TokenSlots, names: Sequence[str]) -> Tensor:
-    """`y` [N, H] float32 behind the responses of the first stage among `names`; `x` [N, H] is the full stream."""
+def begun(y: Tensor, x: Tensor, rest: Tensor | None, table: Tensor, slots: TokenSlots, names: Sequence[str]) -> Tensor:
+    """`y` [N, H] float32 behind the responses of the first stage among `names`; `x` [N, H] is the full stream, of which
+    `rest` [N, H] is no part of `y`."""
     length = x.square().sum(-1).sqrt() if NORM.name in names else None
     numbers, taken = [], y.new_zeros(y.shape[0])
     for slot in range(slots.rows.shape[1]):
@@ -43,17 +51,22 @@ def begun(y: Tensor, x: Tensor, table: Tensor, slots: TokenSlots, names: Sequenc
         numbers.append(c * slots.mix[:, slot, slot])  # their own: no set holds them
     if REPLACE.name in names:  # a choice: 0 times infinity is no 0
         y = torch.where((taken > 0.0)[:, None], y - taken[:, None] * x, y)
+        gone = torch.zeros_like(y) if rest is None else -rest.float()
+        y = torch.where((taken >= ALL)[:, None] & ~(x.abs() < torch.inf), gone, y)
     for slot, number in enumerate(numbers):
         y = y + table_rows(table, slots.rows[:, slot, 1]).float() * number[:, None]
     return y
 
 
-def norm_kept(z: Tensor, x: Tensor, rest: Tensor | None, slots: TokenSlots) -> Tensor:
-    """`z` [N, H] float32, with `rest` of the length of `x` where a slot says so; the same numbers where it has it."""
+def norm_kept(z: Tensor, hidden: Tensor, rest: Tensor | None, slots: TokenSlots) -> Tensor:
+    """`z` [N, H] float32, with `rest` as long as `hidden` is with it where a slot says so; as it is where z is `hidden`
+    [N, H], or as long."""
+    x = hidden.float() if rest is None else hidden.float() + rest.float()
     stream = z if rest is None else z + rest.float()
     before, after = x.square().sum(-1).sqrt(), stream.square().sum(-1).sqrt()
     keeps = slots.codes[..., 0] == KEEP_NORM.code
-    wanted = keeps.any(-1) & (after > 0.0)
+    changed = (z != hidden.float()).any(-1)
+    wanted = keeps.any(-1) & changed & (after > 0.0) & (before < torch.inf)
     only_grown = (keeps & (slots.params[..., 2] > 0.0)).any(-1)
     wanted = wanted & torch.where(only_grown, after > before, after != before)
     kept = stream * torch.where(wanted, before / after, 1.0)[:, None]

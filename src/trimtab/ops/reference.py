@@ -155,9 +155,9 @@ def apply_slots(
         raise ValueError(f"the responses {', '.join(form.responses)} need the stream before any steering")
     x = hidden.float() if rest is None else hidden.float() + rest.float()
     if first := of_stage(form.responses, Stage.FIRST):
-        y = begun(y, x, slots.table, own, first)
+        y = begun(y, x, rest, slots.table, own, first)
     z = _locally(y, slots.table, own, form, rest) if of_stage(form.responses, Stage.LOCAL) else y
-    return norm_kept(z, x, rest, own) if of_stage(form.responses, Stage.LAST) else z
+    return norm_kept(z, hidden, rest, own) if of_stage(form.responses, Stage.LAST) else z
 
 
 def _locally(y: Tensor, table: Tensor, slots: TokenSlots, form: SlotForm, rest: Tensor | None) -> Tensor:

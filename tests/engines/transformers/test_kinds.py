@@ -96,6 +96,22 @@ def test_all_kinds_in_one_batch_compute_what_their_formulas_say(name):
     assert sum(one.token_ids != other.token_ids for one, other in zip(out, plain, strict=True)) >= 3
 
 
+def test_a_layer_that_breaks_the_stream_does_not_matter_where_all_of_it_is_replaced():
+    here = Site(1, HookPoint.POST_BLOCK)
+    spec = {"interventions": [{"kind": "replace", "vector": SteeringVector({here: V})}]}
+    # One prompt: padding is not steered, and the others of a batch would attend to what breaks it.
+    network = FAMILIES["llama"].model()
+    with SteeredModel(network) as model:
+        options = {"max_new_tokens": STEPS, "do_sample": False, "output_logits": True}
+        due = model.generate(PROMPTS[:1], spec, **options)
+        with torch.no_grad():
+            network.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
+        found = model.generate(PROMPTS[:1], spec, **options)
+    for one, other in zip(found, due, strict=True):
+        assert torch.isfinite(one.logits).all()
+        assert torch.equal(one.logits, other.logits)
+
+
 CASES = [(name, hook) for name in ("llama", "falcon") for hook in FAMILIES[name].hooks]
 
 

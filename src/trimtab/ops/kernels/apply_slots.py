@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from trimtab.ops import looking_back
 from trimtab.ops.args import SLOT_PARAMS, SLOT_ROWS, SlotOpArgs
 from trimtab.ops.kernels.launch import Launch, launch_sizes, named_arguments, on_device
 from trimtab.ops.kernels.responses import (
@@ -27,6 +28,7 @@ from trimtab.ops.kernels.responses import (
 from trimtab.ops.variants import note_launch
 from trimtab.responses import DIGITS
 
+ALL = tl.constexpr(looking_back.ALL)
 LAST = tl.constexpr(SLOT_PARAMS - 1)  # where the place of a second score stands
 SHARE = tl.constexpr(2.0**-DIGITS)  # the unit of a row of digits in that of the one before it
 
@@ -223,7 +225,7 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                         mask=(o_first > 0)[:, None] & in_row[None, :],
                         other=0.0,
                     )
-                    b_y = begun(b_y, b_x, taken, first_amount, b_first)
+                    b_y = begun(b_y, b_x, 0.0, taken, first_amount, b_first)
                 at_read = p_steering_table + o_read[:, None] * steering_table_stride_0
                 b_read = tl.load(
                     at_read + o_h[None, :] * steering_table_stride_1,
@@ -262,6 +264,7 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
             kept = tl.cast(1.0, tl.float32)
             for i_pass in tl.static_range(1 if BACK else 0, -1, -1):
                 after = tl.cast(0.0, tl.float32)
+                changed = tl.cast(0, tl.int32)
                 for start in range(0, WIDTH, BLOCK):
                     o_h = start + tl.arange(0, BLOCK).to(tl.int64)
                     in_row = o_h < WIDTH
@@ -279,26 +282,31 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                             at_rest = p_hidden_rest + o_token * hidden_rest_stride_0 + o_h * hidden_rest_stride_1
                             b_rest = tl.load(at_rest, mask=in_row, other=0.0).to(tl.float32)
                         at_hidden = p_hidden_states + o_token * hidden_states_stride_0 + o_h * hidden_states_stride_1
-                        b_x = tl.load(at_hidden, mask=in_row, other=0.0).to(tl.float32) + b_rest
-                        b_z = begun(b_z, b_x, taken, tl.where(o_first > 0, first_amount, 0.0), b_along)
+                        b_hidden = tl.load(at_hidden, mask=in_row, other=0.0).to(tl.float32)
+                        firsts_here = tl.where(o_first > 0, first_amount, 0.0)
+                        b_z = begun(b_z, b_hidden + b_rest, -b_rest, taken, firsts_here, b_along)
                     b_z += tl.sum(amount[:, None] * b_along.to(tl.float32), 0)
                     if i_pass == 1:
                         after += tl.sum((b_z + b_rest) * (b_z + b_rest), 0)
+                        changed = tl.maximum(changed, tl.max(tl.where(b_z != b_hidden, 1, 0), 0))
                     else:
                         if BACK:
                             b_z = tl.where(kept == 1.0, b_z, (b_z + b_rest) * kept - b_rest)
                         tl.store(at_steered, b_z.to(p_steered.dtype.element_ty), mask=in_row)
                 if i_pass == 1:
                     after = tl.sqrt(after)
-                    wanted = keeps & (after > 0.0) & ((after > before) | ((after != before) & (only_grown == 0)))
+                    wanted = keeps & (changed > 0) & (after > 0.0) & (before < float("inf"))
+                    wanted &= (after > before) | ((after != before) & (only_grown == 0))
                     kept = tl.where(wanted, before / after, 1.0)
 
 
 @triton.jit
-def begun(b_y, b_x, taken, amount, b_first):  # type: ignore[no-untyped-def]
+def begun(b_y, b_x, b_gone, taken, amount, b_first):  # type: ignore[no-untyped-def]
     """A piece of the stream, x before any steering and y with all that is added, behind the responses that act first.
 
-    `taken` is the share of x that goes, `amount` [LINES] how much of the rows `b_first` [LINES, BLOCK] comes.
+    `taken` is the share of x that goes, `amount` [LINES] how much of the rows `b_first` [LINES, BLOCK] comes; `b_gone`
+    is what y is where all of an infinite x, or of NaN, is gone.
     """
     b_y = tl.where(taken > 0.0, b_y - taken * b_x, b_y)
+    b_y = tl.where(tl.abs(b_x) < float("inf"), b_y, tl.where(taken >= ALL, b_gone, b_y))
     return b_y + tl.sum(amount[:, None] * b_first.to(tl.float32), 0)
