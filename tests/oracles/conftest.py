@@ -35,7 +35,7 @@ if "sae_lens" not in sys.modules and (found := find_spec("sae_lens")) is not Non
         for name in ("sae_lens", "transformer_lens.hook_points", "transformer_lens.HookedTransformer")
     )
     sys.modules.setdefault("transformer_lens", ModuleType("transformer_lens"))
-    package.__path__ = list(found.submodule_search_locations or ())
+    package.__path__, package.__spec__ = list(found.submodule_search_locations or ()), found
     package.logger, package.__version__ = logging.getLogger("sae_lens"), version("sae-lens")  # type: ignore[attr-defined]
     points.HookPoint = nn.Identity  # type: ignore[attr-defined]
     rooted.HookedRootModule = type("Root", (nn.Module,), {"setup": lambda self: None})  # type: ignore[attr-defined]
