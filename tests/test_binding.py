@@ -2,13 +2,15 @@
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.program import ResolvedSteering
+from trimtab.program import ResolvedSteering, Slot
+from trimtab.serving import binding
 from trimtab.serving.binding import least_share
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site, SlotLimits, site_order
 from trimtab.spec import Steering
@@ -282,3 +284,22 @@ def test_what_looks_at_the_whole_stream_counts_as_if_it_took_all() -> None:
     assert left({"interventions": [{"kind": "add"} | later]}) == 1.0
     before = {"vector": at("post_block", 0, 0.0, 1.0, 0.0)}
     assert left({"interventions": [{"kind": "replace"} | before]}) == 1.0
+
+
+def test_what_directions_span_is_worked_out_once_for_all_numbers_along_them() -> None:
+    numbers = [(1.0, 0.5, 0.0), (0.0, 2.0, 1.0)]
+
+    def slots(strength: float) -> list[Slot]:
+        steps = [{"kind": "ablate", "vector": at("post_block", 1, *row), "strength": strength} for row in numbers]
+        return list(resolved(*steps).decode.slots)
+
+    asked = [slots(strength) for strength in (1.0, 0.25, 0.5)]
+    first = binding._span(asked[0])
+    with mock.patch.object(np.linalg, "eigh", side_effect=AssertionError("worked out again")):
+        for some in asked:
+            assert binding._span(some) is first
+            assert binding._span(some[::-1]) is first
+    assert first is not None
+    assert len(first) == 2
+    (one,) = binding._span(asked[0][:1])
+    np.testing.assert_allclose(np.linalg.norm(first @ one), 1.0)

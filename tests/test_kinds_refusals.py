@@ -112,6 +112,16 @@ def test_an_engine_without_slots_adds_as_before() -> None:
     assert resolve({"kind": "add", "vector": V}, model=model).slots == ()
 
 
+def test_more_slots_than_an_engine_could_declare_are_not_told_of_a_flag() -> None:
+    """No flag makes room in the embedded engine, nor for more than a server may declare."""
+    steps = [{"kind": "clamp", "vector": V, "max": 1}, {"kind": "ablate", "vector": T}]
+    for limits, told in (((1, SITES, NAMED), True), ((1, SITES, NAMED, 1), False), ((1, SITES, NAMED, 2), True)):
+        with pytest.raises(SteeringError, match="serves 1 there: ") as refused:
+            resolve(*steps, model=replace(MODEL, slots=SlotLimits(*limits)))
+        assert ("--steering-slots 2" in refused.value.message) is told
+        assert refused.value.message.endswith("leave interventions out")
+
+
 def test_one_direction_in_two_slots_counts_as_one() -> None:
     limits = replace(MODEL, slots=SlotLimits(1, SITES, NAMED))
     steps = [{"kind": "clamp", "vector": V, "max": 1}, {"kind": "clamp", "vector": V * 2, "min": -1}]

@@ -81,6 +81,11 @@ class GateLimits:
         return sum(first <= layer for first in self.stages)
 
 
+MOST_SLOTS_DECLARED = 16  # by a server, on one token at one site
+MOST_SLOTS_EMBEDDED = 64  # there in the embedded engine: more than interventions of a spec, some of which take several
+MOST_SLOTS_OF_PHASE = 128  # of a request at all its sites together; a monitor may split each in two
+
+
 @dataclass(frozen=True)
 class SlotLimits:
     """Which slots an engine serves; by default none."""
@@ -88,6 +93,7 @@ class SlotLimits:
     count: int = 0  # slots that act on one token at one site
     sites: frozenset[Site] = frozenset()  # where slots can act: their graph reads the whole stream there
     kinds: frozenset[str] = frozenset()  # of intervention that were declared
+    most: int = MOST_SLOTS_DECLARED  # what a setting could make of `count`; no more than it where there is none
 
 
 class Room(NamedTuple):

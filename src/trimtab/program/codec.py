@@ -26,18 +26,19 @@ from typing import Any
 from trimtab.errors import SteeringError
 from trimtab.program.joint_gate import MOST_MEMBERS, Condition, Join, JointGate, check_gate, joined
 from trimtab.program.programs import PhaseProgram, Term
-from trimtab.program.resolved import MOST_SLOTS, SPANS, ResolvedSteering
+from trimtab.program.resolved import SPANS, ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.program.slots import Slot
 from trimtab.program.wire_slots import decode_direction, decode_slot, encode_slot, form_told
 from trimtab.program.wire_values import check_keys, index_of, list_of, number_of, parts_of, truth_of
 from trimtab.program.wire_vectors import Known, decode_vector, encode_vector
+from trimtab.sites import MOST_SLOTS_OF_PHASE
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown
 
 VERSION = 4
 LONGEST_LABEL = 128  # characters, as of the names that can be registered
-SLOTS_READ = 2 * MOST_SLOTS  # of a program, whose slots are split where a monitor begins
+SLOTS_READ = 2 * MOST_SLOTS_OF_PHASE  # of a program, whose slots are split where a monitor begins
 KEYS = frozenset({"version", "vectors", "gates", "directions", "slots", "programs", "acting"})
 
 

@@ -1,6 +1,5 @@
 """A request's steering with every name resolved: what the engines are given."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -8,8 +7,8 @@ from typing import NamedTuple
 from trimtab.errors import SteeringError
 from trimtab.program.joint_gate import Condition
 from trimtab.program.programs import PhaseProgram, Term, distinct, together
-from trimtab.program.slots import Slot
-from trimtab.sites import GateLimits, Phase, Site, SlotLimits
+from trimtab.program.slots import Slot, counted
+from trimtab.sites import MOST_SLOTS_OF_PHASE, GateLimits, Phase, Site, SlotLimits
 
 
 class Origin(NamedTuple):
@@ -24,8 +23,6 @@ class Origin(NamedTuple):
     digest: bytes
     direction: bytes = b""
 
-
-MOST_SLOTS = 128  # of a program; a monitor may split each in two
 
 SPANS = tuple(Phase)  # of a request's positions, in their order
 
@@ -104,13 +101,11 @@ class ResolvedSteering:
         """Raise `SteeringError` at `field` where more slots act at a site than an engine with these limits serves, or
         more in all than can travel."""
         for program in self.programs:
-            if len(program.slots) > MOST_SLOTS:
-                said = f"has {len(program.slots)} slots in one phase, at most {MOST_SLOTS} are served: leave some out"
+            if len(program.slots) > (most := MOST_SLOTS_OF_PHASE):
+                said = f"has {len(program.slots)} slots in one phase, at most {most} are served: leave some out"
                 raise SteeringError(field, said)
-            for site, count in Counter(site for slot in program.slots for site in slot.sites).items():
+            for site, count in counted(program.slots).items():
                 if count > limits.count:
-                    raise SteeringError(
-                        field,
-                        f"has {count} slots at {site} in one phase; this engine serves {limits.count} there: start it "
-                        f"with --steering-slots {count}, or leave interventions out",
-                    )
+                    said = f"has {count} slots at {site} in one phase; this engine serves {limits.count} there: "
+                    said += f"start it with --steering-slots {count}, or " if count <= limits.most else ""
+                    raise SteeringError(field, f"{said}leave interventions out")

@@ -9,7 +9,8 @@ Slots that write along what they read are members of their site's set: see `trim
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -277,6 +278,11 @@ class Slot:
         whole.update(b"" if self.gate is None else self.gate.digest)
         whole.update(b"" if self.second is None else b"second\0" + self.second.row_key)
         return whole.digest()
+
+
+def counted(slots: Iterable[Slot]) -> Counter[Site]:
+    """How many of the slots act at each site, of all sites at which any does."""
+    return Counter(site for slot in slots for site in slot.sites)
 
 
 def place_of_second(slot: Slot, acting: Sequence[Slot], site: Site) -> int:

@@ -9,7 +9,7 @@ from trimtab.errors import SteeringError
 from trimtab.program.resolved_gate import VectorReference
 from trimtab.program.wire_values import check_keys, hook_of, layer_of, list_of, parts_of, site_of, truth_of
 from trimtab.vectors.inline import MAX_LAYERS
-from trimtab.vectors.values import FloatArray
+from trimtab.vectors.values import FloatArray, owners
 from trimtab.vectors.vector import Part, SteeringVector
 from trimtab.wording import shown
 
@@ -38,10 +38,8 @@ def encode_vector(vector: SteeringVector, reference: VectorReference | None, vie
 
 def _sealed(block: FloatArray) -> bool:
     """Whether all arrays that `block` is a view of are read-only too, so that no one can write to its numbers."""
-    base = block.base
-    while isinstance(base, np.ndarray) and not base.flags.writeable and isinstance(base.base, np.ndarray):
-        base = base.base
-    return isinstance(base, np.ndarray) and not base.flags.writeable
+    bases = owners(block)[1:]
+    return bool(bases) and not any(base.flags.writeable for base in bases)
 
 
 def decode_vector(entry: Any, path: str, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Known:

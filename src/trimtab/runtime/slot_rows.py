@@ -6,7 +6,6 @@ written when its row is new, and when the rows of its directions are not those t
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from trimtab.ops.buffers import SteeringBuffers
 from trimtab.ops.slot_buffers import SlotBuffers, slot_record
 from trimtab.program import PhaseProgram, ResolvedSteering, Slot
 from trimtab.program.slot_sets import mixing
-from trimtab.program.slots import Numbers, a_few, place_of_second
+from trimtab.program.slots import Numbers, a_few, counted, place_of_second
 from trimtab.recent import Recent
 from trimtab.responses import RESPONSES
 from trimtab.runtime.upload import RowUploader
@@ -56,7 +55,7 @@ def _fault(slots: Sequence[Slot], buffers: SteeringBuffers) -> str | None:
             return "one that writes along another direction than it reads; the buffers hold none such"
         if missing := [site for site in slot.sites if site in without]:
             return f"one at {summary(missing)}, where none can act"
-    ((site, most),) = Counter(site for slot in slots for site in slot.sites).most_common(1)
+    ((site, most),) = counted(slots).most_common(1)
     return f"{most} at {site}; the buffers hold {form.count} for one site" if most > form.count else None
 
 

@@ -27,7 +27,6 @@ default, and, at each site of either, of all that was added to the stream up to 
 layer before or after the default, or at another hook point with the same meaning, counts like what it takes back there.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,6 +34,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.program import SPANS, PhaseProgram, ResolvedSteering, Slot
+from trimtab.program.slots import counted
+from trimtab.recent import Recent
 from trimtab.responses import CLIP, Stage
 from trimtab.sites import HookPoint, Phase, Site, site_order
 
@@ -45,6 +46,8 @@ _ROUNDING = 1e-6
 _NOT_OF_THE_STREAM = frozenset({HookPoint.MLP_IN})  # what is added there is gone behind the MLP
 
 Rows = npt.NDArray[np.float64]  # [sites, H]
+
+_SPANS: Recent[Rows] = Recent(1 << 10, 16 << 20)  # of the directions of slots, by their row keys and sites
 
 
 class Share(NamedTuple):
@@ -98,12 +101,12 @@ class _Slots:
         """`added` is the length of all that the request adds."""
         slots = tuple(slots)
         self.looking = {site for slot in slots if slot.stage is not Stage.LOCAL for site in slot.sites}
-        together = Counter(site for slot in slots for site in slot.sites)
+        together = counted(slots)
         self.are_bounded = all(
             slot.is_member and _moves_back(slot, site) and together[site] == 1 for slot in slots for site in slot.sites
         )
         self._added = added + sum(_written(slot, site) for slot in slots for site in slot.sites if self.are_bounded)
-        self._span = _basis([direction.values(slot.sites) for slot in slots for direction in slot.directions])
+        self._span = _span(slots)
 
     def within(self, rows: Rows) -> npt.NDArray[np.float64]:
         """The length of what changes [S, H] have in the span of the slots' directions, [S]."""
@@ -129,6 +132,18 @@ def _written(slot: Slot, site: Site) -> float:
     """The length of what a clip along a unit vector writes where the stream has nothing along it."""
     bias, (strength, low, high) = slot.at[site]
     return abs(strength * (min(max(bias, low), high) - bias))
+
+
+def _span(slots: Sequence[Slot]) -> Rows | None:
+    """Orthonormal rows that span all directions of `slots` where they act; None if there are none. Remembered: requests
+    bring the same directions again and again, with other numbers."""
+    ways = {(way.row_key, slot.sites): way for slot in slots for way in slot.directions}
+    known = _SPANS.get(key := frozenset(ways))
+    if known is None:
+        known = _basis([way.values(sites) for (_, sites), way in ways.items()])
+        if known is not None:
+            _SPANS.put(key, known, known.nbytes)
+    return known
 
 
 def _basis(directions: Sequence[Rows]) -> Rows | None:

@@ -48,10 +48,10 @@ class ServerDefault:
 
         Raises `SteeringError` in the request's own terms where it is at fault, or leaves too little of a binding one.
         """
-        share = least_share(default, resolve(request))
         if request.keep_norm and self.binding:
             said = "would keep norms at the sites of the server's default spec too, which is binding: leave it out"
             raise SteeringError("keep_norm", said)
+        share = least_share(default, resolve(request))
         if request.keep_norm:
             return min(0.0, 0.0 if share is None else share.left)
         if share is None:

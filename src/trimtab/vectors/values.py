@@ -69,3 +69,11 @@ def as_direction(value: Any, name: str) -> FloatArray:
         index = int(np.flatnonzero(~np.isfinite(rounded))[0])
         raise SteeringError(f"{name}[{index}]", f"got {array[index]}, want a number that is finite in float32")
     return rounded
+
+
+def owners(array: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """`array`, what it is a view of, what that is a view of, and so on."""
+    found = [array]
+    while isinstance(found[-1].base, np.ndarray):
+        found.append(found[-1].base)
+    return found

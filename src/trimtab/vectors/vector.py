@@ -19,7 +19,7 @@ from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site, in_order, site_order
 from trimtab.vectors.content import VectorMetadata
 from trimtab.vectors.files import read_file, reading, write_vector
-from trimtab.vectors.values import FloatArray, as_direction, as_site, largest
+from trimtab.vectors.values import FloatArray, as_direction, as_site, largest, owners
 from trimtab.wording import summary
 
 # Selections of sites that one vector remembers, so that requests which narrow it cost nothing: how many at most, and
@@ -126,10 +126,7 @@ class SteeringVector:
     @property
     def whole(self) -> npt.NDArray[Any]:
         """The array that `block` is a view of: larger where the vector is a part of another."""
-        base: npt.NDArray[Any] = self._block
-        while isinstance(base.base, np.ndarray):
-            base = base.base
-        return base
+        return owners(self._block)[-1]
 
     @property
     def directions(self) -> Mapping[Site, FloatArray]:

@@ -9,15 +9,12 @@ from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
 from trimtab.program.monitor import behind
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, check_monitor
-from trimtab.sites import GateLimits, ModelSites, SlotLimits
+from trimtab.sites import MOST_SLOTS_EMBEDDED, GateLimits, ModelSites, SlotLimits
 from trimtab.spec import Gate, Steering
 from trimtab.spec.faults import join
 from trimtab.spec.kinds import DECLARED
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
-
-MOST_SLOTS = 64
-"""Slots of one prompt at one site: more than the interventions of a spec, since some kinds come down to several."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,9 @@ class Names:
     def served_by(self, hook_map: HookMap) -> ModelSites:
         """The model's sites, with its gates, and with slots of every kind at all of them."""
         sites = hook_map.sites.sites
-        gates, slots = GateLimits(self.gates, sites), SlotLimits(MOST_SLOTS, sites, frozenset(DECLARED))
-        return replace(hook_map.sites, gates=gates, slots=slots)
+        most = MOST_SLOTS_EMBEDDED
+        slots = SlotLimits(most, sites, frozenset(DECLARED), most)
+        return replace(hook_map.sites, gates=GateLimits(self.gates, sites), slots=slots)
 
 
 def resolve_monitor(monitor: Any, probes: Mapping[str, Probe], hook_map: HookMap) -> ResolvedGate | None:

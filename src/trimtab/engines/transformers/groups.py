@@ -1,6 +1,5 @@
 """The buffers and the runtime of those steered sites that share a device."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +16,7 @@ from trimtab.ops.args import SlotForm
 from trimtab.program import ResolvedSteering
 from trimtab.program.counting import GateKey
 from trimtab.program.lowering import contents_of
+from trimtab.program.slots import counted
 from trimtab.responses import RESPONSES
 from trimtab.runtime import GateUse, SteeringRuntime
 from trimtab.sites import Site
@@ -45,7 +45,7 @@ def slot_form(steering: Sequence[ResolvedSteering]) -> SlotForm | None:
     slots = [slot for program in programs for slot in program.slots]
     if not slots:
         return None
-    at_sites = [Counter(site for slot in program.slots for site in slot.sites) for program in programs]
+    at_sites = [counted(program.slots) for program in programs]
     responses = sorted({slot.response for slot in slots}, key=lambda name: RESPONSES[name].code)
     most = max(max(counts.values(), default=0) for counts in at_sites)
     return SlotForm(most, tuple(responses), writes=any(slot.write is not None for slot in slots))

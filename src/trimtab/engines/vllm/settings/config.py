@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from trimtab.engines.vllm.settings.content import loaded, require_same
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
 from trimtab.engines.vllm.settings.monitor import MonitorSettings, check_reach
-from trimtab.engines.vllm.settings.slots import MOST_SLOTS, checked_kinds, slot_limits
+from trimtab.engines.vllm.settings.slots import checked_kinds, slot_limits
 from trimtab.engines.vllm.settings.tables import DEFAULT_SHARE, decide_tables, parse_memory, stamped_tables
 from trimtab.engines.vllm.settings.travelling import Travelling
 from trimtab.errors import SteeringError
 from trimtab.program.resolved_gate import ResolvedGate
-from trimtab.sites import GateLimits, HookPoint, ModelSites, OwnGate, Site, SlotLimits
+from trimtab.sites import MOST_SLOTS_DECLARED, GateLimits, HookPoint, ModelSites, OwnGate, Site, SlotLimits
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 from trimtab.version import __version__, code_version
@@ -41,7 +41,7 @@ class SteeringSettings(BaseModel):
     probes: dict[str, str] = Field(default_factory=dict)  # name -> file, loaded at start; each site is a probe site
     probe_layers: str | list[int] | None = None  # further probe sites: these layers at the hook points
     gates: int = Field(default=4, ge=0, le=16)  # different gates per phase of a request, where there is a probe site
-    slots: int = Field(default=0, ge=0, le=MOST_SLOTS)  # on one token at one site; 0 serves no kind but adding
+    slots: int = Field(default=0, ge=0, le=MOST_SLOTS_DECLARED)  # on one token at one site; 0 serves no kind but adding
     slot_layers: str | list[int] | None = None  # where slots can act, at the hook points; None is wherever is steered
     kinds: tuple[str, ...] | None = None  # of intervention that slots serve; None is `slots.DEFAULT_KINDS`
     row_monitor: bool = False  # gates of new tokens are run as probes of table rows where they are no more than that

@@ -3,13 +3,13 @@
 What was not declared at start is not in the graphs of the engine: a request that asks for it is refused.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
 from trimtab.program import PhaseProgram
+from trimtab.program.slots import counted
 from trimtab.responses import CLIP, RESPONSES
 from trimtab.sites import Site, SlotLimits
 from trimtab.spec.kinds import DECLARED, KINDS
@@ -19,7 +19,6 @@ from trimtab.wording import with_suggestions
 if TYPE_CHECKING:
     from trimtab.ops.args import SlotForm
 
-MOST_SLOTS = 16
 DEFAULT_KINDS = ("ablate", "clamp", "scale")
 
 KNOWN = (*DECLARED, *(str(kind.model_fields["kind"].default) for kind in KINDS if not kind.responses))
@@ -76,8 +75,7 @@ def check_slots(programs: Iterable[PhaseProgram], limits: SlotLimits, field: str
     come from another process.
     """
     for program in programs:
-        at = Counter(site for slot in program.slots for site in slot.sites)
-        for site, count in at.items():
+        for site, count in counted(program.slots).items():
             if site not in limits.sites:
                 raise SteeringError(field, f"this engine has no slots at {site} (its settings `slots`, `slot_layers`)")
             if count > limits.count:
