@@ -76,20 +76,26 @@ class ServerDefault:
     ) -> SteeringError:
         """Names the intervention that takes back most."""
 
+        def alone(index: int) -> Steering:
+            return request.model_copy(update={"interventions": request.interventions[index : index + 1]})
+
         def left(index: int) -> float:
-            alone = request.model_copy(update={"interventions": request.interventions[index : index + 1]})
-            found = least_share(default, resolve(alone))
+            found = least_share(default, resolve(alone(index)))
             return 1.0 if found is None else found.left
 
         worst = min(range(len(request.interventions)), key=left)
         given = [source for step in self.spec.interventions for source in step.sources.values()]
         names = [source for source in given if isinstance(source, str)]
         named = f" ({summary(names)})" if names else ""
+        least = f"{share.left:.2f}" if share.left > -10.0 else "less than -10"
+        remedy = "lower the scale or leave the intervention out"
+        if any(program.slots for program in resolve(alone(worst)).programs):
+            remedy = "make its directions orthogonal to the default's, narrow its `layers`, or leave it out"
         return SteeringError(
             f"interventions[{worst}]",
-            f"takes back too much of the server's default spec{named}, which is binding: {share.left:.2f} of what it "
+            f"takes back too much of the server's default spec{named}, which is binding: {least} of what it "
             f"adds along its own direction would be left at {share.site} on {share.phase.value} tokens, and "
-            f"{LEAST_SHARE} must be, gates counted where they take most; lower the scale or leave the intervention out",
+            f"{LEAST_SHARE} must be, gates and tokens counted where they take most; {remedy}",
         )
 
 
