@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from response_formulas import FORMULAS
 from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site, SlotLimits
 from trimtab.spec import Steering
@@ -23,24 +24,6 @@ MODEL = ModelSites(H, LAYERS, SITES, GateLimits(4, SITES), slots=SlotLimits(8, S
 HERE = Site(2, HookPoint.POST_BLOCK)
 
 Row = npt.NDArray[np.float64]
-
-
-def clip(u: float, strength: float, low: float, high: float) -> float:
-    """As of `trimtab.responses`."""
-    return strength * (min(max(u, low), high) - u)
-
-
-def turn(u: float, v: float, own: float, other: float, length: float, when: float) -> float:
-    """As of `trimtab.responses`."""
-    return own * u + other * v + length * np.hypot(u, v) if (1.0, u, v)[int(when)] > 0 else 0.0
-
-
-def feature(u: float, threshold: float, scale: float, add: float, low: float, high: float, off: float) -> float:
-    """As of `trimtab.responses`."""
-    return min(max(scale * u + add, low), high) - u if u > threshold else off
-
-
-RESPONSES = {"clip": clip, "turn": turn, "feature": feature}
 
 
 def vector(seed: int = 0, sites: tuple[Site, ...] = (HERE,), scale: float = 1.0) -> SteeringVector:
@@ -75,7 +58,7 @@ def done(program: PhaseProgram, stream: Row, site: Site = HERE) -> Row:
         bias, own = slot.at[site]
         read = slot.read.values((site,))[0]
         seen = [read @ added + bias] + ([] if slot.second is None else [slot.second.values((site,))[0] @ added])
-        move = RESPONSES[slot.response](*seen, *own)
+        move = FORMULAS[slot.response](*seen, *own)
         if slot.write is None:
             moves.append(move)
             rows.append(read)

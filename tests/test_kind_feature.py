@@ -303,8 +303,8 @@ def test_refusals_name_the_field(said: dict[str, Any], field: str, message: str)
 
 
 FAULTS = {
-    "infinite": (("feature", 0, 1, [[None, [0.0, math.inf, 0.0, 1.0, 0.0, 0.0, 0.0]]], None), "must be finite"),
-    "bounds": (("feature", 0, 1, [[None, [0.0, 0.0, 0.0, 1.0, 2.0, 1.0, 0.0]]], None), "bounds hold nothing"),
+    "infinite": (("feature", 0, 1, [[None, [0.0, math.inf, 0.0, 1.0, 0.0, 0.0, 0.0]]], None), "got inf, want"),
+    "bounds": (("feature", 0, 1, [[None, [0.0, 0.0, 0.0, 1.0, 2.0, 1.0, 0.0]]], None), "hold nothing"),
     "no write": (("feature", 0, None, [[None, [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]]], None), "writes another"),
     "no read": (("feature", None, 1, [[None, [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]]], None), "writes another"),
 }

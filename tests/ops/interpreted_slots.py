@@ -4,8 +4,11 @@ The interpreter replaces `triton.jit` while Triton is imported, so it cannot sha
 """
 
 import os
+import sys
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
+sys.path.append(str(Path(__file__).parents[1]))
 
 from itertools import product
 

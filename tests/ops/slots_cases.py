@@ -8,14 +8,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from response_formulas import FORMULAS
 from trimtab.ops import SlotForm, SteeringBuffers, slot_op_args
 from trimtab.ops.args import SlotOpArgs
-from trimtab.responses import FEATURE, RESPONSES, TURN, Stage, of_stage
+from trimtab.responses import FEATURE, KEEP_NORM, NORM, REPLACE, RESPONSES, TURN, Stage, of_stage
 from trimtab.sites import HookPoint, Site
 
 POST = HookPoint.POST_BLOCK
 SITE = Site(0, POST)
 LOCAL = of_stage(RESPONSES, Stage.LOCAL)
+BACK = tuple(name for name in RESPONSES if name not in LOCAL)
 RESPONSE_OF = {response.code: name for name, response in RESPONSES.items()}
 Array = npt.NDArray[np.float64]
 
@@ -63,7 +65,7 @@ def slotted(
         dtype=dtype,
         device=device,
         gates=gates,
-        slots=SlotForm(slots, (*responses, *(("replace", "norm", "keep_norm") if looks_back else ())), writes),
+        slots=SlotForm(slots, (*responses, *(BACK if looks_back else ())), writes),
     )
     buffers.any_active.fill_(True)
     buffers.table[0, 1:] = torch.from_numpy(rng.standard_normal((rows - 1, width)) / width**0.5).to(dtype)
@@ -104,11 +106,11 @@ def slotted(
     mix *= on[:, None, :] & on[:, :, None]
     state = buffers.slots
     if looks_back:
-        back = np.where(on & (rng.random(shape) < 1 / 2), rng.choice([8, 9, 10], shape), 0)
+        back = np.where(on & (rng.random(shape) < 1 / 2), rng.choice([RESPONSES[name].code for name in BACK], shape), 0)
         read = np.where(back > 0, 0, read)
-        write = np.where(back == 10, 0, np.where(back > 0, rng.integers(1, rows, shape), write))
-        params[..., 2] = np.where(back == 8, rng.uniform(0, 1, shape) / slots, params[..., 2])
-        params[..., 2] = np.where(back == 10, rng.integers(0, 2, shape), params[..., 2])
+        write = np.where(back == KEEP_NORM.code, 0, np.where(back > 0, rng.integers(1, rows, shape), write))
+        params[..., 2] = np.where(back == REPLACE.code, rng.uniform(0, 1, shape) / slots, params[..., 2])
+        params[..., 2] = np.where(back == KEEP_NORM.code, rng.integers(0, 2, shape), params[..., 2])
         apart = (back[:, :, None] == 0) & (back[:, None, :] == 0)
         mix = np.where(apart | np.eye(slots, dtype=bool), mix, 0.0)
         codes = np.where(back > 0, back, codes)
@@ -146,9 +148,9 @@ def after(args: SlotOpArgs) -> Array:
         for slot, (code, _) in enumerate(codes[row]):  # what looks back, and acts first
             x = hidden[token] + other if len(hidden) else None
             number = params[row, slot, 2] * opened[slot]
-            if code == 8:
+            if code == REPLACE.code:
                 out[token] += mix[row, slot, slot] * number * table[rows[row, slot, 1]] - number * x
-            if code == 9:
+            if code == NORM.code:
                 out[token] += mix[row, slot, slot] * number * np.linalg.norm(x) * table[rows[row, slot, 1]]
         stream = out[token] + other
         scores = [
@@ -156,13 +158,13 @@ def after(args: SlotOpArgs) -> Array:
             for (read, _, *more), (factor, bias, *_) in zip(rows[row], params[row], strict=True)
         ]
         numbers = [
-            0.0 if code >= 8 else response(RESPONSE_OF[code], u, own, scores) * gate
+            response(RESPONSE_OF[code], u, own, scores) * gate if RESPONSE_OF[code] in LOCAL else 0.0
             for u, (code, _), (_, _, *own), gate in zip(scores, codes[row], params[row], opened, strict=True)
         ]
         for slot, (read, write, *_) in enumerate(rows[row]):
             if read or write:
                 out[token] += (mix[row, slot] @ numbers) * table[write or read]
-        keeping = [params[row, slot, 2] for slot, (code, _) in enumerate(codes[row]) if code == 10]
+        keeping = [params[row, slot, 2] for slot, (code, _) in enumerate(codes[row]) if code == KEEP_NORM.code]
         before, left = (np.linalg.norm(rows_of[token] + other) for rows_of in (hidden if keeping else out, out))
         if keeping and left and (left > before or not any(keeping)):
             out[token] = (out[token] + other) * before / left - other
@@ -175,15 +177,7 @@ def whole(table: Array, read: int, more: Sequence[int]) -> Array:
 
 
 def response(name: str, u: float, own: Sequence[float], scores: Sequence[float]) -> float:
-    """What `trimtab.responses` says of each."""
-    if name == "clip":
-        strength, low, high = own[:3]
-        return strength * (min(max(u, low), high) - u)
-    if name == "feature":
-        threshold, scale, add, low, high, off = own[:6]
-        return min(max(scale * u + add, low), high) - u if u > threshold else off
-    assert name == "turn"
-    mine, others, length, when = own[:4]
-    v = scores[int(own[-1])]
-    asked = (1.0, u, v)[int(when)]
-    return mine * u + others * v + length * np.hypot(u, v) if asked > 0 else 0.0
+    """What a slot makes of its score `u`; its `own` numbers end with the place of a second one among `scores`."""
+    known = RESPONSES[name]
+    seen = [u, scores[int(own[-1])]] if known.sees_two else [u]
+    return FORMULAS[name](*seen, *own[: len(known.numbers)])

@@ -3,12 +3,13 @@
 The same for kernels stands in `kernels/responses.py`.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from trimtab.responses import CLIP, FEATURE, RESPONSES, TURN
+from trimtab.responses import RESPONSES, Stage
 
 
 def clip(u: Tensor, strength: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -29,7 +30,19 @@ def feature(u: Tensor, threshold: Tensor, scale: Tensor, add: Tensor, low: Tenso
     return torch.where(u > threshold, wanted - u, off)
 
 
-EXPRESSIONS: dict[str, Callable[..., Tensor]] = {CLIP.name: clip, TURN.name: turn, FEATURE.name: feature}
+def by_name(*functions: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """The functions by their names. Raises `ValueError` where a response has none, or one of other arguments."""
+    found = {function.__name__: function for function in functions}
+    for name, response in RESPONSES.items():
+        if response.stage is not Stage.LOCAL:
+            continue  # `trimtab.ops.looking_back` has them
+        wanted = ["u", *(["v"] if response.sees_two else []), *response.numbers]
+        if name not in found or list(inspect.signature(found[name]).parameters) != wanted:
+            raise ValueError(f"the response {name!r} needs the function {name}({', '.join(wanted)}) in {__name__}")
+    return found
+
+
+EXPRESSIONS = by_name(clip, turn, feature)
 
 
 def respond(

@@ -37,7 +37,7 @@ from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown
 
 VERSION = 4
-LONGEST_LABEL = 128  # characters, as of the names that can be registered
+LONGEST_LABEL = 200  # characters, as of the names that a spec may have
 SLOTS_READ = 2 * MOST_SLOTS_OF_PHASE  # of a program, whose slots are split where a monitor begins
 KEYS = frozenset({"version", "vectors", "gates", "directions", "slots", "programs", "acting"})
 

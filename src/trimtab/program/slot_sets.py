@@ -173,7 +173,7 @@ def _joined(slot: Slot, numbers: Numbers, other: Slot, others: Numbers, *, flipp
     """What both ask of one direction, in terms of the first; None where that is no one thing."""
     if slot.gate != other.gate or slot.response != other.response:
         return None
-    if numbers == others and not flipped:
+    if numbers == others and (not flipped or (RESPONSES[slot.response].odd and not numbers.bias)):
         return numbers
     if slot.response != CLIP.name or numbers.bias or others.bias:
         return None
@@ -187,10 +187,17 @@ def _joined(slot: Slot, numbers: Numbers, other: Slot, others: Numbers, *, flipp
 
 def _contradiction(slot: Slot, other: Slot, site: Site) -> SteeringError:
     one = slot.read is not None and slot.read.names
+    if slot.response != other.response:
+        wanted = "one direction has one response"
+    elif slot.response == CLIP.name:
+        wanted = "on one direction strengths and gates must be equal and intervals must meet"
+    else:
+        wanted = "on one direction numbers and gates must be equal"
+        wanted += "" if RESPONSES[slot.response].odd else ", and no direction the opposite of the other"
     return SteeringError(
         "",
         f"{_called(slot)} and {_called(other)} act along one direction ({one}) at {site} and ask for different things: "
-        "on one direction strengths and gates must be equal and intervals must meet; leave one of them out",
+        f"{wanted}; leave one of them out",
     )
 
 

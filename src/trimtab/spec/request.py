@@ -17,6 +17,7 @@ from trimtab.json_text import read_json
 from trimtab.program import SPANS, Origin, PhaseProgram, ResolvedSteering, Slot, Term
 from trimtab.program.joint_gate import check_gate, check_served
 from trimtab.program.norms import keeping_norm
+from trimtab.program.slot_checks import check_slot
 from trimtab.program.slot_sets import formed
 from trimtab.sites import ModelSites, Phase, Site, SlotLimits, site_order
 from trimtab.spec.base import Model, below, keys_are_text
@@ -141,6 +142,8 @@ class Steering(Model):
         for index, step in enumerate(self.interventions):
             path = f"interventions[{index}]"
             items = step.lower(vectors, path)
+            for slot in (item for item in items if isinstance(item, Slot)):
+                _check_slot(slot, step, path)
             for item in items:
                 width = item.hidden_size if width is None else width
                 if item.hidden_size != width:
@@ -215,6 +218,16 @@ class Steering(Model):
                 if (origin := _origin(gate.probe, probes)).direction in read:
                     decided[origin] = None
         return tuple(used), tuple(decided)
+
+
+def _check_slot(slot: Slot, step: Step, path: str) -> None:
+    """Raise `SteeringError` for a slot that no process would read: mostly at the field of the number's name."""
+    try:
+        check_slot(slot)
+    except SteeringError as error:
+        if error.field in type(step).model_fields or not error.field:
+            raise SteeringError(f"{path}{error.field and '.'}{error.field}", error.message) from None
+        raise SteeringError(path, f"the number `{error.field}` of its slot: {error.message}") from None
 
 
 def _acts(item: Term | Slot, added: set[bytes]) -> bool:

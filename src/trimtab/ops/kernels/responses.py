@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
-from trimtab.responses import CLIP, FEATURE, KEEP_NORM, NORM, REPLACE, TURN
+from trimtab.responses import CLIP, FEATURE, KEEP_NORM, NORM, REPLACE, RESPONSES, TURN
 
 CLIP_CODE = tl.constexpr(CLIP.code)
 TURN_CODE = tl.constexpr(TURN.code)
-SEES_TWO = TURN_CODE  # the least code of a response that sees two scores
+# The least code of a response that sees two scores.
+SEES_TWO = tl.constexpr(min(response.code for response in RESPONSES.values() if response.sees_two))
 FEATURE_CODE = tl.constexpr(FEATURE.code)
 REPLACE_CODE = tl.constexpr(REPLACE.code)
 NORM_CODE = tl.constexpr(NORM.code)
