@@ -308,3 +308,16 @@ def test_what_directions_span_is_worked_out_once_for_all_numbers_along_them() ->
     one = span_of(asked[0][:1])
     assert one is not None
     np.testing.assert_allclose(np.linalg.norm(first.columns.T @ one.columns), 1.0)
+
+
+@pytest.mark.parametrize("hook", HookPoint)
+def test_what_puts_something_in_the_place_of_what_a_default_led_to_takes_all_of_it(hook: HookPoint) -> None:
+    """What is added at `mlp_in` is gone behind the MLP, and so is its answer to that where its output is replaced."""
+    model = ModelSites(WIDTH, LAYERS, SITES, slots=SlotLimits(8, SITES, frozenset({"replace", "add:norm"})))
+    default = resolved({"vector": at(hook, 1, 2.0, 0.0, 0.0)})
+    across: list[dict[str, Any]] = [{"kind": "replace", "amount": 0.5}, {"kind": "add", "unit": "norm"}]
+    for step, site in itertools.product(across, sorted(SITES, key=site_order)):
+        own = step | {"vector": at(site.hook, site.layer, 0.0, 1.0, 0.0)}
+        share = least_share(default, Steering.parse({"interventions": [own]}).resolve({}, model))
+        behind = site_order(site) >= site_order(Site(1, hook))
+        assert (1.0 if share is None else share.left) == (0.0 if behind else 1.0), (step, site)

@@ -11,8 +11,9 @@ adds; the default is measured with it open, as with its own gates. 1 is all of t
 direction, 0 none, below 0 the reverse.
 
 What slots of a request take of that is bounded by `trimtab.serving.slot_losses`. Where a slot looks at the whole
-stream (replacing it, adding by its norm, keeping its norm) and the default has a part in it, all counts as taken. What
-the slots of a default do is not measured, so beside them whatever a request does counts as taking all.
+stream (replacing it, adding by its norm, keeping its norm), at a site of the default or behind one, all counts as
+taken: what is added at `mlp_in` does not stay in the stream, but what the MLP made of it does. What the slots of a
+default do is not measured, so beside them whatever a request does counts as taking all.
 
 The stream carries on what was added to it before. So the share is taken twice: of what is added at each site of the
 default, and, at each site of either, of all that was added to the stream up to there. What a request takes back in the
@@ -75,7 +76,8 @@ def _shares(default: PhaseProgram, own: PhaseProgram, phase: Phase) -> Iterator[
     for gate, added in ours.items():
         held = _carried(added, sites)
         along = any((rows @ added.T).any() for rows in theirs.values())
-        meets = np.array([site in looking for site in sites]) & (along | held.any(axis=1) | added.any(axis=1))
+        present = np.logical_or.accumulate(added.any(axis=1))  # what it did stays, as do the answers of branches to it
+        meets = np.array([site in looking for site in sites]) & (along | present)
         gone = np.logical_or.accumulate(meets)
         for rows, others, taken in ((added, theirs, slots.of_each(added)), (held, carried, slots.of_sums(held))):
             yield from _lowest(rows, taken, gone, others, gate, sites, phase)
