@@ -135,22 +135,30 @@ def test_beam_search_is_refused_where_the_request_or_the_servers_default_steers(
         requests.refuse_beam_search(None)
 
 
-def test_requests_of_one_answer_share_an_account_only_while_their_steering_is_the_same(front_end):
+def test_an_answer_is_steered_by_what_names_stood_for_at_its_first_prompt(front_end):
     spec = {"interventions": [{"kind": "add", "vector": "mood"}]}
     site = Site(0, HookPoint.POST_BLOCK)
-    digests, accounts = [], []
-    token = requests.exchange.set(requests.Exchange("/v1/audio/transcriptions"))
-    try:
-        for number in (1.0, 1.0, 2.0):  # the name is registered anew between two pieces
-            front_end.registry.add("mood", SteeringVector({site: np.full(8, number)}))
-            ticket = requests.admit_http(SamplingParams(), spec).extra_args[TICKET]
-            accounts.append(ticket.account)
-            digests.append(ticket.account.receipt["vectors"][0]["digest"])
-    finally:
-        requests.exchange.reset(token)
-    assert accounts[0] is accounts[1]
-    assert accounts[2] is not accounts[0]
-    assert digests[0] == digests[1] != digests[2]
+
+    def answer(*registered: float) -> list[dict]:
+        """What each prompt of one answer carries, before which the name is registered anew."""
+        token = requests.exchange.set(requests.Exchange("/v1/completions"))
+        try:
+            carried = []
+            for number in registered:
+                front_end.registry.add("mood", SteeringVector({site: np.full(8, number)}))
+                carried.append(requests.admit_http(SamplingParams(), spec).extra_args)
+            return carried
+        finally:
+            requests.exchange.reset(token)
+
+    first, *others = answer(1.0, 2.0, 3.0)
+    told = first[TICKET].account.receipt["vectors"][0]["digest"]
+    assert told == SteeringVector({site: np.full(8, 1.0)}).digest.hex()
+    for later in others:
+        assert later["steering"] is first["steering"]
+        assert later[TICKET].account is first[TICKET].account
+    (anew,) = answer(2.0)
+    assert anew[TICKET].account.receipt["vectors"][0]["digest"] != told
 
 
 def test_each_conversation_of_a_batch_request_is_steered():

@@ -14,7 +14,6 @@ from typing import Any
 
 from trimtab.engines.vllm.carried import TICKET, Carried
 from trimtab.program.counting import steered_tokens
-from trimtab.sites import Phase
 
 ACCOUNT_NAME = re.compile("[0-9a-f]{32}")
 
@@ -24,23 +23,18 @@ KEPT_ANSWERS = 4096  # whose gates can be asked for by the id of the answer
 class Account:
     """What is known of one answer. Not for several threads."""
 
-    __slots__ = ("_carried", "_finished", "_receipt", "_running", "name")
+    __slots__ = ("_finished", "_receipt", "_running", "carried", "name")
 
     def __init__(self, carried: Carried) -> None:
         self.name = secrets.token_hex(16)
-        self._carried = carried
+        self.carried = carried
         self._receipt: dict[str, Any] | None = None
         self._running = self._finished = 0
 
     @property
-    def identity(self) -> list[str]:
-        """That of each phase."""
-        return [self._carried.steering.identity(phase) for phase in Phase]
-
-    @property
     def gated(self) -> bool:
         """Whether the steering has gates."""
-        return bool(self._carried.steering.gates)
+        return bool(self.carried.steering.gates)
 
     @property
     def complete(self) -> bool:
@@ -52,7 +46,7 @@ class Account:
         """The receipt of the admission, and `steered_tokens` of all requests that are finished: the same object always,
         brought up to date as they finish."""
         if self._receipt is None:
-            told = self._carried.receipt
+            told = self.carried.receipt
             self._receipt = {**told, "steered_tokens": dict(told["steered_tokens"])}
         return self._receipt
 
@@ -65,7 +59,7 @@ class Account:
         self._running -= 1
         self._finished += 1
         counts = self.receipt["steered_tokens"]
-        for phase, number in steered_tokens(self._carried.steering, prompt_length, new_tokens).items():
+        for phase, number in steered_tokens(self.carried.steering, prompt_length, new_tokens).items():
             counts[phase.value] += number
 
 

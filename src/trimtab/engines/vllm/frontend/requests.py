@@ -15,7 +15,6 @@ from trimtab.engines.vllm.frontend.accounts import Account, Ticket, ticket_in
 from trimtab.engines.vllm.frontend.admission import FIELD, FrontEnd
 from trimtab.engines.vllm.frontend.body import DATA, Body, names_steering
 from trimtab.errors import SteeringError
-from trimtab.sites import Phase
 from trimtab.spec.faults import join
 
 
@@ -130,9 +129,15 @@ def refusal_elsewhere(where: str, place: str) -> SteeringError:
 
 
 def admit_http(params: Any, given: Any) -> Any:
-    """Sampling parameters with admitted steering in `extra_args`. Raises what vLLM answers with HTTP 400."""
+    """Sampling parameters with admitted steering in `extra_args`. Raises what vLLM answers with HTTP 400.
+
+    An exchange has one body and one receipt, so it is admitted once, and each of its prompts carries the same.
+    """
     current = exchange.get()
     if isinstance(given, Carried):
+        return params
+    if current is not None and current.account is not None:  # names may stand for something else by now
+        carry(params, {FIELD: current.account.carried, TICKET: Ticket(current.account)})
         return params
     if current is not None and current.path.endswith("/render"):
         # The answer is another server's input, as JSON: check it, and pass on what the caller wrote.
@@ -188,7 +193,7 @@ def _carried(admitted: Carried) -> dict[str, Any]:
     """The admitted steering of a request, and the ticket to its account: the exchange's, or one of its own."""
     current = exchange.get()
     account = None if current is None else current.account
-    if account is None or account.identity != [admitted.steering.identity(phase) for phase in Phase]:
+    if account is None or account.carried is not admitted:
         account = Account(admitted)
         if current is not None:
             current.account = account
