@@ -79,6 +79,8 @@ def _shares(default: PhaseProgram, own: PhaseProgram, phase: Phase) -> Iterator[
         present = np.logical_or.accumulate(added.any(axis=1))  # what it did stays, as do the answers of branches to it
         meets = np.array([site in looking for site in sites]) & (along | present)
         gone = np.logical_or.accumulate(meets)
+        if gone.any():  # of an addition of which nothing is in the stream there, too
+            yield Share(0.0, phase, sites[int(meets.argmax())])
         for rows, others, taken in ((added, theirs, slots.of_each(added)), (held, carried, slots.of_sums(held))):
             yield from _lowest(rows, taken, gone, others, gate, sites, phase)
 
