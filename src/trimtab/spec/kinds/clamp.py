@@ -14,12 +14,10 @@ from pydantic import model_validator
 
 from trimtab.errors import SteeringError
 from trimtab.program import Numbers, Slot
-from trimtab.program.ranges import MAX_VALUE
 from trimtab.responses import CLIP
 from trimtab.sites import Site
 from trimtab.spec.fields import ByLayer, Number, NumberOrByLayer
 from trimtab.spec.kinds.intervention import Intervention, Vectors
-from trimtab.wording import summary
 
 
 class Clamp(Intervention):
@@ -52,8 +50,8 @@ class Clamp(Intervention):
             raise SteeringError(f"{path}.strength", f"got {self.strength:g}, want a number from 0 to 1: {said}")
         read = self.direction(vectors, path)
         lower, upper = ("min", "max") if self.value is None else ("value", "value")
-        lows = self._bounds(lower, read.sites, path, -math.inf)
-        highs = self._bounds(upper, read.sites, path, math.inf)
+        lows = self.by_site(lower, read.sites, path, -math.inf)
+        highs = self.by_site(upper, read.sites, path, math.inf)
         numbers: list[tuple[Site, Numbers]] = []
         for site, low, high in zip(read.sites, lows, highs, strict=True):
             if low > high:
@@ -61,22 +59,3 @@ class Clamp(Intervention):
                 raise SteeringError(f"{path}.min", f"is {low:g}{at}, above `max`, which is {high:g}")
             numbers.append((site, Numbers.of(0.0, self.strength, low, high)))
         return (Slot(CLIP.name, read, None, tuple(numbers)),)
-
-    def _bounds(self, name: str, sites: tuple[Site, ...], path: str, absent: float) -> list[float]:
-        """One for each of `sites`."""
-        given: float | ByLayer | None = getattr(self, name)
-        if given is None:
-            return [absent] * len(sites)
-        layers = sorted({site.layer for site in sites})
-        bounds = dict(given.pairs) if isinstance(given, ByLayer) else dict.fromkeys(layers, given)
-        if missing := [layer for layer in layers if layer not in bounds]:
-            said = f"has no bound for layer {missing[0]}: the vector acts at layers {summary(layers)}"
-            raise SteeringError(f"{path}.{name}", said)
-        for layer, bound in bounds.items():
-            place = f"{path}.{name}.{layer}" if isinstance(given, ByLayer) else f"{path}.{name}"
-            if layer not in layers:
-                raise SteeringError(place, f"the vector does not act at layer {layer}, but at {summary(layers)}")
-            if abs(bound) > MAX_VALUE:
-                said = f"got {bound:g}, beyond the {MAX_VALUE:g} that every model dtype can hold: leave the bound out"
-                raise SteeringError(place, said)
-        return [bounds[site.layer] for site in sites]

@@ -4,17 +4,19 @@ A kind is one file of this folder, with one subclass of `Intervention`, or of `S
 docs/kinds.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from trimtab.errors import SteeringError
 from trimtab.program import Direction, Numbers, Slot, Term, fault_of_range
+from trimtab.program.ranges import MAX_VALUE
 from trimtab.program.resolved_gate import VectorReference
 from trimtab.program.slots import Part
 from trimtab.responses import CLIP
+from trimtab.sites import Site
 from trimtab.spec.base import Model
-from trimtab.spec.fields import Hooks, Layers, Source
+from trimtab.spec.fields import ByLayer, Hooks, Layers, Source
 from trimtab.spec.gate import Gate
 from trimtab.spec.joint_gate import Condition
 from trimtab.vectors.vector import SteeringVector
@@ -116,6 +118,28 @@ class Step(Model):
         if vector.max_abs and (fault := fault_of_range(vector.max_abs)) is not None:
             raise SteeringError(f"{path}.{field}", fault)
         return _nowhere_zero(Direction((Part(vector, unit=False),), (reference,)), f"{path}.{field}")
+
+    def by_site(self, field: str, sites: Sequence[Site], path: str, absent: float = 0.0) -> list[float]:
+        """The number of a field of type `Number` or `NumberOrByLayer` at each of `sites`; `absent` where it is None.
+
+        Raises `SteeringError` where it lacks a layer of `sites`, has another, or holds what is out of range.
+        """
+        given: float | ByLayer | None = getattr(self, field)
+        if given is None:
+            return [absent] * len(sites)
+        layers = sorted({site.layer for site in sites})
+        numbers = dict(given.pairs) if isinstance(given, ByLayer) else dict.fromkeys(layers, given)
+        if missing := [layer for layer in layers if layer not in numbers]:
+            said = f"has no number for layer {missing[0]}: the vector acts at layers {summary(layers)}"
+            raise SteeringError(f"{path}.{field}", said)
+        for layer, number in numbers.items():
+            place = f"{path}.{field}.{layer}" if isinstance(given, ByLayer) else f"{path}.{field}"
+            if layer not in layers:
+                raise SteeringError(place, f"the vector does not act at layer {layer}, but at {summary(layers)}")
+            if abs(number) > MAX_VALUE:
+                said = f"got {number:g}, beyond the {MAX_VALUE:g} that every model dtype can hold"
+                raise SteeringError(place, said)
+        return [numbers[site.layer] for site in sites]
 
 
 class Intervention(Step):
