@@ -58,7 +58,7 @@ def test_what_is_in_no_sum_is_in_no_receipt(cancelled: list[dict[str, Any]]) -> 
 
 def test_the_json_form_has_the_documented_keys_and_no_others() -> None:
     steering = resolved({"vector": "calm", "gate": {"probe": "anger", "threshold": 1.0}})
-    always = {"identity", "sites", "vectors", "probes", "server_default", "steered_tokens"}
+    always = {"identity", "sites", "vectors", "probes", "server_default", "steered_tokens", "interventions"}
     plain, use = receipt_of(steering, 5, 3), GateUse("anger", "ab", tokens=7, mean=0.5, above_half=3)
     told = plain.as_json()
     assert set(told) == set(receipt_of(None).as_json()) == always

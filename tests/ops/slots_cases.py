@@ -133,14 +133,28 @@ def slotted(
 
 
 def after(args: SlotOpArgs) -> Array:
-    """What `steered` must become, unrounded: the contract's formula, token by token and slot by slot."""
+    """What `steered` must become, unrounded."""
+    return explained(args)[0]
+
+
+def assert_noted(args: SlotOpArgs, due: Array, **tolerance: float) -> None:
+    """`slot_corrections` hold what each slot that is there did, `due` [K, N]."""
+    tokens = len(args.steered)
+    there = (args.slot_rows != 0).any(-1)[args.steering_index[:tokens]].T.cpu().numpy()
+    found = args.slot_corrections[:, :tokens].double().cpu().numpy()
+    np.testing.assert_allclose(found[there], due[there], **tolerance)
+
+
+def explained(args: SlotOpArgs) -> tuple[Array, Array]:
+    """What `steered` must become, unrounded, and what each slot does of it [K, N]: the contract's formula, token by
+    token and slot by slot."""
     table, steered = args.steering_table.double().cpu().numpy(), args.steered.double().cpu().numpy()
     rows, codes = args.slot_rows.cpu().numpy(), args.slot_codes.cpu().numpy()
     params, mix = args.slot_params.double().cpu().numpy(), args.slot_mix.double().cpu().numpy()
     gates = args.gate_values.double().cpu().numpy()
     rest = args.hidden_rest.double().cpu().numpy()
     hidden = args.hidden_states.double().cpu().numpy()
-    out = steered.copy()
+    out, told = steered.copy(), np.zeros((rows.shape[1], len(steered)))
     for token in range(len(steered)):
         row = int(args.steering_index[token])
         other = rest[token] if len(rest) else np.zeros_like(steered[token])
@@ -148,6 +162,8 @@ def after(args: SlotOpArgs) -> Array:
         for slot, (code, _) in enumerate(codes[row]):  # what looks back, and acts first
             x = hidden[token] + other if len(hidden) else None
             number = params[row, slot, 2] * opened[slot]
+            if code in (REPLACE.code, NORM.code):
+                told[slot, token] = number * (np.linalg.norm(x) if code == NORM.code else 1.0)
             if code == REPLACE.code:
                 out[token] += mix[row, slot, slot] * number * table[rows[row, slot, 1]] - number * x
             if code == NORM.code:
@@ -161,6 +177,7 @@ def after(args: SlotOpArgs) -> Array:
             response(RESPONSE_OF[code], u, own, scores) * gate if RESPONSE_OF[code] in LOCAL else 0.0
             for u, (code, _), (_, _, *own), gate in zip(scores, codes[row], params[row], opened, strict=True)
         ]
+        told[:, token] += numbers
         for slot, (read, write, *_) in enumerate(rows[row]):
             if read or write:
                 out[token] += (mix[row, slot] @ numbers) * table[write or read]
@@ -168,7 +185,7 @@ def after(args: SlotOpArgs) -> Array:
         before, left = (np.linalg.norm(rows_of[token] + other) for rows_of in (hidden if keeping else out, out))
         if keeping and left and (left > before or not any(keeping)):
             out[token] = (out[token] + other) * before / left - other
-    return out
+    return out, told
 
 
 def whole(table: Array, read: int, more: Sequence[int]) -> Array:

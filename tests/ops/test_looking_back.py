@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from slots_cases import POST, SITE, Slotted, after, slotted
+from slots_cases import POST, SITE, Slotted, after, assert_noted, explained, slotted
 from torch import Tensor, nn
 
 from trimtab.ops import ROWS_ONLY, Emission, SlotForm, SteeringBuffers, emit, set_emission
@@ -22,10 +22,11 @@ def test_the_operator_is_the_formula(tokens, width, slots, gates, split, seed):
     random = torch.Generator().manual_seed(seed)
     steered, hidden, rest = (torch.randn(tokens, width, generator=random) for _ in range(3))
     args = case.args(steered, rest if split else None, hidden)
-    expected = after(args)
+    expected, told = explained(args)
     torch.ops.trimtab.apply_slots_(*args)
     scale = 1 + np.abs(expected).max(initial=0.0)
     np.testing.assert_allclose(steered.double().numpy() / scale, expected / scale, **TOLERANCE)
+    assert_noted(args, told, rtol=1e-4, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_oracle import TOLERANCE
-from slots_cases import POST, after, slotted
+from slots_cases import POST, after, assert_noted, explained, slotted
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -62,9 +62,10 @@ def test_the_operator_is_the_formula(tokens, width, slots, dtype, gates, writes,
     steered, rest = (tensor[:, ::2] if strided else tensor[:, :width] for tensor in (steered, rest))
     steered[case.buffers.index[:tokens] == 0] = wild
     args = case.args(steered, rest if split else None)
-    expected = after(args)
+    expected, told = explained(args)
     form(*args)
     close(steered, expected)
+    assert_noted(args, told, rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(1, 4), st.integers(0, 10_000), st.sampled_from(list(TOLERANCE)))
@@ -193,8 +194,10 @@ def test_the_traced_form_is_the_formula_rounded_once_and_follows_every_change(sl
         with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=seed > 0):
             out = compiled(hidden, rest)[0]
         unrounded = hidden.double() + case.buffers.table[0, case.buffers.index[:6]].double()
-        expected = after(slot_op_args(layers.sites[0], POST, unrounded, rest if split else None))
+        args = slot_op_args(layers.sites[0], POST, unrounded, rest if split else None)
+        expected, corrections = explained(args)
         close(out, expected)
+        assert_noted(args, corrections, rtol=1e-4, atol=1e-3)
         assert np.abs(np.nan_to_num(expected - unrounded.numpy())).max() > 0.1
 
 
@@ -242,7 +245,7 @@ def test_what_was_not_declared_is_in_no_graph_and_in_no_memory():
     assert "slot_" in graphs(here)
     assert plain.slots is None
     assert apart.slots.sites == SITES[1:]
-    assert apart.nbytes - plain.nbytes == 3 * slot_record(FORM).itemsize
+    assert apart.nbytes - plain.nbytes == 3 * slot_record(FORM).itemsize + 4 * FORM.count * 8  # rows, and tokens
     module = nn.Module()
     apart.attach(module, SITES[0])
     assert slot_form(module, POST) is None
@@ -310,6 +313,8 @@ def test_shapes_that_no_backend_could_read_are_refused():
         {"slot_mix": args.slot_mix[..., :1]},
         {"gate_values": args.gate_values[:, :2]},
         {"gate_values": args.gate_values[0]},
+        {"slot_corrections": args.slot_corrections[:, :2]},
+        {"slot_corrections": args.slot_corrections[:1]},
     ):
         with pytest.raises(ValueError, match=r".+"):
             operator(*args._replace(**bad))
@@ -318,7 +323,10 @@ def test_shapes_that_no_backend_could_read_are_refused():
 def test_the_registered_schema_is_the_tuple():
     schema = operator.default._schema
     assert tuple(argument.name for argument in schema.arguments) == SlotOpArgs._fields
-    assert [argument.name for argument in schema.arguments if argument.alias_info is not None] == ["steered"]
+    assert [argument.name for argument in schema.arguments if argument.alias_info is not None] == [
+        "steered",
+        "slot_corrections",
+    ]
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from ops_oracle import TOLERANCE
-from slots_cases import POST, after, slotted
+from slots_cases import POST, assert_noted, explained, slotted
 from torch import nn
 
 from trimtab.ops import ROWS_ONLY, Emission, emit, set_emission
@@ -24,11 +24,12 @@ def test_the_operator_is_the_formula(dtype: torch.dtype, width: int) -> None:
         steered, rest = (torch.randn(tokens, width, device="cuda").to(dtype) for _ in range(2))
         steered[case.buffers.index[:tokens] == 0] = float("nan")
         args = case.args(steered, rest if split else None)
-        expected = after(args)
+        expected, told = explained(args)
         torch.ops.trimtab.apply_slots_(*args)
         scale = 1 + np.abs(np.nan_to_num(expected)).max(initial=0.0)
         found, rtol = steered.double().cpu().numpy(), TOLERANCE[dtype]["rtol"]
         np.testing.assert_allclose(found, expected, rtol=rtol, atol=5e-6 * scale)
+        assert_noted(args, told, rtol=1e-3, atol=1e-4)
 
 
 def test_warm_up_leaves_nothing_to_compile_in_service() -> None:

@@ -260,12 +260,20 @@ def test_the_digest_reads_and_changes_nothing() -> None:
     assert {name: values.tobytes() for name, values in arrays(runtime).items()} == before
 
 
+METERS = {
+    "_free": "depends on when passes end", "_most": "constant", "_noted": "what is reported",
+    **dict.fromkeys(
+        ("_log", "_last", "_expected", "_sums", "_kept", "_folded", "_closing", "_finished"),
+        "what was seen to be done, and how far that is",
+    ),
+}  # fmt: skip
+
 NOT_STATE = {
     "runtime": {
         "_buffers": "the device", "_rows": "below", "_tokens": "below", "_planner": "below", "_gates": "below",
         "_monitors": "below", "_row_monitors": "below", "_slot_rows": "below", "_site_position": "the rank's own",
         "_no_site": "constant",
-        "_used": "follows from batch and rows",
+        "_used": "follows from batch and rows", "_meters": "below", "_slot_meters": "below",
     },
     "rows": {
         "capacity": "the table's", "uploads": "a count, for reports", "_sites": "the rank's own",
@@ -291,12 +299,12 @@ NOT_STATE = {
         "_read_at": "the rank's own: how it numbers the site of each probe", "_table": "writes the device",
         "_slab": "an uploader as below", "meters": "below",
     },
-    "meters": {
-        "_free": "depends on when passes end", "_most": "constant", "_lanes": "constant",
-        **dict.fromkeys(
-            ("_log", "_last", "_parts", "_expected", "_sums", "_kept", "_folded", "_closing", "_finished", "_totals"),
-            "what gates were seen to do, and how far that is",
-        ),
+    "meters": METERS | {"_totals": "what gates were seen to do", "_values": "the device", "_owns": "the device",
+        "_lanes": "constant", "_joined": "what the last pass was"},
+    "slot meters": {
+        **METERS, "_sites": "the rank's own", "_slots": "the device", "_token_rows": "the device",
+        "_places": "room for what is seen",
+        **dict.fromkeys(("_cells", "_rows", "_held", "_end"), "what was seen to be done"),
     },
     "monitors": {"_buffers": "the device", "_position": "the rank's own"},
     "row monitors": {
@@ -348,6 +356,7 @@ def test_whatever_an_object_of_the_runtime_holds_is_in_the_digest_or_is_said_to_
         "gates": runtime._gates,
         "meters": runtime._gates.meters, "monitors": runtime._monitors, "row monitors": runtime._row_monitors,
         "tokens": runtime._tokens, "flags": runtime._rows._flags, "slot rows": runtime._slot_rows,
+        "slot meters": runtime._slot_meters,
     }  # fmt: skip
     before = runtime.digest()
     for name, part in objects.items():

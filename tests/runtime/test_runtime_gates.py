@@ -358,7 +358,7 @@ def test_pipeline_stages_agree_and_count_each_gate_once():
 
 
 def test_reports_of_gone_requests_are_kept_but_not_for_ever(monkeypatch):
-    monkeypatch.setattr("trimtab.runtime.meters.KEPT_REPORTS", 2)
+    monkeypatch.setattr("trimtab.runtime.token_meters.KEPT_REPORTS", 2)
     _, runtime = make()
     for name in ("a", "b", "c"):
         runtime.admit(name, one_gate())

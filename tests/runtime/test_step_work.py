@@ -16,7 +16,7 @@ from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
 from trimtab.runtime.passes import MOST_PASSES
 from work import calls
 
-GATES = 4
+GATES, SUMS = 4, 12
 PROBES = [vector(100 + seed, SITES[:1]) for seed in range(GATES)]
 
 
@@ -59,8 +59,8 @@ class Batch:
 
 
 @pytest.mark.parametrize("requests", [1, 32, 256])
-@pytest.mark.parametrize(("gates", "slots", "most"), [(0, False, 0), (0, True, 0), (1, False, 1), (4, True, 1)])
-def test_a_steady_step_writes_nothing_and_copies_what_gates_decided_once(
+@pytest.mark.parametrize(("gates", "slots", "most"), [(0, False, 0), (0, True, 2), (1, False, 1), (4, True, 3)])
+def test_a_steady_step_writes_nothing_and_copies_what_gates_decided_and_what_slots_did(
     requests: int, gates: int, slots: bool, most: int
 ) -> None:
     batch = Batch(requests, gates, slots)
@@ -70,8 +70,9 @@ def test_a_steady_step_writes_nothing_and_copies_what_gates_decided_once(
     with Operations() as seen:
         for _ in range(steps):
             batch.step()
-    # The log goes to the host every `MOST_PASSES` passes, from memory that is asked for once.
-    assert seen.count <= most * (steps + steps // MOST_PASSES + 1)
+    # Logs go to the host every `MOST_PASSES` passes, from memory that is asked for once; what slots did is summed then.
+    often = steps // MOST_PASSES + 1
+    assert seen.count <= most * (steps + often) + slots * SUMS * often
 
 
 def test_gates_and_slots_add_few_calls_to_a_steady_step_and_as_many_for_256_requests_as_for_one() -> None:
@@ -83,7 +84,7 @@ def test_gates_and_slots_add_few_calls_to_a_steady_step_and_as_many_for_256_requ
             batch.step()
             made[requests, gates] = calls(batch.step)
     assert made[1, 0] == made[256, 0]
-    assert made[1, 4] == made[256, 4] <= made[1, 0] + 30
+    assert made[1, 4] == made[256, 4] <= made[1, 0] + 40
 
 
 def test_what_gates_decide_is_counted_alike_over_any_number_of_passes() -> None:

@@ -128,6 +128,7 @@ class SlotOpArgs(NamedTuple):
     slot_params: Tensor  # [R, K, 10] float32: read factor, bias, the response's own numbers, place of a second score
     slot_mix: Tensor  # [R, K, K] float32: slot k writes sum(mix[k, j] * number j)
     gate_values: Tensor  # [G, T] float32: each gate's factor; or [0, T]
+    slot_corrections: Tensor  # [K, T] float32, written: c of each slot, before they are mixed
 
 
 def check_steering_args(args: SteeringOpArgs) -> None:
@@ -198,6 +199,8 @@ def check_slot_args(args: SlotOpArgs) -> None:
             raise ValueError(f"{name} must be {list(shape)} as the table has rows and slot_rows slots, got {found}")
     if args.gate_values.dim() != 2:
         raise ValueError(f"gate_values must be [G, T], got {tuple(args.gate_values.shape)}")
+    if args.slot_corrections.dim() != 2 or args.slot_corrections.shape[0] != slots:
+        raise ValueError(f"slot_corrections must be [{slots}, T], got {tuple(args.slot_corrections.shape)}")
 
 
 def check_capacity(hidden_states: Tensor, *per_token: Tensor) -> None:

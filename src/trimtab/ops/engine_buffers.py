@@ -107,7 +107,9 @@ class SteeringBuffers:
             )
         self.slots: SlotBuffers | None = None
         if slots is not None:
-            self.slots = SlotBuffers(self.sites, slots, max_rows=max_rows, slot_sites=slot_sites, device=device)
+            self.slots = SlotBuffers(
+                self.sites, slots, max_rows=max_rows, max_tokens=max_tokens, slot_sites=slot_sites, device=device
+            )
 
     def attach(self, module: nn.Module, site: Site) -> None:
         """Register this site's tensors on `module` as non-persistent buffers. Raises KeyError for an unknown site."""

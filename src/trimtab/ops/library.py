@@ -53,7 +53,7 @@ SCHEMAS = {
     "apply_gates_": schema(
         "apply_gates_", GateOpArgs._fields, mutates=("steered", "gate_values", "gate_gains", "gate_owns")
     ),
-    "apply_slots_": schema("apply_slots_", SlotOpArgs._fields, mutates=("steered",)),
+    "apply_slots_": schema("apply_slots_", SlotOpArgs._fields, mutates=("steered", "slot_corrections")),
 }
 
 
@@ -146,7 +146,7 @@ def _slots_any_device(*tensors: Tensor) -> None:
 
 def _with_slots(args: SlotOpArgs) -> Tensor:
     """The new values of `steered`, in its dtype."""
-    slots = reference.Slots(*args[3:])
+    slots = reference.Slots(*args[3:-1], args.slot_corrections.unbind(0))
     rest = args.hidden_rest if args.hidden_rest.shape[0] else None
     hidden = args.hidden_states if args.hidden_states.shape[0] else None
     known = [name for name in RESPONSES if not RESPONSES[name].reads_float32 or slots.rows.shape[2] > SLOT_ROWS]
@@ -238,7 +238,7 @@ def _checked_slots(tensors: tuple[Tensor, ...]) -> SlotOpArgs:
         if (found := getattr(args, name).shape[0]) not in (0, tokens):
             raise ValueError(f"{tokens} tokens, but {name} has {found}")
     per_token = (args.gate_values.t(),) if args.gate_values.shape[0] else ()
-    check_capacity(args.steered, args.steering_index, *per_token)
+    check_capacity(args.steered, args.steering_index, args.slot_corrections.t(), *per_token)
     return args
 
 

@@ -33,9 +33,12 @@ class TokenSlots(NamedTuple):
     gate_values: Tensor  # [G, T] float32
 
 
-def begun(y: Tensor, x: Tensor, rest: Tensor | None, table: Tensor, slots: TokenSlots, names: Sequence[str]) -> Tensor:
-    """`y` [N, H] float32 behind the responses of the first stage among `names`; `x` [N, H] is the full stream, of which
-    `rest` [N, H] is no part of `y`."""
+def begun(
+    y: Tensor, x: Tensor, rest: Tensor | None, table: Tensor, slots: TokenSlots, names: Sequence[str]
+) -> tuple[Tensor, list[Tensor]]:
+    """`y` [N, H] float32 behind the responses of the first stage among `names`, and c [N] of each slot, 0 of another
+    stage's; `x` [N, H] is the full stream, of which `rest` [N, H] is no part of `y`.
+    """
     length = x.square().sum(-1).sqrt() if NORM.name in names else None
     numbers, taken = [], y.new_zeros(y.shape[0])
     for slot in range(slots.rows.shape[1]):
@@ -48,14 +51,15 @@ def begun(y: Tensor, x: Tensor, rest: Tensor | None, table: Tensor, slots: Token
             replaces = code == REPLACE.code
             taken = torch.where(replaces, taken + number, taken)
             c = torch.where(replaces, number, c)
-        numbers.append(c * slots.mix[:, slot, slot])  # their own: no set holds them
+        numbers.append(c)
     if REPLACE.name in names:  # a choice: 0 times infinity is no 0
         y = torch.where((taken > 0.0)[:, None], y - taken[:, None] * x, y)
         gone = torch.zeros_like(y) if rest is None else -rest.float()
         y = torch.where((taken >= ALL)[:, None] & ~(x.abs() < torch.inf), gone, y)
-    for slot, number in enumerate(numbers):
-        y = y + table_rows(table, slots.rows[:, slot, 1]).float() * number[:, None]
-    return y
+    for slot, c in enumerate(numbers):
+        amount = c * slots.mix[:, slot, slot]  # their own: no set holds them
+        y = y + table_rows(table, slots.rows[:, slot, 1]).float() * amount[:, None]
+    return y, numbers
 
 
 def norm_kept(z: Tensor, hidden: Tensor, rest: Tensor | None, slots: TokenSlots) -> Tensor:

@@ -6,6 +6,7 @@ and norm; called eagerly they are the CPU's implementation. All arithmetic is fl
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class Slots(NamedTuple):
     params: Tensor  # [R, K, 10] float32
     mix: Tensor  # [R, K, K] float32
     gate_values: Tensor  # [G, T] float32
+    corrections: Sequence[Tensor]  # of each slot [T] float32, written
 
 
 def apply_steering(
@@ -135,9 +137,10 @@ def apply_slots(
         c_k = response_k(u_k) * gate_k,    response_k(u_k, u_j) where it sees the score of another slot j too
         z[i] = y[i] + sum over k of (sum over j of mix[k, j] * c_j) * table[write_k],    table[read_k] where that is 0
 
-    Where the form `reads_float32`, what slot k reads is table[read_k] + 2^-8 table[middle_k] + 2^-16 table[low_k]. All
-    slots read the same y; with `rest` [N, H], its sum with that. The responses are those of `form`; before and
-    behind them come those that look at `hidden` [N, H], what `y` was before anything was added (`ops.looking_back`).
+    Where the form `reads_float32`, what slot k reads is table[read_k] + 2^-8 table[middle_k] + 2^-16 table[low_k]. c_k
+    goes to `corrections` too, for receipts. All slots read the same y; with `rest` [N, H], its sum with that. The
+    responses are those of `form`; before and behind them come those that look at `hidden` [N, H], what `y` was before
+    anything was added (`ops.looking_back`).
     A token whose row has no slots keeps its numbers, infinite ones and NaN too.
 
     Raises ValueError where the form looks back and `hidden` is None.
@@ -150,18 +153,34 @@ def apply_slots(
     )
     own = TokenSlots(rows, codes, params, mix, slots.gate_values)
     if not form.looks_back:
-        return _locally(y, slots.table, own, form, rest)
+        z, numbers = _locally(y, slots.table, own, form, rest)
+        _note(numbers, slots.corrections)
+        return z
     if hidden is None:
         raise ValueError(f"the responses {', '.join(form.responses)} need the stream before any steering")
     x = hidden.float() if rest is None else hidden.float() + rest.float()
+    done: list[list[Tensor]] = []
     if first := of_stage(form.responses, Stage.FIRST):
-        y = begun(y, x, rest, slots.table, own, first)
-    z = _locally(y, slots.table, own, form, rest) if of_stage(form.responses, Stage.LOCAL) else y
+        y, numbers = begun(y, x, rest, slots.table, own, first)
+        done.append(numbers)
+    z = y
+    if of_stage(form.responses, Stage.LOCAL):
+        z, numbers = _locally(y, slots.table, own, form, rest)
+        done.append(numbers)
+    _note([sum(each[1:], start=each[0]) for each in zip(*done, strict=True)], slots.corrections)  # a slot has one stage
     return norm_kept(z, hidden, rest, own) if of_stage(form.responses, Stage.LAST) else z
 
 
-def _locally(y: Tensor, table: Tensor, slots: TokenSlots, form: SlotForm, rest: Tensor | None) -> Tensor:
-    """`y` with what slots make of it whose responses are local."""
+def _note(numbers: Sequence[Tensor], corrections: Sequence[Tensor]) -> None:
+    """Keep what each slot did, in a tensor for each: a compiler writes to one in place where nothing else is in it."""
+    for c, kept in zip(numbers, corrections, strict=True):
+        kept[: c.shape[0]].copy_(c)
+
+
+def _locally(
+    y: Tensor, table: Tensor, slots: TokenSlots, form: SlotForm, rest: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """`y` with what slots make of it whose responses are local, and c of each slot; 0 of another stage's."""
     names = of_stage(form.responses, Stage.LOCAL)
     rows, codes, params, mix, gate_values = slots
     stream = y if rest is None else y + rest.float()
@@ -188,7 +207,7 @@ def _locally(y: Tensor, table: Tensor, slots: TokenSlots, form: SlotForm, rest: 
             along = torch.where(other > 0, other, along)
         amount = sum((mix[:, slot, j] * c for j, c in enumerate(written)), start=torch.zeros_like(written[0]))
         z = z + table_rows(table, along).float() * stored(amount)[:, None]
-    return z
+    return z, written
 
 
 def decide_gates(stream: Tensor, args: GateOpArgs) -> None:

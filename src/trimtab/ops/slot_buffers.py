@@ -21,7 +21,8 @@ from trimtab.sites import HookPoint, Site
 @cache
 def slot_record(form: SlotForm) -> np.dtype[np.void]:
     """A row's line of `SlotBuffers.slab`: `rows` int64 [K, C], `codes` int32 [K, 2], `params` float32 [K, 10] and `mix`
-    float32 [K, K], as in `SlotOpArgs`. Each part starts on 16 bytes. A row without slots has zeros.
+    float32 [K, K], as in `SlotOpArgs`; and `places` int32 [K], where the corrections of a slot are summed, counted from
+    1. Each part starts on 16 bytes. A row without slots has zeros.
     """
     count = form.count
     return aligned_record(
@@ -30,15 +31,18 @@ def slot_record(form: SlotForm) -> np.dtype[np.void]:
             "codes": (np.int32, (count, 2)),
             "params": (np.float32, (count, SLOT_PARAMS)),
             "mix": (np.float32, (count, count)),
+            "places": (np.int32, (count,)),
         }
     )
 
 
-_PARTS = {"rows": torch.int64, "codes": torch.int32, "params": torch.float32, "mix": torch.float32}
+_READ = {"rows": torch.int64, "codes": torch.int32, "params": torch.float32, "mix": torch.float32}
+_PARTS = {**_READ, "places": torch.int32}
+_WRITTEN = "corrections"
 
 
 class SlotBuffers:
-    """Device state of an engine's slots: S sites at which slots can act, R rows, K slots per row and site."""
+    """Device state of an engine's slots: S sites at which slots can act, R rows, K slots per row and site, T tokens."""
 
     sites: tuple[Site, ...]  # in forward order
     form: SlotForm
@@ -47,6 +51,8 @@ class SlotBuffers:
     codes: Tensor  # [S, R, K, 2] int32
     params: Tensor  # [S, R, K, 10] float32
     mix: Tensor  # [S, R, K, K] float32
+    places: Tensor  # [S, R, K] int32
+    corrections: Tensor  # [S, K, T] float32: what slots did on each token in the last pass in which they could act
 
     def __init__(
         self,
@@ -54,6 +60,7 @@ class SlotBuffers:
         form: SlotForm,
         *,
         max_rows: int,
+        max_tokens: int,
         slot_sites: Collection[Site] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -68,7 +75,9 @@ class SlotBuffers:
         self._position = {site: position for position, site in enumerate(self.sites)}
         record = slot_record(form)
         self.slab = torch.zeros(len(self.sites), max_rows, record.itemsize, dtype=torch.uint8, device=device)
-        self.rows, self.codes, self.params, self.mix = (self._part(record, name) for name in _PARTS)
+        self.rows, self.codes, self.params, self.mix, self.places = (self._part(record, name) for name in _PARTS)
+        shape = len(self.sites), form.count, max_tokens
+        self.corrections = torch.zeros(shape, dtype=torch.float32, device=device)
 
     def _part(self, record: np.dtype[np.void], name: str) -> Tensor:
         """The view [S, R, *shape] of one part of all lines."""
@@ -81,7 +90,7 @@ class SlotBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory held."""
-        return self.slab.nbytes
+        return self.slab.nbytes + self.corrections.nbytes
 
     def position(self, site: Site) -> int | None:
         """Where the slab holds `site`; None where no slot can act."""
@@ -92,8 +101,10 @@ class SlotBuffers:
         at = self.position(site)
         if at is None:
             return
-        for name in _PARTS:
+        for name in (*_READ, _WRITTEN):
             module.register_buffer(_buffer_name(name, site.hook), getattr(self, name)[at], persistent=False)
+        for number, correction in enumerate(self.corrections[at]):
+            module.register_buffer(_buffer_name(f"{_WRITTEN}_{number}", site.hook), correction, persistent=False)
         setattr(module, _form_name(site.hook), self.form)
 
 
@@ -116,13 +127,14 @@ def steered_dtype(module: nn.Module, hook: HookPoint, dtype: torch.dtype) -> tor
 def site_slots(module: nn.Module, hook: HookPoint) -> Slots:
     """The slots of `module`'s rows at `hook`, for `reference.apply_slots`."""
     table, token_rows = getattr(module, f"steering_table_{hook.value}"), module.steering_index
-    rows, codes, params, mix = (getattr(module, _buffer_name(name, hook)) for name in _PARTS)
+    rows, codes, params, mix = (getattr(module, _buffer_name(name, hook)) for name in _READ)
     assert isinstance(token_rows, Tensor)
     if gate_count(module, hook):
         values = gate_values(module)
     else:
         values = token_rows.new_empty((0, token_rows.shape[0]), dtype=torch.float32)
-    return Slots(table, token_rows, rows, codes, params, mix, values)
+    written = [getattr(module, _buffer_name(f"{_WRITTEN}_{number}", hook)) for number in range(rows.shape[1])]
+    return Slots(table, token_rows, rows, codes, params, mix, values, written)
 
 
 def slot_op_args(
@@ -134,7 +146,8 @@ def slot_op_args(
     """
     form, none = slot_form(module, hook), steered.new_empty(0, steered.shape[1])
     before = none if hidden is None or form is None or not form.looks_back else hidden
-    return SlotOpArgs(steered, before, none if rest is None else rest, *site_slots(module, hook))
+    written = getattr(module, _buffer_name(_WRITTEN, hook))
+    return SlotOpArgs(steered, before, none if rest is None else rest, *site_slots(module, hook)[:-1], written)
 
 
 def _buffer_name(part: str, hook: HookPoint) -> str:

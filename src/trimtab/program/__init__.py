@@ -2,12 +2,13 @@
 
 from trimtab.program.programs import EMPTY, GatedProgram, PhaseProgram, Term
 from trimtab.program.ranges import fault_of_range
-from trimtab.program.resolved import SPANS, Origin, ResolvedSteering
+from trimtab.program.resolved import SPANS, Asked, Origin, ResolvedSteering
 from trimtab.program.slots import Direction, Numbers, Slot
 
 __all__ = [
     "EMPTY",
     "SPANS",
+    "Asked",
     "Direction",
     "GatedProgram",
     "Numbers",

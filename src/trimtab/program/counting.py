@@ -1,4 +1,4 @@
-"""How many tokens of an output were steered, and what its gates did: one rule for both engines."""
+"""How many tokens of an output were steered, and what its gates and slots did: one rule for both engines."""
 
 from dataclasses import dataclass
 
@@ -43,3 +43,20 @@ class GateUse:
         mean = (self.mean * self.tokens + other.mean * other.tokens) / tokens if tokens else 0.0
         above_half, lowered = self.above_half + other.above_half, self.lowered + other.lowered
         return GateUse(self.probe, self.gate, tokens, mean, above_half, lowered, self.within)
+
+
+@dataclass(frozen=True)
+class SlotUse:
+    """What one slot did in one phase, at the sites of one rank: c of every token at each of its sites, which is what
+    its response says times its gate. Tokens are counted as `GateUse` counts them."""
+
+    phase: str
+    slot: str  # hex digest
+    begins: str  # the first of these sites
+    measured: int  # numbers c: tokens times sites
+    total: float  # sum of |c|
+    moved: int  # how many were not 0
+
+    def __add__(self, other: "SlotUse") -> "SlotUse":
+        measured, moved = self.measured + other.measured, self.moved + other.moved
+        return SlotUse(self.phase, self.slot, self.begins, measured, self.total + other.total, moved)

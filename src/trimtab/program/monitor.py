@@ -89,7 +89,7 @@ def _parts(term: Term, monitor: ResolvedGate) -> Iterator[Term]:
         gate, reference = None if part.before else monitor, term.reference
         if reference is not None and vector is not term.vector:
             reference = replace(reference, part=part)
-        yield Term(vector, term.scale, reference, gate)
+        yield Term(vector, term.scale, reference, gate, term.asked_by)
 
 
 def _may_wait(slot: Slot) -> bool:

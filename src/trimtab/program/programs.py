@@ -36,6 +36,7 @@ class Term:
     scale: float
     reference: VectorReference | None = field(default=None, compare=False)
     gate: Condition | None = None
+    asked_by: frozenset[int] = field(default=frozenset(), compare=False)  # interventions of a spec, by their index
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -296,7 +297,8 @@ def _merged(group: list[Term]) -> Term:
         scale = math.fsum(term.scale for term in group)  # exact: the order in which they were written is lost
     except OverflowError:
         scale = math.inf
-    return Term(group[0].vector, scale, next((term.reference for term in group if term.reference), None))
+    reference = next((term.reference for term in group if term.reference), None)
+    return Term(group[0].vector, scale, reference, asked_by=frozenset().union(*(term.asked_by for term in group)))
 
 
 def distinct(gates: Iterable[Condition]) -> list[Condition]:

@@ -24,6 +24,15 @@ class Origin(NamedTuple):
     direction: bytes = b""
 
 
+class Asked(NamedTuple):
+    """An intervention of a spec, as receipts tell of it."""
+
+    place: int  # among those of the request, or of the server's default
+    kind: str
+    vectors: tuple[Origin, ...]  # in the order of its fields
+    by_default: bool = False
+
+
 SPANS = tuple(Phase)  # of a request's positions, in their order
 
 
@@ -32,13 +41,15 @@ class ResolvedSteering:
     """A request's steering with every name resolved: a list of spans of its positions, and what each receives.
 
     There is one span for each `Phase`, in their order, and `programs` has its program. `vectors` and `probes` are the
-    origins of what the spec asked for and the programs hold, in the order of the spec. They are no part of what is
-    done, so they do not travel: a process that decodes steering does not know them.
+    origins of what the spec asked for and the programs hold, in the order of the spec; `asked` are all interventions of
+    the spec, of which terms and slots say which asked for them. They are no part of what is done, so they do not
+    travel: a process that decodes steering does not know them.
     """
 
     programs: tuple[PhaseProgram, ...]
     vectors: tuple[Origin, ...] = field(default=(), compare=False)
     probes: tuple[Origin, ...] = field(default=(), compare=False)
+    asked: tuple[Asked, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if len(self.programs) != len(Phase):

@@ -53,9 +53,15 @@ def formed(slots: Iterable[Slot]) -> tuple[Slot, ...]:
     for site in sorted({site for index in members for site in kept[index].sites}, key=site_order):
         sites_of.setdefault(tuple(index for index in members if site in kept[index].at), []).append(site)
     numbers = [dict(slot.at) for slot in kept]
+    asked_by = [set(slot.asked_by) for slot in kept]
     for together, sites in sites_of.items():
         if len(together) > 1:
-            _join([kept[index] for index in together], [numbers[index] for index in together], sites)
+            own = [kept[index] for index in together], [numbers[index] for index in together]
+            for first, other in _join(*own, sites):
+                asked_by[together[first]] |= kept[together[other]].asked_by
+    for index in members:
+        if asked_by[index] != kept[index].asked_by:
+            kept[index] = replace(kept[index], asked_by=frozenset(asked_by[index]))
     left = [_with_numbers(slot, own) for slot, own in zip(kept, numbers, strict=True)]
     return tuple(sorted(filter(None, left), key=lambda slot: slot.digest))
 
@@ -90,11 +96,13 @@ def _with_numbers(slot: Slot, numbers: dict[Site, Numbers]) -> Slot | None:
     return replace(slot, numbers=tuple((site, numbers[site]) for site in slot.sites if site in numbers))
 
 
-def _join(slots: Sequence[Slot], numbers: Sequence[dict[Site, Numbers]], sites: Sequence[Site]) -> None:
-    """Join equal directions among `slots`, which all act at `sites`: the first keeps the `numbers` of all."""
+def _join(slots: Sequence[Slot], numbers: Sequence[dict[Site, Numbers]], sites: Sequence[Site]) -> set[tuple[int, int]]:
+    """Join equal directions among `slots`, which all act at `sites`: the first keeps the `numbers` of all. Returns
+    which was the first, and which it was joined with, by their places."""
+    joined_with: set[tuple[int, int]] = set()
     ways, place = [slot.read for slot in slots if slot.read is not None], _place(sites)
     if _are_apart(ways, sites, place):
-        return
+        return joined_with
     for site, cosine in zip(sites, _cosines(ways, sites, place), strict=True):
         kept: list[int] = []
         for index, slot in enumerate(slots):
@@ -107,7 +115,9 @@ def _join(slots: Sequence[Slot], numbers: Sequence[dict[Site, Numbers]], sites: 
             if joined is None:
                 raise _contradiction(slots[first], slot, site)
             numbers[first][site] = joined
+            joined_with.add((first, index))
         _check_growth([slots[index] for index in kept], cosine[np.ix_(kept, kept)], site)
+    return joined_with
 
 
 def _place(sites: Sequence[Site]) -> bytes:

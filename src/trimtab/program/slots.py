@@ -217,6 +217,7 @@ class Slot:
     kind: str = field(default="", compare=False)  # what a request called it, for messages and reports
     path: str = field(default="", compare=False)  # where a request asked for it
     second: Direction | None = None
+    asked_by: frozenset[int] = field(default=frozenset(), compare=False)  # interventions of a spec, by their index
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -283,6 +284,12 @@ class Slot:
 def counted(slots: Iterable[Slot]) -> Counter[Site]:
     """How many of the slots act at each site, of all sites at which any does."""
     return Counter(site for slot in slots for site in slot.sites)
+
+
+def measured_slots(slots: Sequence[Slot]) -> tuple[Slot, ...]:
+    """Those of a program's slots of which reports tell, in their order: equal ones do the same, and are told of once;
+    what keeps norms has no number."""
+    return tuple({slot.digest: slot for slot in slots if slot.stage is not Stage.LAST}.values())
 
 
 def place_of_second(slot: Slot, acting: Sequence[Slot], site: Site) -> int:

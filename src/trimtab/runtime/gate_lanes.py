@@ -76,7 +76,7 @@ class GateLanes:
         self._joined[slot] = any(len(item.gate.members) > 1 for gated in spans for item in gated)
         here = self._buffers.number
         gates = [[(item.gate, here(item.gate.site) > 0) for item in gated] for gated in spans]
-        self.meters.open(slot, owner, gates, [gate for gate in lowered if here(gate.site)])
+        self.meters.open_gates(slot, owner, gates, [gate for gate in lowered if here(gate.site)])
 
     def remove(self, slot: int) -> list[int]:
         """Take the gates of `slot` away; returns the rows that its gated sums held."""
@@ -115,7 +115,7 @@ class GateLanes:
             return
         segments = self._words[slots].reshape(COLUMNS * len(slots), -1)
         self._slab.write(np.repeat(segments, counts.reshape(-1), axis=0))
-        self.meters.expect(slots, counts, joined=bool(self._joined[slots].any()))
+        self.meters.expect_gates(slots, counts, joined=bool(self._joined[slots].any()))
 
     def state(self) -> Iterator[bytes]:
         """What the device holds and all that later choices depend on, the same on every pipeline stage, for digests.

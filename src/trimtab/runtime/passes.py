@@ -26,73 +26,83 @@ class Arrived(NamedTuple):
 
     passes: int
     keys: IntArray  # [N]
-    parts: tuple[npt.NDArray[np.float32], ...]  # that were kept, each [N, G]; to be read before the next is asked for
+    values: npt.NDArray[np.float32]  # [N, V]; to be read before the next is asked for
 
 
 class _Sent(NamedTuple):
     """A log on its way."""
 
     event: "torch.cuda.Event | None"
-    staged: Staging  # [parts, T, G]
-    parts: int  # that were kept
-    passes: list[IntArray]
+    staged: Staging
+    used: int
+    keys: list[IntArray]
+    passes: int
 
     def has_arrived(self) -> bool:
         return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
 
 
 class PassLog:
-    """Keeps the first tokens of `parts`, each [G, T] float32, of every pass until they are read."""
+    """Keeps some numbers, at most `width` of each token, of every pass until they are read."""
 
-    def __init__(self, *parts: Tensor) -> None:
-        self._parts, self._on_gpu = [part.T for part in parts], parts[0].is_cuda
-        self._shape = (len(parts), *self._parts[0].shape)
-        self._device = parts[0].device
-        self._logs = list(torch.zeros(self._shape, dtype=torch.float32, device=self._device))
+    def __init__(self, tokens: int, width: int, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._log = torch.zeros(tokens, width, dtype=torch.float32, device=device)
         self._end = 0  # tokens that it holds
-        self._used = 1  # parts that it holds of any pass
-        self._passes: list[IntArray] = []  # what it holds, by pass
+        self._used = 0  # numbers of a token, of any pass that it holds
+        self._passes: list[IntArray] = []  # what it holds, by call of `keep`
+        self._count = 0  # passes
         self._sent: deque[_Sent] = deque()
         self._staging: list[Staging] = []  # not under way
 
-    def keep(self, keys: IntArray, parts: int = 1) -> None:
-        """Copy what the pass that has just been launched leaves behind for its first tokens, one for each of `keys`: of
-        the first `parts`; what arrives of the others is whatever there was."""
-        tokens = len(keys)
-        if self._end + tokens > self._shape[1] or len(self._passes) == MOST_PASSES:
+    def widen(self, width: int) -> None:
+        """Make room for so many numbers of each token."""
+        if width > self._log.shape[1]:
             self.send()
-        for part in range(parts):
-            self._logs[part][self._end : self._end + tokens].copy_(self._parts[part][:tokens])
+            self._log = torch.zeros(len(self._log), width, dtype=torch.float32, device=self._log.device)
+            self._staging.clear()
+
+    def keep(self, keys: IntArray, *parts: Tensor, passes: int = 1) -> None:
+        """Copy what the pass that has just been launched leaves behind for N tokens, one for each of `keys`: `parts`,
+        each [N, V], side by side. What arrives behind them is whatever there was. It may be what several `passes` have
+        left."""
+        tokens = len(keys)
+        if self._end + tokens > len(self._log) or len(self._passes) == MOST_PASSES:
+            self.send()
+        start = 0
+        for part in parts:
+            self._log[self._end : self._end + tokens, start : start + part.shape[1]].copy_(part)
+            start += part.shape[1]
+        self._used = max(self._used, start)
         self._end += tokens
-        self._used = max(self._used, parts)
         self._passes.append(keys)
+        self._count += passes
 
     def send(self) -> None:
         """Let what is kept go to the host."""
         if not self._passes:
             return
         staged = self._staging.pop() if self._staging else self._new_staging()
-        for part in range(self._used):
-            log = self._logs[part][: self._end]
-            staged.tensor[part, : self._end].copy_(log, non_blocking=self._on_gpu)
+        staged.tensor[: self._end].copy_(self._log[: self._end], non_blocking=self._on_gpu)
         event = None
         if self._on_gpu:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(self._device))
-        self._sent.append(_Sent(event, staged, self._used, self._passes))
-        self._end, self._used, self._passes = 0, 1, []
+            event.record(torch.cuda.current_stream(self._log.device))
+        self._sent.append(_Sent(event, staged, self._used, self._passes, self._count))
+        self._end, self._used, self._passes, self._count = 0, 0, [], 0
 
     def arrived(self, *, wait: bool) -> Iterator[Arrived]:
         """What was sent and has arrived, or with `wait` all of it."""
         while self._sent and (wait or self._sent[0].has_arrived()):
-            event, staged, parts, passes = self._sent.popleft()
+            event, staged, used, parts, passes = self._sent.popleft()
             if event is not None:
                 event.synchronize()
-            keys = np.concatenate(passes)
-            yield Arrived(len(passes), keys, tuple(staged.array[:parts, : len(keys)]))
-            self._staging.append(staged)
+            keys = np.concatenate(parts)
+            yield Arrived(passes, keys, staged.array[: len(keys), :used])
+            if staged.tensor.shape == self._log.shape:
+                self._staging.append(staged)
 
     def _new_staging(self) -> Staging:
         with torch.inference_mode(False):  # steps run in it, reports do not: both write here
-            tensor = torch.empty(self._shape, dtype=torch.float32, pin_memory=self._on_gpu)
+            tensor = torch.empty(self._log.shape, dtype=torch.float32, pin_memory=self._on_gpu)
         return Staging(tensor, tensor.numpy())

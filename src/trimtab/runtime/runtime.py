@@ -12,11 +12,13 @@ import numpy.typing as npt
 from trimtab.errors import SteeringError
 from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering
-from trimtab.program.counting import GateUse
+from trimtab.program.counting import GateUse, SlotUse
 from trimtab.program.lowering import Contents, contents, placed, row_key
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime.gate_lanes import GateLanes
+from trimtab.runtime.meters import GateMeters
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
+from trimtab.runtime.slot_meters import SlotMeters
 from trimtab.runtime.slot_rows import SlotRows, check_slots
 from trimtab.runtime.state_digest import digest_of
 from trimtab.runtime.step_plan import DECODE, NO_SLOT, TOKEN, RowUse, StepPlanner, as_ints
@@ -51,6 +53,9 @@ class SteeringRuntime:
         self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests)
         self._monitors = SiteMonitors(buffers)
         self._slot_rows = None if buffers.slots is None else SlotRows(buffers, buffers.slots)
+        self._slot_meters = None if buffers.slots is None else SlotMeters(buffers, buffers.slots, max_requests)
+        self._meters: list[GateMeters | SlotMeters] = [] if self._gates is None else [self._gates.meters]
+        self._meters += [] if self._slot_meters is None else [self._slot_meters]
         self._directions: dict[str, list[int]] = {}  # of requests with slots: the rows that these read and write along
         self._lowers = lowers
         self._row_monitors = RowMonitors(buffers) if lowers or buffers.row_monitor_sites else None
@@ -102,10 +107,10 @@ class SteeringRuntime:
     ) -> None:
         """Hold the rows of all spans for `request_id`; replaces what it held. None or empty steering holds nothing.
 
-        `owner` is the name under which `gate_report` tells what its gates did, together with all of one owner; by
-        default the request's own id. `probes` are the row monitor of its decode tokens: each multiplies their row at
-        its own site, and only there. They need buffers with `row_monitor=True`, and with them no gate of the request is
-        lowered. Admit again, without them, to clear them.
+        `owner` is the name under which `gate_report` and `slot_report` tell what was done, together with all of one
+        owner; by default the request's own id. `probes` are the row monitor of its decode tokens: each multiplies their
+        row at its own site, and only there. They need buffers with `row_monitor=True`, and with them no gate of the
+        request is lowered. Admit again, without them, to clear them.
 
         Raises SteeringError if a vector's width is not the model's, if `max_requests` others are admitted already, if
         the tables have no room, or if the buffers cannot hold the probes, the gates or the slots. The request then
@@ -124,9 +129,11 @@ class SteeringRuntime:
         self.release(request_id)
         directions = self._hold_directions(request_id, [span.row for span in spans])
         slot = self._planner.add(request_id, [self._acquire(span.row, span.probes, directions) for span in spans])
+        owner = request_id if owner is None else owner
         if self._gates is not None:
-            gated = [span.gated for span in spans]
-            self._gates.add(slot, request_id if owner is None else owner, gated, lowered, self._acquire)
+            self._gates.add(slot, owner, [span.gated for span in spans], lowered, self._acquire)
+        if self._slot_meters is not None:
+            self._slot_meters.open_slots(slot, owner, steering.programs)
 
     def release(self, request_id: str) -> None:
         """Let go of what `request_id` holds (finished or preempted). An id that holds nothing is no error."""
@@ -134,6 +141,8 @@ class SteeringRuntime:
         if slot is None:
             return
         gated = [] if self._gates is None else self._gates.remove(slot)
+        if self._slot_meters is not None:
+            self._slot_meters.close(slot)
         for row in (*self._planner.remove(request_id), *gated, *self._directions.pop(request_id, ())):
             if row and self._rows.release(row) and self._slot_rows is not None:
                 self._slot_rows.let_go(row)
@@ -157,8 +166,8 @@ class SteeringRuntime:
         Raises ValueError if the tokens exceed `padded_tokens` or the buffers. Never raises for what a request holds.
         """
         gates = self._gates
-        if gates is not None:
-            gates.meters.collect()
+        for meters in self._meters:
+            meters.collect()
         if (
             not self._planner.slots
             and not self._tokens.tokens
@@ -168,7 +177,8 @@ class SteeringRuntime:
             self._rest(self._no_site)
             return
         self._rows.write()
-        if self._slot_rows is not None:
+        if self._slot_rows is not None and self._slot_meters is not None and self._slot_rows.stale:
+            self._slot_meters.sum_up()
             self._slot_rows.write()
         if self._row_monitors is not None:
             self._row_monitors.write()
@@ -185,8 +195,8 @@ class SteeringRuntime:
                     f"{tokens} tokens in a forward pass of {limit}; the buffers hold {len(self._buffers.token_slab)}"
                 )
             if same and unmonitored:  # all that follows was done before the last pass
-                if gates is not None:
-                    gates.meters.expect_again()
+                for meters in self._meters:
+                    meters.expect_again()
                 return
             planned = self._planner.plan()
             if planned.reshape(-1).view(TOKEN)["index"].any():
@@ -196,17 +206,24 @@ class SteeringRuntime:
         self._tokens.write(words, worn=worn)
         if gates is not None:
             gates.write(self._planner.batch, gated)
+        if self._slot_meters is not None:
+            self._slot_meters.expect_of(self._planner.batch, self._planner.counts)
         self._rest(self._sites_in_use() if len(words) or gated is not None else self._no_site)
 
     def before_unplanned_pass(self) -> None:
         """To be called before a forward pass that `step` does not prepare, such as one over no requests: it runs with
-        the gates of the last one, and would overwrite what they decided before that is counted."""
-        if self._gates is not None:
-            self._gates.meters.collect()
+        the gates and slots of the last one, and would overwrite what they did before that is counted."""
+        for meters in self._meters:
+            meters.collect()
 
     def gate_report(self, owner: str) -> tuple[GateUse, ...]:
         """What each gate of an owner's requests, running or recently gone, has done; waits for the pass under way."""
         return () if self._gates is None else self._gates.meters.report(owner)
+
+    def slot_report(self, owner: str) -> tuple[SlotUse, ...]:
+        """What each slot of an owner's requests, running or recently gone, has done at the sites of these buffers, for
+        each phase; waits for the pass under way."""
+        return () if self._slot_meters is None else self._slot_meters.report(owner)
 
     def gate_totals(self) -> tuple[GateUse, ...]:
         """What gates have done since start, by their probes' names; waits for the pass under way."""
@@ -227,6 +244,7 @@ class SteeringRuntime:
         yield "requests", (self._planner.state(), repr(self._directions).encode())
         yield "plan", (self._tokens.held.tobytes(),)
         yield "gates", () if self._gates is None else self._gates.state()
+        yield "slots", () if self._slot_meters is None else (self._slot_meters.state(),)
         yield "monitors", self._monitors.state()
         yield "row monitors", () if self._row_monitors is None else (self._row_monitors.state(),)
 

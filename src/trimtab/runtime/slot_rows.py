@@ -18,7 +18,7 @@ from trimtab.ops.buffers import SteeringBuffers
 from trimtab.ops.slot_buffers import SlotBuffers, slot_record
 from trimtab.program import PhaseProgram, ResolvedSteering, Slot
 from trimtab.program.slot_sets import mixing
-from trimtab.program.slots import Numbers, a_few, counted, place_of_second
+from trimtab.program.slots import Numbers, a_few, counted, measured_slots, place_of_second
 from trimtab.recent import Recent
 from trimtab.responses import RESPONSES
 from trimtab.runtime.upload import RowUploader
@@ -88,6 +88,11 @@ class SlotRows:
         """Nobody holds `row` any more: what the device has not seen of it can wait until somebody does."""
         self._unwritten.pop(row, None)
 
+    @property
+    def stale(self) -> bool:
+        """Whether the device has not seen every record."""
+        return bool(self._unwritten)
+
     def write(self) -> None:
         """Bring the device up to date."""
         if not self._unwritten:
@@ -116,10 +121,13 @@ class SlotRows:
         sites = self._slots.sites
         lines = np.zeros(len(sites), slot_record(self._slots.form))
         if record is not None:
+            order = {slot.digest: place for place, slot in enumerate(measured_slots(record.slots), 1)}
+            places = [order.pop(slot.digest, 0) for slot in record.slots]  # of equal ones the first has it
             for acting, positions in _alike(record.slots, sites).items():
                 chosen = [record.slots[index] for index, _ in acting]
                 for k, (index, (bias, own)) in enumerate(acting):
                     slot = record.slots[index]
+                    lines["places"][positions, k] = places[index]
                     named = [0 if way is None else record.rows[way.row_key] for way in slot.columns]
                     lines["rows"][positions, k, : len(named)] = named
                     lines["codes"][positions, k] = RESPONSES[slot.response].code, record.lanes[index]

@@ -55,6 +55,12 @@ class Metrics:
         self._refused = Counter(
             "trimtab_requests_refused", "Requests refused for their steering, by reason.", ["reason"], registry=registry
         )
+        self._acted = Counter(
+            "trimtab_intervention_tokens",
+            "Tokens on which interventions acted, by kind: positions of finished requests.",
+            ["kind"],
+            registry=registry,
+        )
         self._vectors = Gauge(
             "trimtab_vectors", "Registered vectors.", registry=registry, multiprocess_mode="mostrecent"
         )
@@ -81,6 +87,10 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """One more request refused; `reason` is one of a fixed set."""
         self._refused.labels(reason).inc()
+
+    def acted(self, kind: str, tokens: int) -> None:
+        """An intervention of this kind, of which there is a fixed set, acted on so many more tokens."""
+        self._acted.labels(kind).inc(tokens)
 
     def vectors(self, number: int) -> None:
         """How many names are registered."""

@@ -6,8 +6,9 @@ from types import MappingProxyType
 from typing import Any
 
 from trimtab.program import Origin, ResolvedSteering
-from trimtab.program.counting import GateUse, steered_tokens
+from trimtab.program.counting import GateUse, SlotUse, steered_tokens
 from trimtab.program.monitor import monitor_of
+from trimtab.serving.interventions import InterventionUse, uses_of
 from trimtab.sites import Phase, Site
 
 GATES_MISSING = "the workers did not answer in time; ask for them later"
@@ -22,7 +23,8 @@ class Receipt:
     says what each gate did on those tokens; with beam search, on those of all beams of the prompt. `monitor` is the
     digest of the monitor that stood before what the decode received, "" where none did. `vectors` and `probes` are the
     origins of all that added or decided something. `default_left` is the least share of the server's default that the
-    request left in force, None where there is no default.
+    request left in force, None where there is no default. `interventions` say what each of the spec did, in the order
+    in which they were written.
     """
 
     identity: Mapping[Phase, str]
@@ -33,6 +35,7 @@ class Receipt:
     vectors: tuple[Origin, ...] = ()
     probes: tuple[Origin, ...] = ()
     default_left: float | None = None
+    interventions: tuple[InterventionUse, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The receipt in JSON's types, as docs/serving.md describes it; `gates` only where there are any."""
@@ -49,6 +52,7 @@ class Receipt:
             **left,
             **({"monitor": self.monitor} if self.monitor else {}),
             "steered_tokens": {phase.value: count for phase, count in self.steered_tokens.items()},
+            "interventions": [use.as_json() for use in self.interventions],
         }
         return with_gates(told, self.gates) if self.gates else told
 
@@ -59,9 +63,11 @@ def receipt_of(
     new_tokens: int = 0,
     *,
     gates: Iterable[GateUse] = (),
+    slots: Iterable[SlotUse] | None = None,
     default_left: float | None = None,
 ) -> Receipt:
-    """The receipt of an output of `new_tokens` tokens behind a prompt, counted by the rule of `steered_tokens`."""
+    """The receipt of an output of `new_tokens` tokens behind a prompt, counted by the rule of `steered_tokens`. `slots`
+    are what slots did, None where that is not known."""
     tokens = MappingProxyType(steered_tokens(steering, prompt_length, new_tokens))
     if steering is None:
         return Receipt(MappingProxyType(dict.fromkeys(Phase, "")), (), tokens)
@@ -74,6 +80,7 @@ def receipt_of(
         vectors=steering.vectors,
         probes=steering.probes,
         default_left=default_left,
+        interventions=uses_of(steering, prompt_length, new_tokens, slots),
     )
 
 

@@ -14,7 +14,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
-from trimtab.program import SPANS, Origin, PhaseProgram, ResolvedSteering, Slot, Term
+from trimtab.program import SPANS, Asked, Origin, PhaseProgram, ResolvedSteering, Slot, Term
 from trimtab.program.joint_gate import check_gate, check_served
 from trimtab.program.norms import keeping_norm
 from trimtab.program.slot_checks import check_slot
@@ -116,7 +116,8 @@ class Steering(Model):
                         check_served(item.gate, item.sites, model.gates)
         programs = self._programs(lowered)
         self._check_kept(programs, model)
-        resolved = ResolvedSteering(programs, *self._origins(programs, lowered, vectors, probes or {}))
+        origins = self._origins(programs, lowered, vectors, probes or {})
+        resolved = ResolvedSteering(programs, *origins, self._asked(vectors, defaults))
         resolved.check_gate_count(model.gates, "interventions")
         resolved.check_slot_count(model.slots, "interventions")
         return resolved
@@ -156,8 +157,9 @@ class Steering(Model):
                         check_gate(gate, item.sites, item.hidden_size)
                 items = tuple(replace(item, gate=gate) for item in items)
             told = f"the default's {path}" if index < defaults else f"interventions[{index - defaults}]"
-            named = (replace(item, kind=step.kind, path=told) if isinstance(item, Slot) else item for item in items)
-            lowered.append(tuple(named))
+            own = {"asked_by": frozenset((index,))}
+            called = own | {"kind": step.kind, "path": told}
+            lowered.append(tuple(replace(item, **(called if isinstance(item, Slot) else own)) for item in items))
         return lowered
 
     def _check_sites(self, index: int, item: Term | Slot, model: ModelSites) -> None:
@@ -198,6 +200,15 @@ class Steering(Model):
             return made[kept]
 
         return tuple(map(program, SPANS))
+
+    def _asked(self, vectors: Mapping[str, SteeringVector], defaults: int) -> tuple[Asked, ...]:
+        """Each intervention as receipts tell of it."""
+        told: list[Asked] = []
+        for index, step in enumerate(self.interventions):
+            origins = tuple(_origin(source, vectors) for source in step.sources.values())
+            by_default = index < defaults
+            told.append(Asked(index if by_default else index - defaults, step.kind, origins, by_default))
+        return tuple(told)
 
     def _origins(
         self,

@@ -100,6 +100,8 @@ class Slow:
     tokens: list[list[int]] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     factors: dict[tuple[int, int, int], float] = field(default_factory=dict)  # row, column, intervention
+    # by row and intervention: what each slot of it did, by column and site
+    corrections: dict[tuple[int, int], dict[tuple[int, tuple[int, str]], list[float]]] = field(default_factory=dict)
 
     def run(self, family: Family, prompts: list[list[int]], steps: int) -> "Slow":
         model = family.model()
@@ -127,6 +129,13 @@ class Slow:
                 self.factors[row, column, number] = act.gate.factor(x)
             if site[0] in act.layers and site[1] in act.hooks:
                 here.append((act, 1.0 if act.gate is None else self.factors[row, column, number]))
+                if act.kind != "add":
+                    self.corrections.setdefault((row, number), {})[column, site] = []
+        where = {id(act): self.corrections.get((row, number), {}) for number, act in enumerate(self.acts[row])}
+
+        def note(act: Act, *told: float | torch.Tensor) -> None:
+            where[id(act)][column, site] = [abs(float(c)) for c in told]
+
         for act, factor in here:
             if act.kind == "add":
                 y += factor * act.options["scale"] * act.vector.double()
@@ -135,19 +144,28 @@ class Slow:
         if held:
             directions = torch.stack([act.unit for act, _ in held])
             changes = torch.stack([factor * act.change(y @ act.unit) for act, factor in held])
+            for (act, _), change in zip(held, changes, strict=True):
+                note(act, change)
             z += torch.linalg.lstsq(directions, changes[:, None], driver="gelsd").solution[:, 0]
         for act, factor in here:
             if act.kind == "swap":
                 to = act.options["to"].double()
+                note(act, factor * (y @ act.unit))
                 z += factor * (y @ act.unit) * (to / to.norm() - act.unit)
             if act.kind == "lowrank":
+                note(act, factor * (y @ act.vector.double() + act.options["bias"][0]))
                 z += factor * (y @ act.vector.double() + act.options["bias"][0]) * act.options["write"].double()
             if act.kind == "feature":
                 u = y @ act.vector.double() + act.options["bias"]
                 f = u if u > act.options["threshold"] else 0.0
+                note(act, factor * (act.options["set"] - f))
                 z += factor * (act.options["set"] - f) * act.options["decoder"].double()
             if act.kind == "rotate":
                 z += factor * (act.turned(y) - y)
+                across = act.options["plane"].double()
+                across = across - (across @ act.unit) * act.unit
+                moved = factor * (act.turned(y) - y)
+                note(act, moved @ act.unit, moved @ across / across.norm())
         return z
 
 

@@ -81,6 +81,25 @@ def assert_same(model: SteeredModel, acts: list[list[Act]], slow: Slow, **option
     return out
 
 
+def assert_told(out: list[Any], acts: list[list[Act]], slow: Slow, prompts: list[list[int]]) -> None:
+    """Receipts say of each intervention what the slow pass did; it computes each token once."""
+    for row, (generation, asked, prompt) in enumerate(zip(out, acts, prompts, strict=True)):
+        told = generation.receipt.interventions
+        assert [(use.asked.place, use.asked.kind) for use in told] == [(i, act.kind) for i, act in enumerate(asked)]
+        for number, (use, act) in enumerate(zip(told, asked, strict=True)):
+            tokens = {"prefill": len(prompt), "decode": len(generation.token_ids) - 1}
+            assert use.tokens == sum(count for phase, count in tokens.items() if act.phase in ("all", phase))
+            if act.kind == "add":
+                assert use.corrections is None
+                continue
+            due = [c for cell in slow.corrections[row, number].values() for c in cell]
+            slots = 2 if act.kind == "rotate" else 1
+            assert use.corrections.measured == len(due) == use.tokens * len(act.layers) * len(act.hooks) * slots
+            assert use.corrections.mean == pytest.approx(sum(due) / len(due), rel=1e-4)
+            least, most = (sum(c > size for c in due) / len(due) for size in (1e-4, 0.0))  # between them: rounding
+            assert least - 1e-9 <= use.corrections.touched <= most + 1e-9
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_kinds_in_one_batch_compute_what_their_formulas_say(name):
     family = FAMILIES[name]
@@ -88,6 +107,7 @@ def test_all_kinds_in_one_batch_compute_what_their_formulas_say(name):
     slow = Slow(acts).run(family, PROMPTS, STEPS)
     with SteeredModel(family.model()) as model:
         out = assert_same(model, acts, slow)
+        assert_told(out, acts, slow, PROMPTS)
         for options in ({"use_cache": False}, {"prefill_chunk_size": 2}):
             again = model.generate(PROMPTS, specs(acts), max_new_tokens=STEPS, do_sample=False, **options)
             assert [generation.token_ids for generation in again] == slow.tokens

@@ -56,6 +56,10 @@ def test_receipts_tell_of_slots_as_the_embedded_engines_do(outcome: dict[str, An
     assert outcome["slots receipts"] == []
 
 
+def test_corrections_are_counted_as_the_embedded_engine_counts_them_chunk_by_chunk(outcome: dict[str, Any]) -> None:
+    assert outcome["corrections"] == []
+
+
 def test_more_slots_than_there_are_is_refused_with_the_flag_named(outcome: dict[str, Any]) -> None:
     assert "4 slots" in outcome["slots refused"]
     assert "--steering-slots" in outcome["slots refused"]

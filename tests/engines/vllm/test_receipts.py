@@ -14,11 +14,11 @@ from trimtab.engines.vllm.carried import TICKET, owner_of
 from trimtab.engines.vllm.frontend import accounts, requests
 from trimtab.engines.vllm.frontend.accounts import Account, Answers, Ticket, ticket_in
 from trimtab.engines.vllm.frontend.admission import FrontEnd
-from trimtab.engines.vllm.frontend.workers import Workers
+from trimtab.engines.vllm.frontend.workers import Uses, Workers
 from trimtab.engines.vllm.http.receipts import ExchangeMiddleware
-from trimtab.program.counting import GateUse
+from trimtab.program.counting import SlotUse
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
-from trimtab.sites import GateLimits, HookPoint, ModelSites, Site
+from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site, SlotLimits
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
 
@@ -29,7 +29,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 SITE = Site(0, HookPoint.POST_BLOCK)
 CALM = SteeringVector({SITE: np.ones(4)})
 FRONT_END = FrontEnd(
-    ModelSites(4, 1, frozenset([SITE]), gates=GateLimits(1, frozenset([SITE]))),
+    ModelSites(
+        4,
+        1,
+        frozenset([SITE]),
+        gates=GateLimits(1, frozenset([SITE])),
+        slots=SlotLimits(1, frozenset([SITE]), frozenset(["clamp"])),
+    ),
     VectorRegistry({"calm": CALM}),
     probes=ProbeRegistry({"anger": Probe.at(SITE, np.ones(4))}),
 )
@@ -43,7 +49,7 @@ def admission(gated: bool = False, phase: str = "all") -> Any:
 class Silent(Workers):
     """Workers that never answer in time."""
 
-    async def gates(self, answer: str, seconds: float = 0.0) -> list[GateUse] | None:
+    async def uses(self, answer: str, seconds: float = 0.0) -> Uses | None:
         return None
 
 
@@ -120,7 +126,9 @@ def test_an_answer_made_in_the_background_does_not_say_that_nothing_was_steered(
         return JSONResponse({"id": "x", "status": "queued"})
 
     _, body = asyncio.run(answered(app_that(respond)))
-    assert json.loads(body["body"])["steering"]["steered_tokens"] is None
+    told = json.loads(body["body"])["steering"]
+    assert told["steered_tokens"] is None
+    assert [entry["tokens"] for entry in told["interventions"]] == [None]
 
 
 @pytest.mark.parametrize("done", [b"data: [DONE]\n\n", b""], ids=["done", "no end mark"])
@@ -167,6 +175,59 @@ def test_an_answer_does_not_wait_for_silent_workers_and_says_what_it_lacks() -> 
     assert (told["gates"], told["steered_tokens"]) == (None, {"prefill": 7, "decode": 2})
     assert "did not answer in time" in told["gates_missing"]
     assert answers.find("x") == dict(start["headers"])[b"x-trimtab-answer"].decode()
+
+
+ASKED = {"interventions": [{"kind": "clamp", "vector": "calm", "max": 1.0}, {"kind": "add", "vector": "calm"}]}
+
+
+class Knowing(Workers):
+    """Workers that tell of one slot, in both phases."""
+
+    def __init__(self, slot: str) -> None:
+        super().__init__()
+        self.slot = slot
+
+    async def uses(self, answer: str, seconds: float = 0.0) -> Uses | None:
+        measured = {Phase.PREFILL: 7, Phase.DECODE: 2}
+        slots = [
+            SlotUse(str(p), self.slot, "post_block:0", n, total=3.0 * n, moved=n // 2) for p, n in measured.items()
+        ]
+        return Uses([], slots)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("streams", [True, False])
+def test_an_answer_says_what_each_intervention_did_or_that_it_is_not_known(known, streams) -> None:
+    admitted = FRONT_END.admit(ASKED)
+    assert admitted is not None
+    (slot,) = {slot.digest.hex() for slot in admitted.steering.slots}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        current = requests.exchange.get()
+        assert current is not None
+        account = current.account = Account(admitted)
+        for _ in range(2):  # of two choices
+            finish(account)
+
+        async def stream() -> Any:
+            yield b'data: {"id": "x"}\n\n'
+            yield b"data: [DONE]\n\n"
+
+        kind = "text/event-stream"
+        response = StreamingResponse(stream(), media_type=kind) if streams else JSONResponse({"id": "x"})
+        await response(scope, receive, send)
+
+    sent = asyncio.run(answered(app, Knowing(slot) if known else Silent()))
+    body = b"".join(message.get("body", b"") for message in sent).removeprefix(b"data: ").split(b"\n\n")[0]
+    told = json.loads(body)["steering"]
+    clamp, add = told["interventions"]
+    vectors = [{"name": "calm", "digest": CALM.digest.hex()}]
+    assert add == {"index": 1, "kind": "add", "vectors": vectors, "tokens": 18}
+    numbers = (9, 3.0, 4 / 9) if known else (None, None, None)
+    measured = dict(zip(("measured", "mean_correction", "touched"), numbers, strict=True))
+    assert clamp == {"index": 0, "kind": "clamp", "vectors": vectors, "tokens": 18, **measured}
+    assert ("corrections_missing" in told) is not known
+    assert "gates" not in told
 
 
 def test_ids_of_answers_are_matched_whole_forgotten_in_order_and_ambiguous_ones_name_nobody(monkeypatch) -> None:

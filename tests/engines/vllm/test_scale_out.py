@@ -21,6 +21,13 @@ def test_ranks_together_answer_as_the_embedded_engine_does(parallel: tuple[str, 
     assert outcome["again"] == []
 
 
+def test_corrections_of_tensor_ranks_count_once_and_those_of_stages_add_up(
+    parallel: tuple[str, dict[str, Any]],
+) -> None:
+    _, outcome = parallel
+    assert outcome["corrections"] == []
+
+
 def test_ranks_that_saw_the_same_requests_hold_the_same_state(parallel: tuple[str, dict[str, Any]]) -> None:
     _, outcome = parallel
     first, second = outcome["status"]

@@ -60,6 +60,16 @@ def test_gates_that_are_run_as_probes_of_rows_are_counted_as_such(
     assert registry.get_sample_value("trimtab_gate_lowered_total", {"probe": "anger"}) == 6
 
 
+def test_tokens_of_interventions_are_counted_by_kind(metrics: Metrics, registry: CollectorRegistry) -> None:
+    for kind, tokens in (("add", 3), ("clamp", 4), ("add", 5), ("clamp", 0)):
+        metrics.acted(kind, tokens)
+    told = {
+        kind: registry.get_sample_value("trimtab_intervention_tokens_total", {"kind": kind})
+        for kind in ("add", "clamp")
+    }
+    assert told == {"add": 8, "clamp": 4}
+
+
 def test_without_an_answer_the_last_values_stay(metrics: Metrics, registry: CollectorRegistry) -> None:
     metrics.workers([[status(3, 7, 1, gate("calm", 0, 0, 0.0))]])
     metrics.workers([])

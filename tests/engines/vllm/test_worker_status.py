@@ -33,7 +33,15 @@ class Core:
         await self.open[engine].wait()
         rank = int.from_bytes(engine, "little")
         use = {"gate": "g", "probe": "p", "tokens": 3 + rank, "mean": 0.5, "above_half": rank}
-        return [{"rank": 0, "uses": {answer: [use] for answer in answers}}, None]
+        slots = [slot_use(sites, 10 + rank) for sites in ("post_block:0", "post_block:2")]
+        told = {"uses": {answer: [use] for answer in answers}, "slot_uses": {answer: slots for answer in answers}}
+        behind = {"uses": {}, "slot_uses": {answer: [slot_use("post_block:0", 5)] for answer in answers}}
+        return [{"rank": 0, **told}, {"rank": 1, **behind}, None]
+
+
+def slot_use(begins: str, measured: int) -> dict[str, Any]:
+    """What a rank tells of a slot at the sites of its stage."""
+    return {"phase": "prefill", "slot": "s", "begins": begins, "measured": measured, "total": 1.0, "moved": 2}
 
 
 def workers_of(core: Core) -> Workers:
@@ -48,7 +56,7 @@ def test_no_call_carries_a_timeout_and_one_alone_is_under_way_however_many_ask()
         workers = workers_of(core)
         for _ in range(50):
             assert (await workers.ask(0.0)).silent == (0,)
-        asking = [asyncio.create_task(workers.gates(f"a{number}", 60)) for number in range(50)]
+        asking = [asyncio.create_task(workers.uses(f"a{number}", 60)) for number in range(50)]
         page = asyncio.create_task(workers.ask(60, digest=True))
         await asyncio.sleep(0)
         given_up = asyncio.create_task(workers.ask(60))
@@ -57,8 +65,8 @@ def test_no_call_carries_a_timeout_and_one_alone_is_under_way_however_many_ask()
         assert core.calls == [(0, (False, []))]
         core.open[core.core_engines[0]].set()
         told = await asyncio.gather(*asking)
-        assert [uses and uses[0].tokens for uses in told] == [3] * 50
-        assert len((await page).engines[0]) == 1
+        assert [uses and uses.gates[0].tokens for uses in told] == [3] * 50
+        assert len((await page).engines[0]) == 2
         assert core.calls[1:] == [(0, (True, sorted(f"a{number}" for number in range(50))))]
         assert (await workers.ask(60)).silent == ()
         assert len(core.calls) == 3
@@ -71,12 +79,14 @@ def test_what_several_engines_did_for_one_answer_adds_up_and_is_not_told_in_part
         core = Core(0, 1)
         workers = workers_of(core)
         core.open[core.core_engines[0]].set()
-        assert await workers.gates("a", 0.01) is None
+        assert await workers.uses("a", 0.01) is None
         told = await workers.ask(0.01)
         assert (list(told.engines), told.silent) == ([0], (1,))
         core.open[core.core_engines[1]].set()
-        (use,) = await workers.gates("a", 60) or ()
-        assert use == GateUse("p", "g", tokens=7, mean=0.5, above_half=1)
+        uses = await workers.uses("a", 60)
+        assert uses is not None
+        assert uses.gates == [GateUse("p", "g", tokens=7, mean=0.5, above_half=1)]
+        assert [(use.begins, use.measured) for use in uses.slots] == [("post_block:0", 21), ("post_block:2", 21)]
 
     asyncio.run(run())
 
@@ -90,7 +100,7 @@ def test_a_dead_engine_is_silent_and_harms_nobody() -> None:
         for _ in range(2):
             told = await workers.ask(60)
             assert (list(told.engines), told.silent) == ([0], (1,))
-        assert await workers.gates("a", 60) is None
+        assert await workers.uses("a", 60) is None
         await workers.refresh_metrics()
         workers.client = None
         assert await workers.ask(60) == ({}, ())

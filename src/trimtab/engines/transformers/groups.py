@@ -14,7 +14,7 @@ from trimtab.instrument.layers import DecoderLayers
 from trimtab.ops import SteeringBuffers, emit
 from trimtab.ops.args import SlotForm
 from trimtab.program import ResolvedSteering
-from trimtab.program.counting import GateKey
+from trimtab.program.counting import GateKey, SlotUse
 from trimtab.program.lowering import contents_of
 from trimtab.program.slots import counted
 from trimtab.responses import RESPONSES
@@ -74,6 +74,7 @@ class SiteGroup:
         self._runtime: SteeringRuntime | None = None
         self._rows = 0
         self._uses: dict[tuple[int, GateKey], GateUse] = {}  # by row and gate, of runtimes that grew out of use
+        self._slot_uses: list[tuple[int, SlotUse]] = []  # with their rows, likewise
 
     def prepare(self, steering: Sequence[ResolvedSteering | None], tokens: int) -> None:
         """Make room for all of `steering`, one for each row of a pass, and for passes of up to `tokens` tokens."""
@@ -81,7 +82,7 @@ class SiteGroup:
             self._prepare(steering, tokens)
 
     def _prepare(self, steering: Sequence[ResolvedSteering | None], tokens: int) -> None:
-        self._keep_gate_uses()
+        self._keep_uses()
         rows = self._rows = len(steering)
         needed = [contents_of(one, lowers=False) for one in {id(one): one for one in steering if one}.values()]
         buffers = SteeringBuffers(
@@ -115,13 +116,19 @@ class SiteGroup:
 
     def gate_uses(self) -> Mapping[tuple[int, GateKey], GateUse]:
         """What each gate of each row has done in this call. To be read once the call is over."""
-        self._keep_gate_uses()
+        self._keep_uses()
         return self._uses
 
-    def _keep_gate_uses(self) -> None:
+    def slot_uses(self) -> Sequence[tuple[int, SlotUse]]:
+        """What slots did in this call, with the row of each. To be read once the call is over."""
+        self._keep_uses()
+        return self._slot_uses
+
+    def _keep_uses(self) -> None:
         """Take over what the runtime has counted, once: its requests leave it."""
-        for row in range(self._rows if self._runtime is not None and self._gates else 0):
+        for row in range(self._rows if self._runtime is not None and (self._gates or self._slots) else 0):
             assert self._runtime is not None
+            self._slot_uses += ((row, use) for use in self._runtime.slot_report(str(row)))
             for use in self._runtime.gate_report(str(row)):
                 known = self._uses.get((row, use.key))
                 self._uses[row, use.key] = use if known is None else known + use

@@ -180,12 +180,13 @@ class SteeredModel:
             tokens = outputs.tokens(index)
             text = "" if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=True)
             gates = () if session is None else session.gate_uses(index, len(outputs))
+            slots = () if session is None else session.slot_uses(index, len(outputs))
             prompt, fed = outputs.fed(index)
             results.append(
                 Generation(
                     text,
                     tokens,
-                    receipt_of(steered, prompt, fed + 1, gates=gates),
+                    receipt_of(steered, prompt, fed + 1, gates=gates, slots=slots),
                     outputs.per_token("scores", index),
                     outputs.per_token("logits", index),
                 )

@@ -14,7 +14,7 @@ from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.taps import Transform
 from trimtab.program import ResolvedSteering
-from trimtab.program.counting import GateKey
+from trimtab.program.counting import GateKey, SlotUse
 from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
 
@@ -94,15 +94,23 @@ class SteeringSession:
 
     def gate_uses(self, output: int, outputs: int) -> tuple[GateUse, ...]:
         """What each gate did to one of the `outputs`: on its own row, or on all rows of its prompt if they differ."""
-        rows, per_prompt = self._progress.rows, outputs // self._prompts
-        copies, prompt = rows // self._prompts, output // per_prompt
-        mine = [output] if rows == outputs else range(prompt * copies, (prompt + 1) * copies)
+        mine = self._rows_of(output, outputs)
         found: dict[GateKey, GateUse] = {}
         for group in self._groups:
             for (row, gate), use in group.gate_uses().items():
                 if row in mine:
                     found[gate] = found[gate] + use if gate in found else use
         return tuple(found[gate] for gate in sorted(found))
+
+    def slot_uses(self, output: int, outputs: int) -> list[SlotUse]:
+        """What slots did to it, counted as of gates."""
+        mine = self._rows_of(output, outputs)
+        return [use for group in self._groups for row, use in group.slot_uses() if row in mine]
+
+    def _rows_of(self, output: int, outputs: int) -> Sequence[int]:
+        rows, per_prompt = self._progress.rows, outputs // self._prompts
+        copies, prompt = rows // self._prompts, output // per_prompt
+        return [output] if rows == outputs else range(prompt * copies, (prompt + 1) * copies)
 
     def _check_reached(self) -> None:
         """Each site must have been steered once in the pass that is over: receipts must not say more than was done."""

@@ -22,6 +22,7 @@ from trimtab.program.monitor import reaches
 from trimtab.program.resolved_gate import VectorReference
 from trimtab.program.room import check_room
 from trimtab.recent import Recent
+from trimtab.serving.interventions import slots_of
 from trimtab.serving.memo import key_of
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import ModelSites
@@ -57,6 +58,11 @@ class Carried(dict[str, Any]):
     def receipt(self) -> dict[str, Any]:
         """The receipt of an answer that has no tokens yet, in JSON's types; for reading."""
         return receipt_of(self.steering, default_left=self.default_left).as_json()
+
+    @cached_property
+    def slots(self) -> list[set[tuple[str, str]]]:
+        """The slots of each intervention, of which workers tell by phase and digest; for reading."""
+        return slots_of(self.steering)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, ({**self, "vectors": [_copied(vector) for vector in self["vectors"]]},)

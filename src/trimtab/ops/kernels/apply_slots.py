@@ -97,6 +97,8 @@ def launch_apply_slots(args: SlotOpArgs, sizes: Launch | None = None) -> None:
         "slot_mix_stride_2",
         "gate_values_stride_0",
         "gate_values_stride_1",
+        "slot_corrections_stride_0",
+        "slot_corrections_stride_1",
     ],
     do_not_specialize_on_alignment=[
         "p_steering_index",
@@ -105,6 +107,7 @@ def launch_apply_slots(args: SlotOpArgs, sizes: Launch | None = None) -> None:
         "p_slot_params",
         "p_slot_mix",
         "p_gate_values",
+        "p_slot_corrections",
     ],
 )
 def apply_slots_kernel(  # type: ignore[no-untyped-def]
@@ -118,6 +121,7 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
     p_slot_params,
     p_slot_mix,
     p_gate_values,
+    p_slot_corrections,
     tokens,
     steered_stride_0,
     steered_stride_1,
@@ -142,6 +146,8 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
     slot_mix_stride_2,
     gate_values_stride_0,
     gate_values_stride_1,
+    slot_corrections_stride_0,
+    slot_corrections_stride_1,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -163,10 +169,12 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
         if FLOAT32:  # rows with the other digits of what is read
             o_middle = tl.load(at_rows + 2 * slot_rows_stride_2, mask=steered, other=0)
             o_low = tl.load(at_rows + 3 * slot_rows_stride_2, mask=steered, other=0)
+        if LINES > 1 or (BACK and FLOAT32):  # of which some would be spilled
+            o_read, o_write = o_read.to(tl.int32), o_write.to(tl.int32)
         acting = o_read | o_write
         if BACK:  # one that keeps the norm has no direction
             at_stages = p_slot_codes + o_record * slot_codes_stride_0 + i_slot * slot_codes_stride_1
-            acting |= tl.load(at_stages, mask=steered, other=0).to(tl.int64)
+            acting |= tl.load(at_stages, mask=steered, other=0)
         if tl.max(acting, 0) > 0:
             at_codes = p_slot_codes + o_record * slot_codes_stride_0 + i_slot * slot_codes_stride_1
             at_params = p_slot_params + o_record * slot_params_stride_0 + i_slot * slot_params_stride_1
@@ -205,11 +213,13 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                 only_grown = tl.max(tl.where((code == KEEP_NORM_CODE) & (number > 0.0), 1, 0), 0) > 0
 
             score = tl.zeros([LINES], tl.float32)
+            b_held = tl.zeros([BLOCK], p_steered.dtype.element_ty)  # the piece, where there is one
             for start in range(0, WIDTH, BLOCK):
                 o_h = start + tl.arange(0, BLOCK).to(tl.int64)
                 in_row = o_h < WIDTH
                 at_steered = p_steered + o_token * steered_stride_0 + o_h * steered_stride_1
-                b_y = tl.load(at_steered, mask=in_row, other=0.0).to(tl.float32)
+                b_held = tl.load(at_steered, mask=in_row, other=0.0)
+                b_y = b_held.to(tl.float32)
                 if SPLIT:
                     at_rest = p_hidden_rest + o_token * hidden_rest_stride_0 + o_h * hidden_rest_stride_1
                     b_rest = tl.load(at_rest, mask=in_row, other=0.0).to(tl.float32)
@@ -219,14 +229,14 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                     b_x = tl.load(at_hidden, mask=in_row, other=0.0).to(tl.float32)
                     if SPLIT:
                         b_x += b_rest
-                    at_first = p_steering_table + o_first[:, None] * steering_table_stride_0
+                    at_first = p_steering_table + o_first[:, None].to(tl.int64) * steering_table_stride_0
                     b_first = tl.load(
                         at_first + o_h[None, :] * steering_table_stride_1,
                         mask=(o_first > 0)[:, None] & in_row[None, :],
                         other=0.0,
                     )
                     b_y = begun(b_y, b_x, 0.0, taken, first_amount, b_first)
-                at_read = p_steering_table + o_read[:, None] * steering_table_stride_0
+                at_read = p_steering_table + o_read[:, None].to(tl.int64) * steering_table_stride_0
                 b_read = tl.load(
                     at_read + o_h[None, :] * steering_table_stride_1,
                     mask=(o_read > 0)[:, None] & in_row[None, :],
@@ -259,6 +269,9 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
             if FLOAT32:
                 c = respond_to_feature(c, code, u, at_numbers, slot_params_stride_2)
             c *= opened
+            # Here, so that nothing is held for it; behind a store a compiler loads anew what is not in `b_held`.
+            at_corrections = p_slot_corrections + i_slot.to(tl.int64) * slot_corrections_stride_0
+            tl.store(at_corrections + o_token * slot_corrections_stride_1, c + firsts if BACK else c, mask=is_slot)
             amount = tl.sum(b_mix * c[None, :], 1)
             o_along = tl.where(o_write > 0, o_write, o_read)
             kept = tl.cast(1.0, tl.float32)
@@ -269,13 +282,16 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
                     o_h = start + tl.arange(0, BLOCK).to(tl.int64)
                     in_row = o_h < WIDTH
                     at_steered = p_steered + o_token * steered_stride_0 + o_h * steered_stride_1
-                    at_along = p_steering_table + o_along[:, None] * steering_table_stride_0
+                    at_along = p_steering_table + o_along[:, None].to(tl.int64) * steering_table_stride_0
                     b_along = tl.load(
                         at_along + o_h[None, :] * steering_table_stride_1,
                         mask=(o_along > 0)[:, None] & in_row[None, :],
                         other=0.0,
                     )
-                    b_z = tl.load(at_steered, mask=in_row, other=0.0).to(tl.float32)
+                    if BLOCK < WIDTH or BACK:
+                        b_z = tl.load(at_steered, mask=in_row, other=0.0).to(tl.float32)
+                    else:
+                        b_z = b_held.to(tl.float32)
                     if BACK:
                         b_rest = tl.zeros([BLOCK], tl.float32)
                         if SPLIT:

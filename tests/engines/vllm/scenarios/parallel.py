@@ -5,6 +5,7 @@ import sys
 from support import (
     HOOKS,
     SLOTS,
+    corrections,
     differences,
     eight_specs,
     engine,
@@ -36,6 +37,7 @@ def parallel(kind: str, requests: int, mode: str = "eager") -> None:
             "mixed": differences(generate(llm, prompts, specs), expected),
             "again": differences(generate(llm, prompts, specs), expected),
             "status": status(llm),
+            "corrections": corrections(llm, model, random_prompts([9, 5, 14, 6], 9), kinds[-4:], 4),
         }
     )
 

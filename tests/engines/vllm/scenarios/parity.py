@@ -5,6 +5,7 @@ import sys
 from support import (
     ALL_KINDS,
     SLOTS,
+    corrections,
     differences,
     eight_specs,
     engine,
@@ -69,6 +70,9 @@ def _slots(folder, model, mode, requests):
         "slots status": status(llm),
         "slots receipts": receipts(llm, model, prompts[:8], specs[:8], [1, 2, 5, 1, 1, 3, 4, 2]),
         "slots refused": _refused(llm),
+        "corrections": corrections(
+            llm, model, random_prompts([5 + (37 * i) % 83 for i in range(15)], 9), kinds[:15], 5
+        ),
     }
 
 

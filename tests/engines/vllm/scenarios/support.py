@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,11 +295,13 @@ def oracle(
 def receipts(
     llm: Any, model: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], counts: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Where the identities and steered tokens of offline outputs differ from those of the embedded engine."""
+    """Where the identities and steered tokens of offline outputs, and what they tell of interventions, differ from what
+    the embedded engine says."""
     from trimtab import SteeredModel
 
+    keys = ("identity", "steered_tokens", "interventions")
     told = [getattr(output, "steering", None) for output in outputs_of(llm, prompts, specs, counts)]
-    found = [receipt and {key: receipt[key] for key in ("identity", "steered_tokens")} for receipt in told]
+    found = [receipt and {key: receipt[key] for key in keys} for receipt in told]
     due: list[Any] = []
     with SteeredModel(model, None) as steered:
         for prompt, spec, count in zip(prompts, specs, counts, strict=True):
@@ -307,8 +310,54 @@ def receipts(
             )
             identity = {phase.value: text for phase, text in output.receipt.identity.items()}
             tokens = {phase.value: number for phase, number in output.receipt.steered_tokens.items()}
-            due.append(None if spec is None else {"identity": identity, "steered_tokens": tokens})
+            told = [replace(use, corrections=None).as_json() for use in output.receipt.interventions]
+            due.append(
+                None if spec is None else {"identity": identity, "steered_tokens": tokens, "interventions": told}
+            )
     return differences(found, due)
+
+
+def corrections(llm: Any, model: Any, prompts: Sequence[list[int]], specs: Sequence[Spec], count: int) -> list[str]:
+    """What workers tell of the slots of each request, where it is not what the embedded engine tells. The requests must
+    find nothing in the prefix cache."""
+    from trimtab import SteeredModel
+    from trimtab.engines.vllm.frontend import accounts
+    from trimtab.engines.vllm.frontend.workers import slots_of_one_engine
+    from trimtab.serving.interventions import corrections_of
+
+    opened: list[accounts.Account] = []
+    init = accounts.Account.__init__
+
+    def noted(self: Any, carried: Any) -> None:
+        init(self, carried)
+        opened.append(self)
+
+    accounts.Account.__init__ = noted  # type: ignore[method-assign]
+    try:
+        generate(llm, prompts, specs, count)
+    finally:
+        accounts.Account.__init__ = init  # type: ignore[method-assign]
+    states = llm.collective_rpc("trimtab_status", args=(False, [account.name for account in opened]))
+    wrong, steered = [], [(prompt, spec) for prompt, spec in zip(prompts, specs, strict=True) if spec is not None]
+    assert len(opened) == len(steered)
+    with SteeredModel(model, None) as embedded:
+        for (prompt, spec), account in zip(steered, opened, strict=True):
+            found = corrections_of(account.slots, slots_of_one_engine(states, account.name))
+            (output,) = embedded.generate(
+                [prompt], steering=[spec], max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            for use, own in zip(output.receipt.interventions, found, strict=True):
+                due = use.corrections
+                if not _alike(own, due):
+                    wrong.append(f"{use.asked.kind} {use.asked.place}: {own}, due {due}")
+    return wrong
+
+
+def _alike(found: Any, due: Any) -> bool:
+    if found is None or due is None:
+        return found is due
+    near = abs(found.mean - due.mean) <= 1e-3 * due.mean + 1e-5  # below: what rounding leaves of an ablated stream
+    return found.measured == due.measured and near and abs(found.touched - due.touched) <= 0.1
 
 
 def differences(found: Sequence[Any], expected: Sequence[Any]) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from trimtab.engines.vllm.carried import TICKET, Carried
 from trimtab.program.counting import steered_tokens
+from trimtab.serving.interventions import tokens_of
+from trimtab.serving.metrics import metrics
 
 ACCOUNT_NAME = re.compile("[0-9a-f]{32}")
 
@@ -37,17 +39,28 @@ class Account:
         return bool(self.carried.steering.gates)
 
     @property
+    def slots(self) -> list[set[tuple[str, str]]]:
+        """The slots of each intervention, by phase and digest."""
+        return self.carried.slots
+
+    @property
+    def measured(self) -> bool:
+        """Whether only workers know all of what was done."""
+        return self.gated or any(self.slots)
+
+    @property
     def complete(self) -> bool:
         """Whether requests of the answer have begun, and all that have are finished."""
         return self._finished > 0 and not self._running
 
     @property
     def receipt(self) -> dict[str, Any]:
-        """The receipt of the admission, and `steered_tokens` of all requests that are finished: the same object always,
+        """The receipt of the admission, and the tokens of all requests that are finished: the same object always,
         brought up to date as they finish."""
         if self._receipt is None:
             told = self.carried.receipt
-            self._receipt = {**told, "steered_tokens": dict(told["steered_tokens"])}
+            own = {"steered_tokens": dict(told["steered_tokens"]), "interventions": [*map(dict, told["interventions"])]}
+            self._receipt = {**told, **own}
         return self._receipt
 
     def begun(self) -> None:
@@ -61,6 +74,10 @@ class Account:
         counts = self.receipt["steered_tokens"]
         for phase, number in steered_tokens(self.carried.steering, prompt_length, new_tokens).items():
             counts[phase.value] += number
+        tokens = tokens_of(self.carried.steering, prompt_length, new_tokens)
+        for told, number in zip(self.receipt["interventions"], tokens, strict=True):
+            told["tokens"] += number
+            metrics().acted(told["kind"], number)
 
 
 class Ticket(dict[str, str]):

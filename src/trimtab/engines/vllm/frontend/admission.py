@@ -121,7 +121,7 @@ class FrontEnd:
         if self._default_admission is None or self._default_admission[0] is not names:
             assert self.default is not None
             try:
-                asked = self._resolve(self.default.spec, names)
+                asked = self._resolve(self.default.spec, names, self.default.count)
                 if not asked.sites:
                     raise SteeringError("interventions", "adds nothing: leave the default out, or correct it")
                 admitted = self._carried(asked, 1.0)

@@ -1,4 +1,4 @@
-"""What only the workers know, asked of them through the engine's client: their state, and what gates did.
+"""What only the workers know, asked of them through the engine's client: their state, what gates and slots did.
 
 An executor matches replies to calls by their order alone. A call that gave up waiting would leave its reply in the
 queue, and every later call, the engine's own steps included, would read the one before its own. So no call carries a
@@ -14,19 +14,27 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trimtab.engines.vllm.frontend.requests import current_front_end
-from trimtab.program.counting import GateKey, GateUse
+from trimtab.program.counting import GateKey, GateUse, SlotUse
+from trimtab.serving.interventions import added
 from trimtab.serving.metrics import metrics
 
 CORE_METHOD = "trimtab_status"
 
 State = dict[str, Any]  # of one worker
 
-RECEIPT_WAIT = 1.0  # seconds that an answer waits for what its gates did
+RECEIPT_WAIT = 1.0  # seconds that an answer waits for what its gates and slots did
 SCRAPE_WAIT = 1.0  # seconds that a scrape of /metrics waits
 PAGE_WAIT = 5.0  # seconds that a page which shows nothing else waits
 _STATUS_AGE = 1.0  # seconds for which a scrape of /metrics reuses the last answers
 
 logger = logging.getLogger("vllm.trimtab")
+
+
+class Uses(NamedTuple):
+    """What was done for one account."""
+
+    gates: list[GateUse]
+    slots: list[SlotUse]
 
 
 class Told(NamedTuple):
@@ -46,7 +54,7 @@ class Workers:
         self._last: dict[int, list[State]] = {}  # what metrics show of engines that are silent now
 
     async def ask(self, seconds: float | None, *, digest: bool = False, answers: Iterable[str] = ()) -> Told:
-        """The state of each worker, with its `digest`, and with what gates did for the accounts `answers`.
+        """The state of each worker, with its `digest`, and with what gates and slots did for the accounts `answers`.
 
         Engines that do not answer within `seconds`, or are dead, are `silent`. Never raises for them.
         """
@@ -62,12 +70,14 @@ class Workers:
         told = {rank: reply.result() for rank, reply in zip(ranks, replies, strict=True) if _answered(reply)}
         return Told(told, tuple(rank for rank in ranks if rank not in told))
 
-    async def gates(self, answer: str, seconds: float = RECEIPT_WAIT) -> list[GateUse] | None:
-        """What each gate did for the account `answer`; None if workers did not say so in time."""
+    async def uses(self, answer: str, seconds: float = RECEIPT_WAIT) -> Uses | None:
+        """What each gate and slot did for the account `answer`; None if workers did not say so in time."""
         told = await self.ask(seconds, answers=[answer])
         if told.silent or not all("uses" in state for states in told.engines.values() for state in states):
             return None
-        return _added([_of_one_engine(states, answer) for states in told.engines.values()])
+        gates = _added([_of_one_engine(states, answer) for states in told.engines.values()])
+        slots = [use for states in told.engines.values() for use in slots_of_one_engine(states, answer)]
+        return Uses(gates, added(slots))
 
     async def refresh_metrics(self) -> None:
         """Bring the gauges up to date; the page is served with the old values where workers do not answer."""
@@ -144,6 +154,16 @@ def _of_one_engine(states: Iterable[State], answer: str) -> dict[GateKey, GateUs
         if known is None or (use.tokens, use.lowered) >= (known.tokens, known.lowered):
             uses[use.key] = use
     return uses
+
+
+def slots_of_one_engine(states: Iterable[State], answer: str) -> Iterable[SlotUse]:
+    """By the sites where they acted: those of another stage begin elsewhere, and ranks of one stage count the same."""
+    uses: dict[tuple[str, str, str], SlotUse] = {}
+    for use in (SlotUse(**use) for state in states for use in state["slot_uses"].get(answer, ())):
+        known = uses.setdefault((use.phase, use.slot, use.begins), use)
+        if use.measured > known.measured:
+            uses[use.phase, use.slot, use.begins] = use
+    return uses.values()
 
 
 def _added(engines: Iterable[Mapping[GateKey, GateUse]]) -> list[GateUse]:

@@ -25,9 +25,9 @@ def add_gate_routes(app: FastAPI, workers: Workers, answers: Answers) -> None:
             return refusal(error, 404)
         if name is None:
             return refusal(SteeringError("id", f"several answers have the id {answer_id!r:.160}; {BY_NAME}"), 409)
-        uses = await workers.gates(name, PAGE_WAIT)
+        uses = await workers.uses(name, PAGE_WAIT)
         if uses is None:
             return refusal(SteeringError("id", f"the workers did not answer within {PAGE_WAIT:g} seconds"), 503)
-        return JSONResponse(with_gates({"id": answer_id}, uses))
+        return JSONResponse(with_gates({"id": answer_id}, uses.gates))
 
     app.add_api_route("/v1/steering/gates/{answer_id}", gate_uses, methods=["GET"])

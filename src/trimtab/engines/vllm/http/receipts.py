@@ -14,6 +14,7 @@ from trimtab.engines.vllm.frontend.accounts import Account, Answers
 from trimtab.engines.vllm.frontend.admission import FIELD
 from trimtab.engines.vllm.frontend.requests import Exchange, exchange
 from trimtab.engines.vllm.frontend.workers import Workers
+from trimtab.serving.interventions import with_corrections
 from trimtab.serving.receipt import with_gates
 from trimtab.sites import Phase
 
@@ -46,14 +47,22 @@ class ExchangeMiddleware:
 
 
 async def told(account: Account, workers: Workers) -> dict[str, Any]:
-    """The receipt of an answer, with what its gates did. If workers do not say so in time, `gates` is None and
-    `gates_missing` the reason: an answer does not wait for numbers about it. Where requests of the answer are not
-    finished (one that is made in the background), what was steered is not known: `steered_tokens` is None."""
+    """The receipt of an answer, with what its gates and slots did.
+
+    If workers do not say so in time, `gates` is None and `gates_missing` the reason, and likewise for corrections: an
+    answer does not wait for numbers about it. Where requests of the answer are not finished (one that is made in the
+    background), what was steered is not known: `steered_tokens` is None, and so are the tokens of interventions.
+    """
+    receipt = account.receipt
     if not account.complete:
-        return {**account.receipt, "steered_tokens": None}
-    if not account.gated:
-        return account.receipt
-    return with_gates(account.receipt, await workers.gates(account.name))
+        unknown = [entry | {"tokens": None} for entry in receipt["interventions"]]
+        return {**receipt, "steered_tokens": None, "interventions": unknown}
+    if not account.measured:
+        return receipt
+    uses = await workers.uses(account.name)
+    if any(account.slots):
+        receipt = with_corrections(receipt, account.slots, None if uses is None else uses.slots)
+    return with_gates(receipt, None if uses is None else uses.gates) if account.gated else receipt
 
 
 def _last_event(body: bytes) -> re.Match[bytes] | None:

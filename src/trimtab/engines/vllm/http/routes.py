@@ -33,6 +33,7 @@ from trimtab.sites import site_order
 
 logger = logging.getLogger("vllm.trimtab")
 
+OF_ANSWERS = {"uses", "slot_uses"}  # said of answers that were asked about
 OF_POOL = {"rows_reserved", "requests_waiting"}  # of an engine, said with the states of its workers
 
 
@@ -119,9 +120,9 @@ def check_workers(front_end: FrontEnd, engines: Mapping[int, Sequence[Mapping[st
 
 
 def _shown(worker: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page shows of a worker: not what gates did for answers that were asked about in the same call, nor what
+    """What the page shows of a worker: not what was done for answers that were asked about in the same call, nor what
     its engine said."""
-    return {str(key): _plain(value) for key, value in worker.items() if key != "uses" and key not in OF_POOL}
+    return {str(key): _plain(value) for key, value in worker.items() if key not in OF_ANSWERS and key not in OF_POOL}
 
 
 def _tables(workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

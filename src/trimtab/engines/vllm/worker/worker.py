@@ -60,7 +60,7 @@ def attach_worker(worker: Any) -> WorkerSteering:
 
 
 def worker_status(worker: Any, digest: bool = True, answers: Sequence[str] = ()) -> dict[str, Any]:
-    """What is on, in plain values, and what gates did for the accounts `answers`. Waits for the current
+    """What is on, in plain values, and what gates and slots did for the accounts `answers`. Waits for the current
     step. Digests of ranks that saw the same requests are equal; one costs a pass over the state.
 
     Never raises: where one worker of several fails, vLLM leaves the replies of the others unread, and takes them for
@@ -92,6 +92,7 @@ def _status(worker: Any, digest: bool, answers: Sequence[str]) -> dict[str, Any]
         "gates": [asdict(use) for use in runtime.gate_totals()] if runtime else [],
         "probe_sites": [str(site) for site in gates.probe_sites] if gates else [],
         "slot_sites": [str(site) for site in slots.sites] if slots else [],
+        "slot_uses": {name: [asdict(use) for use in runtime.slot_report(name)] for name in answers} if runtime else {},
         "uses": {name: [asdict(use) for use in runtime.gate_report(name)] for name in answers} if runtime else {},
     }
     return status | {"digest": runtime.digest() if runtime else ""} if digest else status
