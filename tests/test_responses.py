@@ -6,7 +6,7 @@ import pytest
 from torch import Tensor
 
 from trimtab.ops import responses as computed
-from trimtab.responses import CODES, RESPONSES, TURN, Response, by_name
+from trimtab.responses import CODES, RESPONSES, TURN, Response, Stage, by_name
 
 
 @pytest.mark.parametrize("known", RESPONSES.values(), ids=RESPONSES)
@@ -40,3 +40,6 @@ def test_a_response_that_nothing_computes_is_refused(monkeypatch: pytest.MonkeyP
     for functions in ([], [soften]):
         with pytest.raises(ValueError, match=r"'soften' needs the function soften\(u, limit\) in trimtab\.ops\.resp"):
             computed.by_name(*computed.EXPRESSIONS.values(), *functions)
+    monkeypatch.setattr(computed, "RESPONSES", by_name(*RESPONSES.values(), replace(own, stage=Stage.FIRST)))
+    with pytest.raises(ValueError, match=r"'soften' looks back, and trimtab\.ops\.looking_back does not compute it"):
+        computed.by_name(*computed.EXPRESSIONS.values(), soften)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.responses import RESPONSES, Stage
+from trimtab.responses import KEEP_NORM, NORM, REPLACE, RESPONSES, Stage
 
 
 def clip(u: Tensor, strength: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -31,11 +31,13 @@ def feature(u: Tensor, threshold: Tensor, scale: Tensor, add: Tensor, low: Tenso
 
 
 def by_name(*functions: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
-    """The functions by their names. Raises `ValueError` where a response has none, or one of other arguments."""
+    """The functions by their names. Raises `ValueError` where a response has none, or of other arguments."""
     found = {function.__name__: function for function in functions}
     for name, response in RESPONSES.items():
         if response.stage is not Stage.LOCAL:
-            continue  # `trimtab.ops.looking_back` has them
+            if response not in (REPLACE, NORM, KEEP_NORM):
+                raise ValueError(f"the response {name!r} looks back, and trimtab.ops.looking_back does not compute it")
+            continue
         wanted = ["u", *(["v"] if response.sees_two else []), *response.numbers]
         if name not in found or list(inspect.signature(found[name]).parameters) != wanted:
             raise ValueError(f"the response {name!r} needs the function {name}({', '.join(wanted)}) in {__name__}")
