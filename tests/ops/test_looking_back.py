@@ -65,7 +65,7 @@ def adding(response: str, dtype: torch.dtype, *, gates: bool, row_monitor: bool)
     if gates:
         decided = buffers.gates
         decided.rows.fill_(3), decided.probes.fill_(1), decided.sites.fill_(1)
-        decided.params[:] = torch.tensor([1.5, 0.0, 1e-3, 0.0])
+        decided.params[:] = torch.tensor([1.5, 0.0, 1e-3, 0.0, 0.0])
         decided.probe_table[1] = torch.randn(WIDTH, generator=random) / WIDTH
     module = nn.Module()
     buffers.attach(module, SITE)
