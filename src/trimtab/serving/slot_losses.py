@@ -2,9 +2,10 @@
 
 Two bounds, both for a default of which d is a sum of additions, and no number is so small that it is left out.
 
-**Slots that only move a projection towards 0 or a bound, one at a site.** They make no change of the stream longer, and
-change it within the span W of their directions alone. What was put into W is at most `within` long: what the default
-adds within W, and all that the request adds or its slots write of themselves. So along d they take at most
+**Slots that only move a projection towards 0 or a bound, one at a site.** What they take of the model's own stream is
+not counted: it is not the default's. They make no change of the stream longer, and change it within the span W of their
+directions alone. What was put into W is at most `within` long: what the default adds within W, and all that the request
+adds or its slots write of themselves. So along d they take at most
 
     2 |d_W| within + 5 |d| rest
 
