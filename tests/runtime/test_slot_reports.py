@@ -163,3 +163,17 @@ def test_a_pass_that_was_not_planned_does_not_change_what_the_last_one_counted(b
     assert (use.measured, use.total) == (4 * len(SITES), 3.0 * len(SITES))
     runtime.before_unplanned_pass()
     assert use in runtime.slot_report("a")
+
+
+def test_what_slots_did_is_summed_before_their_row_is_given_to_others():
+    buffers = make_slot_buffers(max_rows=3)
+    runtime = SteeringRuntime(buffers, max_requests=9)
+    for name, sites in (("a", SITES), ("b", SITES[1:])):
+        runtime.admit(name, steering([Ask(VECTORS[0] if name == "a" else VECTORS[1], sites=sites)]))
+        runtime.step([name], [0], [2], [9])
+        buffers.slots.corrections[:, :, :2] = 0.5
+        runtime.release(name)
+    for name, sites in (("a", SITES), ("b", SITES[1:])):
+        (use,) = (use for use in runtime.slot_report(name) if use.measured)
+        assert (use.measured, use.total) == (2 * len(sites), 1.0 * len(sites))
+        assert {type(value) for value in vars(use).values()} == {str, int, float}  # as every encoder knows them

@@ -68,7 +68,7 @@ class SlotMeters(TokenMeters[_Named]):
         """What each slot of the requests of `owner` has done so far at the sites of this rank; waits for the pass under
         way."""
         return tuple(
-            SlotUse(named.phase, named.slot, named.begins, int(tokens) * named.sites, total, int(moved))
+            SlotUse(named.phase, named.slot, named.begins, int(tokens) * named.sites, float(total), int(moved))
             for named, (tokens, total, moved) in sorted(self.sums(owner).items())
         )
 
