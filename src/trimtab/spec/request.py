@@ -22,6 +22,7 @@ from trimtab.program.slot_sets import formed
 from trimtab.sites import ModelSites, Phase, Site, SlotLimits, site_order
 from trimtab.spec.base import Model, below, keys_are_text
 from trimtab.spec.kinds import KINDS, Step
+from trimtab.spec.kinds.intervention import Vectors
 from trimtab.vectors.inline import MAX_INLINE_BYTES
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
@@ -92,10 +93,12 @@ class Steering(Model):
         probes: Mapping[str, Probe] | None = None,
         *,
         defaults: int = 0,
+        norms: Mapping[Site, float] | None = None,
     ) -> ResolvedSteering:
         """The programs that an engine serving `model` runs, names being looked up in `vectors` and `probes`.
 
         The first `defaults` of the interventions are those of a server's default: where slots clash, the fault says so.
+        `norms` are the stream's median norms, for doses of vectors whose metadata do not have them.
         Raises `SteeringError` for unknown names, for sites and widths that the model does not have, for sums out of
         range, for slots that clash, and for kinds and gates that the engine does not serve.
         """
@@ -107,7 +110,7 @@ class Steering(Model):
                 raise SteeringError(f"interventions[{index}].{field}", _undeclared(step.needs, model.slots))
         if self.keep_norm and "keep_norm" not in model.slots.kinds:
             raise SteeringError("keep_norm", _undeclared("keep_norm", model.slots))
-        lowered = self._lowered(vectors, probes, defaults)
+        lowered = self._lowered(Vectors(vectors, norms or {}), probes, defaults)
         for index, items in enumerate(lowered):
             for item in items:
                 self._check_sites(index, item, model)
@@ -127,15 +130,17 @@ class Steering(Model):
         phase: Phase | str,
         vectors: Mapping[str, SteeringVector] | None = None,
         probes: Mapping[str, Probe] | None = None,
+        norms: Mapping[Site, float] | None = None,
     ) -> str:
         """Hex digest of all that changes the KV of that phase's tokens; "" where the spec leaves them unsteered.
 
         In an engine with a monitor the identity of decode tokens is another: see `trimtab.program.monitor`.
         """
-        return self._programs(self._lowered(vectors or {}, probes))[SPANS.index(Phase(phase))].identity
+        lowered = self._lowered(Vectors(vectors or {}, norms or {}), probes)
+        return self._programs(lowered)[SPANS.index(Phase(phase))].identity
 
     def _lowered(
-        self, vectors: Mapping[str, SteeringVector], probes: Mapping[str, Probe] | None, defaults: int = 0
+        self, vectors: Vectors, probes: Mapping[str, Probe] | None, defaults: int = 0
     ) -> list[tuple[Term | Slot, ...]]:
         """What each intervention comes down to."""
         lowered: list[tuple[Term | Slot, ...]] = []

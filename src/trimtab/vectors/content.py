@@ -24,7 +24,11 @@ def model_name(config: Any) -> str:
 
     A file is passed on, and where a folder lies says more of the machine than of the model.
     """
-    name = str(getattr(config, "_name_or_path", "") or "")
+    return short_name(str(getattr(config, "_name_or_path", "") or ""))
+
+
+def short_name(name: str) -> str:
+    """A model's hub name as it is, and its folder's own name of a path."""
     path = Path(name)
     local = path.is_absolute() or name.startswith((".", "~")) or path.is_dir()
     return path.expanduser().resolve().name if name and local else name

@@ -14,20 +14,26 @@ from trimtab.sites import HookPoint, Site
 from trimtab.vectors.vector import SteeringVector
 
 DOSE_LIMIT = "dose_limit"  # of the metadata: the largest dose at which text was found intact
+STREAM_NORM = "stream_norm."  # of the metadata: before HOOK.LAYER, the median norm of the stream there
 LARGEST_UNTRIED_DOSE = 1.0  # as long as the stream itself
 
 
 def stream_norm_key(site: Site) -> str:
     """The key of the metadata that holds the stream's median norm at `site`."""
-    return f"stream_norm.{site.hook.value}.{site.layer}"
+    return f"{STREAM_NORM}{site.hook.value}.{site.layer}"
+
+
+def says_norms(vector: SteeringVector) -> bool:
+    """Whether the metadata of `vector` hold a norm of the stream anywhere."""
+    return any(key.startswith(STREAM_NORM) for key in vector.metadata.extra)
 
 
 def without_stream_norms(vector: SteeringVector) -> SteeringVector:
-    """The same vector saying nothing of streams, so that no dose of it is served: for places that know vectors by the
-    digest of their numbers, and could not tell it from another whose norms were measured elsewhere."""
-    kept = {key: value for key, value in vector.metadata.extra.items() if not key.startswith("stream_norm.")}
-    if len(kept) == len(vector.metadata.extra):
+    """The same vector saying nothing of streams, so that a dose of it is one by the engine's norms alone: for places
+    that know vectors by the digest of their numbers, and could not tell it from another with other norms."""
+    if not says_norms(vector):
         return vector
+    kept = {key: value for key, value in vector.metadata.extra.items() if not key.startswith(STREAM_NORM)}
     return vector.with_metadata(replace(vector.metadata, extra=kept))
 
 

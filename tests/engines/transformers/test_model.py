@@ -11,6 +11,7 @@ from trimtab import spec as spec_module
 from trimtab.engines.transformers import SteeredModel
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
+from trimtab.vectors.content import VectorMetadata
 from trimtab.vectors.vector import SteeringVector
 
 PROMPTS = [[5, 17, 3, 44, 9], [7, 8]]
@@ -188,3 +189,54 @@ def test_from_pretrained_loads_model_and_tokenizer_from_a_folder(llama, tokenize
         assert list(loaded.vectors) == ["calm"]
         assert (loaded.sites.hidden_size, loaded.sites.num_layers) == (32, 3)
         assert loaded.sites.hook_points == tuple(HookPoint)
+
+
+def norms_of(llama, norms: dict[str, str], width: int = 32) -> SteeringVector:
+    extra = {f"stream_norm.{key}": value for key, value in norms.items()}
+    metadata = VectorMetadata(base_model="org/other", extra=extra)
+    return SteeringVector({Site(0, HookPoint.POST_BLOCK): np.ones(width)}, metadata)
+
+
+def test_a_dose_is_counted_in_the_norms_that_the_model_was_given(llama, tmp_path, caplog):
+    """Against the same addition with its scale written out."""
+    vector, told = calm(layers=(1,)), norms_of(llama, {"post_block.1": "6.0"})
+    told.save(tmp_path / "told.safetensors")
+    raw = 2.0 * 6.0 / np.linalg.norm(vector.directions[Site(1, HookPoint.POST_BLOCK)].astype(np.float64))
+
+    def ask(model, **more):
+        step = {"kind": "add", "vector": vector, **more}
+        return model.generate(PROMPTS, {"interventions": [step]}, max_new_tokens=2, output_logits=True)
+
+    with SteeredModel(llama) as model:
+        expected = ask(model, scale=raw)
+        with pytest.raises(SteeringError, match="`norms`"):
+            ask(model, scale=2.0, unit="dose")
+    llama.config._name_or_path = "org/tiny"
+    for norms in (told, tmp_path / "told.safetensors", str(tmp_path / "told.safetensors")):
+        with SteeredModel(llama, norms=norms) as model:
+            for one, other in zip(ask(model, scale=2.0, unit="dose"), expected, strict=True):
+                np.testing.assert_allclose(np.array(one.logits), np.array(other.logits), rtol=1e-5, atol=1e-6)
+    assert "norms: measured in org/other, where org/tiny is served" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("norms", "said"),
+    [
+        ({}, "has no norms"),
+        ({"post_block.1": "0"}, "above 0"),
+        ({"post_block.99": "1"}, "post_block:99; the model has layers"),
+        ({"post_block.1": "1", "width": 16}, "width 16"),
+    ],
+)
+def test_norms_that_are_none_of_this_model_are_refused(llama, norms, said):
+    given = norms_of(llama, {key: value for key, value in norms.items() if key != "width"}, norms.get("width", 32))
+    with pytest.raises(SteeringError, match=said) as caught:
+        SteeredModel(llama, norms=given)
+    assert caught.value.field == "norms"
+
+
+@pytest.mark.parametrize("norms", ["/nowhere.safetensors", 3.0])
+def test_norms_that_cannot_be_read_are_refused(llama, norms):
+    with pytest.raises(SteeringError) as caught:
+        SteeredModel(llama, norms=norms)
+    assert caught.value.field == "norms"

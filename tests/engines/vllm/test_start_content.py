@@ -16,7 +16,9 @@ from trimtab.engines.vllm.settings import stamp
 from trimtab.engines.vllm.settings.travelling import Travelling
 from trimtab.errors import SteeringError
 from trimtab.sites import HookPoint, Site
+from trimtab.vectors.content import VectorMetadata
 from trimtab.vectors.probe import Probe
+from trimtab.vectors.stream_norms import StreamNorms
 from trimtab.vectors.vector import SteeringVector
 
 pytestmark = pytest.mark.vllm
@@ -133,3 +135,62 @@ def test_workers_that_were_configured_otherwise_stop_the_start(config: Any) -> N
             continue
         with pytest.raises(SteeringError, match=r"workers \[1\] were configured in another way .*table_memory"):
             checks.check_workers(config, executor)
+
+
+def norms_file(config: Any, path: Path, *, base_model: str = "", width: int = H, **norms: str) -> None:
+    """Gives an engine a file of norms; a key is HOOK_LAYER."""
+    extra = {f"stream_norm.{'.'.join(key.rsplit('_', 1))}": value for key, value in norms.items()}
+    metadata = VectorMetadata(base_model=base_model, extra=extra)
+    SteeringVector({SITES[0]: [1.0] * width}, metadata).save(path)
+    config.additional_config["steering"]["norms"] = str(path)
+
+
+def test_norms_are_stamped_and_the_same_where_requests_are_taken(
+    config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "norms.safetensors"
+    norms_file(config, path, base_model="org/tiny", post_block_1="3.0")
+    stamp.prepare_config(config)
+    away = elsewhere(config)
+    away.model_config = SimpleNamespace(**vars(config.model_config), model="org/other")
+    front = build_front_end(away)
+    assert front is not None
+    assert front.norms == StreamNorms({SITES[1]: 3.0}, H, "org/tiny")
+    assert "norms: measured in org/tiny, where org/other is served" in caplog.text
+    given = {"interventions": [{"kind": "add", "vector": "calm", "unit": "dose"}]}
+    assert front.admit(given) is not None
+    told = stamp.stamp_digest(config)
+    norms_file(away, path, post_block_1="4.0")
+    with pytest.raises(SteeringError, match="other norms here than where the engine was configured") as caught:
+        build_front_end(elsewhere(config))
+    assert caught.value.field == "steering.norms"
+    stamp.prepare_config(again := elsewhere(config))
+    assert stamp.stamp_digest(again) != told  # so a node with another file stops the start
+
+
+@pytest.mark.parametrize(
+    ("norms", "said"),
+    [
+        ({}, "norms.safetensors cannot be loaded.*has no norms"),
+        ({"post_block_1": "nan"}, "norms.safetensors cannot be loaded.*finite"),
+        ({"post_block_2": "1"}, "post_block:2; the model has layers 0 to 1"),
+        ({"mlp_out_1": "1"}, "has norms at mlp_out:1, and none where this engine steers"),
+        ({"post_block_1": "1", "width": H + 1}, "width 5, this model has hidden size 4"),
+    ],
+)
+def test_what_are_no_norms_of_this_model_stops_the_start(
+    norms: dict[str, Any], said: str, config: Any, tmp_path: Path
+) -> None:
+    norms_file(config, tmp_path / "norms.safetensors", **norms)
+    with pytest.raises(SteeringError, match=said) as caught:
+        stamp.prepare_config(config)
+    assert caught.value.field == "steering.norms"
+
+
+def test_norms_that_cannot_be_read_stop_the_start(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    for name in ("junk.safetensors", "missing.safetensors"):
+        config.additional_config["steering"]["norms"] = str(tmp_path / name)
+        with pytest.raises(SteeringError, match=f"{name} cannot be loaded") as caught:
+            stamp.prepare_config(config)
+        assert caught.value.field == "steering.norms"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trimtab.errors import SteeringError
@@ -14,6 +15,7 @@ from trimtab.spec import Gate, Steering
 from trimtab.spec.faults import join
 from trimtab.spec.kinds import DECLARED
 from trimtab.vectors.probe import Probe
+from trimtab.vectors.stream_norms import StreamNorms
 from trimtab.vectors.vector import SteeringVector
 
 
@@ -25,6 +27,7 @@ class Names:
     probes: Mapping[str, Probe]
     gates: int
     monitor: ResolvedGate | None = None
+    norms: StreamNorms | None = None
 
     def served_by(self, hook_map: HookMap) -> ModelSites:
         """The model's sites, with its gates, and with slots of every kind at all of them."""
@@ -52,6 +55,24 @@ def resolve_monitor(monitor: Any, probes: Mapping[str, Probe], hook_map: HookMap
     return replace(gate, label=MONITOR_LABEL)
 
 
+def resolve_norms(norms: str | Path | SteeringVector | None, hook_map: HookMap) -> StreamNorms | None:
+    """The norms of a vector or its file, or None. Raises SteeringError at `norms`, also for a site that the model
+    lacks."""
+    if norms is None:
+        return None
+    if not isinstance(norms, (str, Path, SteeringVector)):
+        raise SteeringError("norms", f"is a {type(norms).__name__}; want a vector's file, or a SteeringVector")
+    try:
+        found = StreamNorms.said_by(norms) if isinstance(norms, SteeringVector) else StreamNorms.load(norms)
+    except SteeringError as error:
+        raise SteeringError("norms", str(error)) from error
+    found.check(hook_map.sites, "norms")
+    for site in found.by_site:
+        if (reason := hook_map.refusal(site)) is not None:
+            raise SteeringError("norms", f"has a norm at {site}: {reason}")
+    return found
+
+
 def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> list[ResolvedSteering | None]:
     """One resolved steering or None for each of `count` prompts. One spec, or None, stands for all of them.
 
@@ -73,7 +94,8 @@ def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> l
 
 def _resolve(spec: Any, prefix: str, names: Names, hook_map: HookMap) -> ResolvedSteering:
     try:
-        resolved = Steering.parse(spec).resolve(names.vectors, names.served_by(hook_map), names.probes)
+        norms = None if names.norms is None else names.norms.by_site
+        resolved = Steering.parse(spec).resolve(names.vectors, names.served_by(hook_map), names.probes, norms=norms)
     except SteeringError as error:
         field = f"{prefix}.{error.field}".strip(".")
         raise SteeringError(field, error.message + _reason(error, hook_map)) from None

@@ -1,5 +1,6 @@
 """SteeredModel: a Transformers causal LM whose prompts can each be steered differently in one batch."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from trimtab.engines.transformers.arguments import Names, resolve_all, resolve_monitor
+from trimtab.engines.transformers.arguments import Names, resolve_all, resolve_monitor, resolve_norms
 from trimtab.engines.transformers.calls import Call, check_not_compiled, generate_steered
 from trimtab.engines.transformers.groups import layer_devices
 from trimtab.engines.transformers.opening_check import check_places
@@ -24,9 +25,14 @@ from trimtab.instrument.layers import find_decoder_layers
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import HookPoint, ModelSites, Site
+from trimtab.vectors.content import model_name
+from trimtab.vectors.dose import says_norms
 from trimtab.vectors.probe import Probe
+from trimtab.vectors.stream_norms import doubt_of_model
 from trimtab.vectors.values import as_site
 from trimtab.vectors.vector import SteeringVector
+
+logger = logging.getLogger("trimtab")
 
 SHARED_WITH_TOKENIZER = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -48,14 +54,17 @@ class SteeredModel:
         probes: Mapping[str, Probe] | None = None,
         gates: int = 4,
         monitor: Mapping[str, Any] | None = None,
+        norms: str | Path | SteeringVector | None = None,
     ) -> None:
         """Find and prove the hook points of `model`, a Transformers causal LM (see docs/hook-points.md).
 
         `tokenizer` may be None where all prompts are token ids. `vectors` and `probes` are the names that specs may
         use, `gates` is how many different gates a phase of one spec may have. `monitor`, written as a gate is, stands
-        before all steering of new tokens that is behind no gate, from its probe's site on (see docs/gates.md).
+        before all steering of new tokens that is behind no gate, from its probe's site on (see docs/gates.md). `norms`
+        is a vector or its file, whose metadata hold norms of this model's stream: for doses of vectors without them.
         The layers may lie on several devices. Raises SteeringError where they cannot be found or are offloaded, where a
-        short generation shows that prompt and new tokens cannot be told apart, and for a monitor that cannot be one.
+        short generation shows that prompt and new tokens cannot be told apart, for a monitor that cannot be one, and
+        for norms that are not of this model.
         """
         check_not_compiled(model)
         self._homes = layer_devices(find_decoder_layers(model))
@@ -67,6 +76,9 @@ class SteeredModel:
         self._probes: dict[str, Probe] = {}
         self._gates = gates
         self._monitor: ResolvedGate | None = None
+        self._norms = resolve_norms(norms, self._map)
+        if self._norms is not None:
+            self._warn_of_other_model("norms", self._norms.base_model)
         self._closed = False
         for name, vector in (vectors or {}).items():
             self.register(name, vector)
@@ -86,6 +98,7 @@ class SteeredModel:
         probes: Mapping[str, Probe] | None = None,
         gates: int = 4,
         monitor: Mapping[str, Any] | None = None,
+        norms: str | Path | SteeringVector | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load model and tokenizer with Transformers. `kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
@@ -95,7 +108,7 @@ class SteeredModel:
             shared = {name: kwargs[name] for name in SHARED_WITH_TOKENIZER if name in kwargs}
             tokenizer = AutoTokenizer.from_pretrained(path_or_name, **shared)
         model = AutoModelForCausalLM.from_pretrained(path_or_name, **kwargs)
-        return cls(model, tokenizer, vectors=vectors, probes=probes, gates=gates, monitor=monitor)
+        return cls(model, tokenizer, vectors=vectors, probes=probes, gates=gates, monitor=monitor, norms=norms)
 
     @property
     def model(self) -> Any:
@@ -114,7 +127,7 @@ class SteeredModel:
 
     @property
     def _names(self) -> Names:
-        return Names(self._vectors, self._probes, self._gates, self._monitor)
+        return Names(self._vectors, self._probes, self._gates, self._monitor, self._norms)
 
     @property
     def refused_hook_points(self) -> Mapping[HookPoint, str]:
@@ -150,6 +163,8 @@ class SteeredModel:
                 raise SteeringError(field, f"is read at {named.site}: {reason}")
             self._probes[name] = named
         else:
+            if says_norms(named):
+                self._warn_of_other_model(field, named.metadata.base_model)
             self._vectors[name] = named
 
     def generate(
@@ -232,6 +247,10 @@ class SteeredModel:
     def _device(self) -> torch.device:
         device: torch.device = self._model.get_input_embeddings().weight.device
         return device
+
+    def _warn_of_other_model(self, field: str, base_model: str) -> None:
+        if (doubt := doubt_of_model(base_model, model_name(self._model.config))) is not None:
+            logger.warning("%s: %s", field, doubt)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -5,10 +5,12 @@
     y = x + scale * |x| * v / |v|                     "unit": "norm"
 
 A raw scale means nothing by itself: 1.5 may be a nudge in one model and noise in another. A dose is a length in units
-of the stream's own: the median is that of the vector's metadata, taken where the vector was made. `norm` takes each
-token's own length, as activation oracles do (arXiv:2512.15674); it is a slot, which engines must have declared.
+of the stream's own: the median is that of the vector's metadata, taken where the vector was made, or else the one that
+the engine was given at its start. `norm` takes each token's own length, as activation oracles do (arXiv:2512.15674); it
+is a slot, which engines must have declared.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -17,9 +19,10 @@ from trimtab.program import Numbers, Slot, Term, fault_of_range
 from trimtab.program.ranges import MAX_VALUE
 from trimtab.program.resolved_gate import VectorReference
 from trimtab.responses import NORM
+from trimtab.sites import Site
 from trimtab.spec.fields import Number
 from trimtab.spec.kinds.intervention import Intervention, Needs, Vectors
-from trimtab.vectors.dose import stream_norm
+from trimtab.vectors.dose import stream_norm, stream_norm_key
 from trimtab.vectors.vector import SteeringVector
 
 BY_NORM = "add:norm"
@@ -53,7 +56,9 @@ class Add(Intervention):
         if self.unit == "norm":
             return (self._by_norm(vectors, path),)
         vector, reference = self.acting(vectors, path)
-        terms = self._doses(vector, reference, path) if self.unit == "dose" else (Term(vector, self.scale, reference),)
+        terms: tuple[Term, ...] = (Term(vector, self.scale, reference),)
+        if self.unit == "dose":
+            terms = self._doses(vector, reference, vectors.norms, path)
         for term in terms:
             value = term.vector.max_abs * abs(term.scale)
             if term.vector.max_abs and term.scale and (fault := fault_of_range(value)) is not None:
@@ -68,16 +73,20 @@ class Add(Intervention):
         along, numbers = self.direction(vectors, path), Numbers.of(0.0, self.scale)
         return Slot(NORM.name, None, along, tuple((site, numbers) for site in along.sites))
 
-    def _doses(self, vector: SteeringVector, reference: VectorReference | None, path: str) -> tuple[Term, ...]:
-        """A term for each site, which has a scale of its own."""
+    def _doses(
+        self, vector: SteeringVector, reference: VectorReference | None, norms: Mapping[Site, float], path: str
+    ) -> tuple[Term, ...]:
+        """A term for each site, which has a scale of its own; `norms` are for sites of which the vector says none."""
         terms: list[Term] = []
         for site, length in vector.norms().items():
             if length == 0.0:
                 said = f"is zero at {site}, which is no direction; `layers` narrows a vector"
                 raise SteeringError(f"{path}.vector", said)
-            if (norm := stream_norm(vector, site)) is None:
+            told_by_it = stream_norm_key(site) in vector.metadata.extra
+            if (norm := stream_norm(vector, site) if told_by_it else norms.get(site)) is None:
                 said = f"'dose' needs the stream's median norm at {site}, and the vector's metadata do not have it: "
-                said += "`trimtab extract` writes it into the file of a vector; or give the scale in `raw` units"
+                said += "`trimtab extract` writes it into the file of a vector, which --steering-norms (`norms`) gives "
+                said += "an engine at its start for vectors without; or give the scale in `raw` units"
                 raise SteeringError(f"{path}.unit", said)
             here = (site.layer,), (site.hook,)
             part = vector.at(here[0]).at_hooks(here[1])

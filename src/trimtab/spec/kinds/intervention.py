@@ -22,7 +22,13 @@ from trimtab.spec.joint_gate import Condition
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import summary, with_suggestions
 
-Vectors = Mapping[str, SteeringVector]  # by name
+
+class Vectors(NamedTuple):
+    """What interventions are lowered with: vectors by name, and the stream's median norm at sites, as the engine knows
+    it."""
+
+    by_name: Mapping[str, SteeringVector]
+    norms: Mapping[Site, float]
 
 
 class Needs(NamedTuple):
@@ -93,9 +99,11 @@ class Step(Model):
         reference: VectorReference | None = None
         if isinstance(given, SteeringVector):
             vector = given
-        elif (found := vectors.get(given)) is None:
-            known = f"registered are {summary(sorted(vectors))}" if vectors else "no vector is registered"
-            hint = with_suggestions(given, vectors)
+        elif (found := vectors.by_name.get(given)) is None:
+            known = (
+                f"registered are {summary(sorted(vectors.by_name))}" if vectors.by_name else "no vector is registered"
+            )
+            hint = with_suggestions(given, vectors.by_name)
             raise SteeringError(f"{path}.{field}", f"there is no vector {given!r}{hint}; {known}")
         else:
             vector = found

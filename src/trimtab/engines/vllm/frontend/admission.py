@@ -28,6 +28,7 @@ from trimtab.spec.gate import Gate
 from trimtab.spec.joint_gate import AllOf, AnyOf
 from trimtab.spec.kinds import KINDS
 from trimtab.vectors.probe import Probe
+from trimtab.vectors.stream_norms import StreamNorms
 from trimtab.vectors.vector import SteeringVector
 
 FIELD = "steering"  # the request's field, at every door
@@ -74,8 +75,10 @@ class FrontEnd:
         observer: Observer | None = None,
         probes: ProbeRegistry | None = None,
         monitor: Monitor | None = None,
+        norms: StreamNorms | None = None,
     ) -> None:
         self.model = model
+        self.norms = norms
         self.monitor = monitor
         self.registry = registry
         self.probes = ProbeRegistry({}) if probes is None else probes
@@ -166,7 +169,8 @@ class FrontEnd:
 
     def _resolve(self, steering: Steering, names: Catalogue, defaults: int = 0) -> ResolvedSteering:
         check_known(steering, self.registry, self.probes)
-        return steering.resolve(names.vectors, self.model, names.probes, defaults=defaults)
+        norms = None if self.norms is None else self.norms.by_site
+        return steering.resolve(names.vectors, self.model, names.probes, defaults=defaults, norms=norms)
 
     def _monitored(self, asked: ResolvedSteering) -> ResolvedSteering:
         return asked if self.monitor is None else behind(asked, self.monitor.gate)

@@ -8,6 +8,7 @@ from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
 from trimtab.serving.admin_key import admin_key
 from trimtab.serving.metrics import metrics
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry, shared_directory
+from trimtab.vectors.content import short_name
 
 
 def build_front_end(vllm_config: Any) -> FrontEnd | None:
@@ -26,6 +27,7 @@ def build_front_end(vllm_config: Any) -> FrontEnd | None:
     counters.vectors(len(registry.vectors()))
     model, gate = model_sites(vllm_config, settings), settings.start_monitor
     monitor = Monitor(gate, settings.monitor.describe(gate)) if settings.monitor and gate else None
-    front_end = FrontEnd(model, registry, settings.default, counters, probes, monitor)
-    log_start(front_end, settings)
+    served = short_name(str(getattr(vllm_config.model_config, "model", "")))
+    front_end = FrontEnd(model, registry, settings.default, counters, probes, monitor, settings.start_norms)
+    log_start(front_end, settings, served)
     return front_end

@@ -14,7 +14,9 @@ from trimtab.serving.registry import Registry
 from trimtab.serving.server_default import ServerDefault
 from trimtab.sites import SlotLimits, site_order
 from trimtab.spec.joint_gate import JointGate
+from trimtab.vectors.dose import says_norms
 from trimtab.vectors.probe import Probe
+from trimtab.vectors.stream_norms import doubt_of_model
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import summary
 
@@ -23,9 +25,21 @@ MOST_NAMES = 64  # of a kind, each on a line of its own
 logger = logging.getLogger("vllm.trimtab")
 
 
-def log_start(front_end: FrontEnd, settings: SteeringSettings) -> None:
-    """Log what requests are steered with, and who may change it."""
+def log_start(front_end: FrontEnd, settings: SteeringSettings, served: str = "") -> None:
+    """Log what requests are steered with, who may change it, and what may be of another model than the one `served`."""
     logger.info("%s", "\n".join(start_block(front_end, settings)))
+    for doubt in doubts(front_end, served):
+        logger.warning("Steering: %s", doubt)
+
+
+def doubts(front_end: FrontEnd, served: str) -> Iterator[str]:
+    """What a dose would be counted in, and says that it is of another model."""
+    norms, vectors = front_end.norms, front_end.registry.start
+    measured = {} if norms is None else {"norms": norms.base_model}
+    measured |= {f"vectors.{name}": vectors[name].metadata.base_model for name in vectors if says_norms(vectors[name])}
+    for field, base_model in measured.items():
+        if (doubt := doubt_of_model(base_model, served)) is not None:
+            yield f"{field}: {doubt}"
 
 
 def start_block(front_end: FrontEnd, settings: SteeringSettings) -> Iterator[str]:
@@ -37,6 +51,8 @@ def start_block(front_end: FrontEnd, settings: SteeringSettings) -> Iterator[str
     yield f"  slots: {_slots(front_end.model.slots)}"
     yield from _names(front_end.registry, settings.vectors)
     yield from _names(front_end.probes, settings.probes)
+    if settings.norms is not None and front_end.norms is not None:
+        yield f"  norms: of {len(front_end.norms.by_site)} sites ({Path(settings.norms).name})"
     yield f"  default: {'none' if front_end.default is None else json.dumps(_short(front_end.default))}"
     yield f"  monitor: {'none' if front_end.monitor is None else json.dumps(front_end.monitor.shown)}"
     if admin_key() is None:

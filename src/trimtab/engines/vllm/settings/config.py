@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from trimtab.engines.vllm.settings.content import loaded, require_same
+from trimtab.engines.vllm.settings.content import load_one, loaded, require_same
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
 from trimtab.engines.vllm.settings.monitor import MonitorSettings, check_reach
 from trimtab.engines.vllm.settings.slots import checked_kinds, slot_limits
@@ -21,6 +21,7 @@ from trimtab.errors import SteeringError
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import MOST_SLOTS_DECLARED, GateLimits, HookPoint, ModelSites, OwnGate, Site, SlotLimits
 from trimtab.vectors.probe import Probe
+from trimtab.vectors.stream_norms import StreamNorms
 from trimtab.vectors.vector import SteeringVector
 from trimtab.version import __version__, code_version
 from trimtab.wording import with_suggestions
@@ -46,6 +47,7 @@ class SteeringSettings(BaseModel):
     kinds: tuple[str, ...] | None = None  # of intervention that slots serve; None is `slots.DEFAULT_KINDS`
     row_monitor: bool = False  # gates of new tokens are run as probes of table rows where they are no more than that
     monitor: MonitorSettings | None = None  # before all steering of decode tokens that stands behind no gate
+    norms: str | None = None  # a vector file whose metadata hold norms of the stream, for doses; loaded at start
     default: dict[str, Any] | None = None  # a spec that the front end adds to every request
     backend: Literal["auto", "traced", "triton"] = "auto"
     stamp: dict[str, Any] | None = None  # written by trimtab
@@ -153,6 +155,17 @@ class SteeringSettings(BaseModel):
         return monitor
 
     @cached_property
+    def start_norms(self) -> StreamNorms | None:
+        """The norms of `norms`, read once where requests are taken. Raises `SteeringError` as `start_vectors` does."""
+        if self.norms is None:
+            return None
+        field = f"{SETTINGS_KEY}.norms"
+        norms = load_one(self.norms, StreamNorms.load, field)
+        if self.stamp is not None:
+            require_same(field, f"{self.norms} holds other norms", norms.digest, self.stamp.get("norms"))
+        return norms
+
+    @cached_property
     def start_vectors_by_digest(self) -> dict[bytes, SteeringVector]:
         """`start_vectors` and the directions of all probes, as requests refer to them between processes."""
         vectors = [*self.start_vectors.values(), *(probe.vector for probe in self.start_probes.values())]
@@ -202,6 +215,8 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
     if settings.row_monitor and not model.gates.read_sites:
         reason = "no probe can be read here, so there is no gate to run in this way: name `probes` or `probe_layers`"
         raise SteeringError(f"{SETTINGS_KEY}.row_monitor", reason)
+    if (norms := settings.start_norms) is not None:
+        norms.check(model, f"{SETTINGS_KEY}.norms")
     memory = parse_memory(settings.table_memory)
     stamp = {
         "trimtab": __version__,
@@ -214,6 +229,7 @@ def stamped(vllm_config: Any, settings: SteeringSettings) -> SteeringSettings:
         "kinds": sorted(model.slots.kinds),
         "row_monitor": settings.row_monitor,
         "monitor": "" if settings.start_monitor is None else settings.start_monitor.digest.hex(),
+        "norms": "" if norms is None else norms.digest.hex(),
         "tables": decide_tables(vllm_config, model, memory, settings.max_rows, settings.row_monitor)._asdict(),
         "vectors": {name: vector.digest.hex() for name, vector in settings.start_vectors.items()},
         "probes": {name: probe.digest.hex() for name, probe in settings.start_probes.items()},

@@ -20,14 +20,19 @@ def loaded(files: Mapping[str, str], load: Callable[[str], Content], what: str, 
     contents: dict[str, Content] = {}
     for name, path in files.items():
         field = f"{SETTINGS_KEY}.{what}s.{name}"
-        try:
-            content: Any = load(path)
-        except (OSError, ValueError) as error:
-            raise SteeringError(field, f"{path} cannot be loaded: {error}") from error
+        content: Any = load_one(path, load, field)
         if stamp is not None:
             require_same(field, f"{path} holds another {what}", content.digest, stamp.get(f"{what}s", {}).get(name))
         contents[name] = content
     return contents
+
+
+def load_one(path: str, load: Callable[[str], Content], field: str) -> Content:
+    """What `load` makes of a file. Raises `SteeringError` at `field`, naming the file, where that is bad."""
+    try:
+        return load(path)
+    except (OSError, ValueError) as error:
+        raise SteeringError(field, f"{path} cannot be loaded: {error}") from error
 
 
 def require_same(field: str, fault: str, digest: bytes, expected: str | None) -> None:

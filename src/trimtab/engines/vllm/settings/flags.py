@@ -32,6 +32,7 @@ _DESTINATIONS = {
     "steering_kinds": "kinds",
     "steering_row_monitor": "row_monitor",
     "steering_monitor": "monitor",
+    "steering_norms": "norms",
     "steering_default": "default",
     "steering_backend": "backend",
 }
@@ -141,6 +142,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="File with a monitor: one probe for the whole engine, which lets steering of new tokens through.",
     )
     group.add_argument(
+        "--steering-norms",
+        default=None,
+        metavar="PATH",
+        help="Vector file whose metadata hold the norms of this model's stream, as `trimtab extract` writes them: for "
+        'scales in the unit "dose" of vectors that do not say them.',
+    )
+    group.add_argument(
         "--steering-default",
         default=None,
         metavar="SPEC.json",
@@ -200,6 +208,8 @@ def settings_from_flags(given: Mapping[str, Any]) -> dict[str, Any]:
         settings["vectors"] = parse_vector_flags(settings["vectors"])
     if "probes" in settings:
         settings["probes"] = parse_vector_flags(settings["probes"], "--steering-probes")
+    if "norms" in settings:
+        settings["norms"] = str(Path(settings["norms"]).expanduser().absolute())
     if "hook_points" in settings:
         settings["hook_points"] = _parse_hook_points(settings["hook_points"])
     if "kinds" in settings:
