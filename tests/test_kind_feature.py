@@ -156,9 +156,23 @@ def test_three_rows_hold_the_encoder() -> None:
     assert (len(slot.rows), write) == (4, slot.write)
     for dtype in (torch.float16, torch.bfloat16):
         stored = [torch.from_numpy(way.row((HERE,))).to(dtype).double().numpy()[0] for way in (first, *others)]
-        held = sum(part / 256**place for place, part in enumerate(stored)) * slot.read.unit
+        held = sum(part / 256**place for place, part in enumerate(stored)) * first.unit
         np.testing.assert_array_equal(held, w)
     assert len({way.row_key for way in (slot.read, *slot.rows)}) == 5
+
+
+@pytest.mark.parametrize("largest", [0.998, 0.99805, 0.9985, 0.999, 0.9995, 0.99951, 0.9999, 1.0, 1.998, 65504.0])
+def test_the_largest_number_of_an_encoder_fits_where_its_first_digits_are_rounded_up(largest: float) -> None:
+    row = np.random.default_rng(0).uniform(-0.4, 0.4, H).astype(np.float32)
+    row[3] = largest
+    step = feature(encoder=SteeringVector({HERE: row}), **RELU, set=2)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert np.isfinite(served(np.zeros((1, H), np.float32), step, dtype=dtype)).all()
+        (slot,) = resolve(step).decode.slots
+        first, _, *others = slot.columns
+        stored = [torch.from_numpy(way.row((HERE,))).to(dtype).double().numpy()[0] for way in (first, *others)]
+        held = sum(part / 256**place for place, part in enumerate(stored)) * first.unit
+        np.testing.assert_allclose(held, row, rtol=1e-7, atol=largest * 1e-9)
 
 
 def test_what_differs_has_another_name() -> None:

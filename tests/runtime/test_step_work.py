@@ -13,7 +13,7 @@ from trimtab.ops import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
-from trimtab.runtime.passes import MOST_PASSES
+from trimtab.runtime.passes import MOST_PASSES, PassLog
 from work import calls
 
 GATES, SUMS = 4, 12
@@ -85,6 +85,20 @@ def test_gates_and_slots_add_few_calls_to_a_steady_step_and_as_many_for_256_requ
             made[requests, gates] = calls(batch.step)
     assert made[1, 0] == made[256, 0]
     assert made[1, 4] == made[256, 4] <= made[1, 0] + 40
+
+
+def test_what_a_pass_in_inference_mode_left_is_read_outside_of_it() -> None:
+    left = torch.arange(8.0).reshape(4, 2)
+    with torch.inference_mode():
+        log = PassLog(4, 1, torch.device("cpu"))
+        log.widen(2)
+        log.keep(np.zeros(3, np.int64), left[:3])
+    log.keep(np.ones(1, np.int64), left[3:])
+    log.send()
+    ((passes, keys, numbers),) = log.arrived(wait=True)
+    assert passes == 2
+    assert keys.tolist() == [0, 0, 0, 1]
+    assert numbers.tolist() == left.tolist()
 
 
 def test_what_gates_decide_is_counted_alike_over_any_number_of_passes() -> None:

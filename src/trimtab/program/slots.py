@@ -107,8 +107,9 @@ class Direction:
 
     @property
     def unit(self) -> float:
-        """The power of two that `row` counts in, as of `PhaseProgram.unit`."""
-        return self._known.unit if self.place is None else share(self.place) * replace(self, place=None).unit
+        """The power of two that `row` counts in, as of `PhaseProgram.unit`; of rows of digits as the first one needs,
+        whose largest number may be rounded up."""
+        return share(self.place) * replace(self, place=0).unit if self.place else self._known.unit
 
     @property
     def is_spread(self) -> bool:

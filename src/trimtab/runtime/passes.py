@@ -47,7 +47,7 @@ class PassLog:
 
     def __init__(self, tokens: int, width: int, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._log = torch.zeros(tokens, width, dtype=torch.float32, device=device)
+        self._log = _new_log(tokens, width, device)
         self._end = 0  # tokens that it holds
         self._used = 0  # numbers of a token, of any pass that it holds
         self._passes: list[IntArray] = []  # what it holds, by call of `keep`
@@ -59,7 +59,7 @@ class PassLog:
         """Make room for so many numbers of each token."""
         if width > self._log.shape[1]:
             self.send()
-            self._log = torch.zeros(len(self._log), width, dtype=torch.float32, device=self._log.device)
+            self._log = _new_log(len(self._log), width, self._log.device)
             self._staging.clear()
 
     def keep(self, keys: IntArray, *parts: Tensor, passes: int = 1) -> None:
@@ -106,3 +106,8 @@ class PassLog:
         with torch.inference_mode(False):  # steps run in it, reports do not: both write here
             tensor = torch.empty(self._log.shape, dtype=torch.float32, pin_memory=self._on_gpu)
         return Staging(tensor, tensor.numpy())
+
+
+def _new_log(tokens: int, width: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # made in a step, perhaps, and written to by reports
+        return torch.zeros(tokens, width, dtype=torch.float32, device=device)

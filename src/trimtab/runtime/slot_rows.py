@@ -131,7 +131,7 @@ class SlotRows:
                     named = [0 if way is None else record.rows[way.row_key] for way in slot.columns]
                     lines["rows"][positions, k, : len(named)] = named
                     lines["codes"][positions, k] = RESPONSES[slot.response].code, record.lanes[index]
-                    factor = 0.0 if slot.read is None else slot.read.unit
+                    factor = 0.0 if slot.columns[0] is None else slot.columns[0].unit
                     lines["params"][positions, k, : 2 + len(own)] = factor, bias, *own
                     if slot.second is not None:
                         lines["params"][positions, k, -1] = place_of_second(slot, chosen, sites[positions[0]])

@@ -162,7 +162,7 @@ class SteeringVector:
 
     def digest_at(self, site: Site) -> bytes:
         """SHA-256 (32 bytes) of its float32 direction at one of its sites, whichever that is."""
-        return self._digests_of_sites()[self._sites.index(site)]
+        return self._digests_of_sites()[bisect_left(self._sites, site_order(site), key=site_order)]
 
     def _digests_of_sites(self) -> list[bytes]:
         # One digest per site, so that a narrowed vector is named without reading its numbers again.
