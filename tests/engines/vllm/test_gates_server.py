@@ -3,6 +3,7 @@
 The oracle is the embedded engine on the same weights.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,9 +172,34 @@ def test_a_slot_over_http_answers_as_the_embedded_engine_and_its_receipt_names_i
     )
     assert mine == theirs
     assert len(mine) == (3 if steps[0].get("gate") == SOMEWHAT else int("gate" in steps[0]))
+    (due,), (found,) = (one.pop("interventions") for one in (receipt, told))
+    assert found == {**due, **{key: pytest.approx(due[key], rel=1e-3) for key in ("mean_correction", "touched")}}
     assert told == receipt
+    assert found["tokens"] == (COUNT - 1 if steps[0].get("phase") == "decode" else len(PROMPT) + COUNT - 1)
+    assert found["measured"] == 2 * found["tokens"]
     names = [vector["name"] for vector in told["vectors"]]
     assert names == (["calm", None] if "to" in steps[0] else ["calm"])
+
+
+def test_choices_of_an_answer_are_measured_together_in_a_stream_too(client, embedded) -> None:
+    spec = {"interventions": [CLAMP, {"kind": "add", "vector": "calm", "scale": 0.5, "phase": "prefill"}]}
+    (due, _) = expected(embedded, spec).receipt.as_json()["interventions"]
+    both = {"n": 2, "temperature": 1, "top_k": 1}
+    text = ask(client, spec, stream=True, **both).text
+    *_, last = (json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {"))
+    for told in (ask(client, spec, **both).json()["steering"], last["steering"]):
+        clamp, add = told["interventions"]
+        assert (clamp["tokens"], add["tokens"]) == (2 * due["tokens"], 2 * len(PROMPT))
+        assert clamp["measured"] == 2 * due["measured"]
+        assert clamp["mean_correction"] == pytest.approx(due["mean_correction"], rel=1e-3)
+        assert "measured" not in add
+    pages = client.get("/metrics").text.splitlines()
+    counted = {
+        line.split()[0]: float(line.split()[1])
+        for line in pages
+        if line.startswith("trimtab_intervention_tokens_total")
+    }
+    assert counted['trimtab_intervention_tokens_total{kind="clamp"}'] >= 4 * due["tokens"]
 
 
 @pytest.mark.parametrize(
