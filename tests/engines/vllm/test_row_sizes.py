@@ -226,6 +226,21 @@ def test_a_slot_that_reads_a_part_of_the_stream_is_refused_by_site(
         check(made(Split), dtype=dtype, v2=v2, **SLOTTED)
 
 
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_slot_that_reads_a_part_of_what_a_layer_is_given_is_refused_by_site(
+    dtype: torch.dtype, v2: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = steered_layers.emit
+
+    def partly(module: nn.Module, hook: HookPoint, stream: Tensor, rest: Tensor | None = None, **other: Any) -> Tensor:
+        return original(module, hook, stream, rest=None if hook is PRE else rest, **other)
+
+    monkeypatch.setattr(steered_layers, "emit", partly)
+    with pytest.raises(SteeringError, match="a slot reads a part of the stream at pre_attn:1, pre_attn:2, pre_attn:3:"):
+        check(made(Split), hooks=(PRE, POST), dtype=dtype, v2=v2, **SLOTTED)
+
+
 def made(kind: Callable[..., nn.Module], gain: float = 3.0) -> list[nn.Module]:
     return [kind(seed, gain) for seed in range(LAYERS)]
 

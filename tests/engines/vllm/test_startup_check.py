@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from response_formulas import FORMULAS
 from trimtab.engines.vllm.worker.attach import Attachment
+from trimtab.engines.vllm.worker.response_check import CASES
 from trimtab.engines.vllm.worker.slot_check import require_live_slots
 from trimtab.engines.vllm.worker.startup_check import require_live_sites
 from trimtab.errors import SteeringError
 from trimtab.ops import Emission, SlotForm, SteeringBuffers, set_emission
 from trimtab.ops.emit import emit
+from trimtab.responses import RESPONSES, Stage
 from trimtab.sites import HookPoint, Site
 
 WIDTH, MOST = 16, 8
@@ -31,13 +34,18 @@ class Runner:
         self.supports_mm_inputs = self.is_first_pp_rank = first
         self.model_state = SimpleNamespace(dummy_inputs_embeds=lambda tokens: embeddings[:tokens])
         self._layers, self._deaf = layers, deaf
+        self._start = torch.linspace(-1, 2, WIDTH).to(embeddings.dtype)
 
     def model(self, stream: Tensor) -> Tensor:
+        stream += self._start
         for layer in self._layers:
             steered = emit(layer, HookPoint.POST_BLOCK, stream)
             stream.copy_(stream if self._deaf and layer is self._layers[-1] else steered)
             stream += 0.1 * torch.tanh(stream.flip(-1))
         return stream / (1 + stream.norm(dim=-1, keepdim=True))
+
+    def get_model(self) -> nn.Module:
+        return nn.ModuleList(self._layers)
 
     def execute_model(self, tokens: int) -> Tensor:
         received = self.intermediate_tensors
@@ -113,6 +121,7 @@ def test_an_engine_that_does_not_join_gates_does_not_start(monkeypatch: pytest.M
 
 
 SLOTTED = SlotForm(2, ("clip",), True)
+EVERY = SLOTTED._replace(responses=tuple(RESPONSES))
 LOOKING_BACK = SLOTTED._replace(responses=("clip", "replace", "norm", "keep_norm"))
 
 
@@ -174,9 +183,68 @@ def test_an_engine_whose_slots_do_something_else_does_not_start(
         check_slots(False, 2)
 
 
-def check_slots(v2: bool, gates: int, form: SlotForm = SLOTTED, dtype: torch.dtype = torch.float32) -> None:
+@pytest.mark.parametrize("v2", [False, True])
+@pytest.mark.parametrize("rows", [4, 9, 33])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_engine_that_has_every_response_starts(v2: bool, rows: int, count: int, dtype: torch.dtype) -> None:
+    check_slots(v2, 0, EVERY._replace(count=count), dtype, rows)
+
+
+def test_every_response_is_tried_and_what_it_is_to_make_is_what_the_formulas_say() -> None:
+    assert {case.response.name for case in CASES} == RESPONSES.keys()
+    for case in CASES:
+        if case.response.stage is Stage.LOCAL:
+            seen = [case.u, case.v][: 1 + case.response.sees_two]
+            assert FORMULAS[case.response.name](*seen, *case.numbers) == case.c
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spoilt", ["ignored", "twice", *(f"number {n}" for n in range(6)), "digits 1", "digits 2"])
+@pytest.mark.parametrize("name", RESPONSES)
+def test_an_engine_in_which_one_response_is_wrong_does_not_start_and_names_it(
+    monkeypatch: pytest.MonkeyPatch, name: str, spoilt: str, dtype: torch.dtype
+) -> None:
+    response = RESPONSES[name]
+    how, number = spoilt.split()[0], int(spoilt.split()[-1]) if " " in spoilt else 0
+    if (
+        (how == "number" and (number >= len(response.numbers) or name == "keep_norm"))
+        or (how == "twice" and response.stage is Stage.LAST)
+        or (how == "digits" and response.stage is not Stage.LOCAL)
+    ):
+        return  # nothing to spoil  # fmt: skip
+    module = importlib.import_module("trimtab.ops.emit")
+    original = module.slot_op_args
+
+    def wrong(*given: Any) -> Any:
+        args = original(*given)
+        mine = args.slot_codes[..., 0] == response.code
+        if how == "ignored":
+            codes = torch.where(mine[..., None], 31, args.slot_codes)
+            return args._replace(slot_codes=codes, slot_mix=torch.where(mine[..., None], 0.0, args.slot_mix))
+        if how == "twice":
+            return args._replace(slot_mix=torch.where(mine[..., None], 2.0, 1.0) * args.slot_mix)
+        if how == "digits":
+            rows = args.slot_rows.clone()
+            rows[..., 1 + number][mine] = 0
+            return args._replace(slot_rows=rows)
+        params = args.slot_params.clone()
+        params[..., 2 + number][mine] = 0.0
+        return args._replace(slot_params=params)
+
+    monkeypatch.setattr(module, "slot_op_args", wrong)
+    said = f"a response of slots does not do what it should: {name} at post_block:3. This engine"
+    if name == "clip":  # which other checks use, too
+        said = f"a slot (has no effect|does not bring the stream to where it was asked) at|{said}"
+    with pytest.raises(SteeringError, match=f"steering.slots: ({said})"):
+        check_slots(False, 0, EVERY, dtype, 33)
+
+
+def check_slots(
+    v2: bool, gates: int, form: SlotForm = SLOTTED, dtype: torch.dtype = torch.float32, rows: int = 5
+) -> None:
     buffers = SteeringBuffers(
-        SITES, hidden_size=WIDTH, max_rows=5, max_tokens=MOST, dtype=dtype, gates=gates, max_probes=3,
+        SITES, hidden_size=WIDTH, max_rows=rows, max_tokens=MOST, dtype=dtype, gates=gates, max_probes=3,
         probe_sites=SITES[:1], slots=form,
     )  # fmt: skip
     layers = attached(buffers)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trimtab.engines.vllm.worker.attach import Attachment
 from trimtab.engines.vllm.worker.dummy_passes import Forward, dummy_forward, is_compiled_whole, uncompiled
+from trimtab.engines.vllm.worker.response_check import require_right_responses
 from trimtab.engines.vllm.worker.row_sizes import streams
 from trimtab.engines.vllm.worker.startup_check import (
     STRENGTH,
@@ -57,6 +58,7 @@ def require_live_slots(worker: Any, attachment: Attachment, is_v2: bool) -> None
     with awake(buffers.states):
         _require_live_slots(buffers, dummy_forward(worker, is_v2), attachment.probe_sites, most)
         _require_whole_reads(worker, attachment, is_v2, most)
+        require_right_responses(worker, attachment, is_v2)
 
 
 def _require_live_slots(buffers: SteeringBuffers, forward: Forward, probe_sites: Sequence[Site], most: int) -> None:
