@@ -87,9 +87,11 @@ def require_right_responses(worker: Any, attachment: Attachment, is_v2: bool) ->
     seen = _streams(worker, attachment, is_v2)
     tries = [each for place in _places(attachment) for each in _tries(buffers, place, seen)]
     wrong: dict[str, list[Site]] = {}
+    tokens = max(min(most, len(tries)), 2)
+    quiet, again = forward(tokens), forward(tokens)
     for part in chunked(range(len(tries)), most):
         chosen = [tries[number] for number in part]
-        for each, is_wrong in zip(chosen, _found_wrong(buffers, forward, chosen), strict=True):
+        for each, is_wrong in zip(chosen, _found_wrong(buffers, forward, chosen, quiet, again), strict=True):
             sites = wrong.setdefault(each.case.response.name, []) if is_wrong else []
             sites.append(buffers.sites[each.place])
     if wrong:
@@ -121,9 +123,9 @@ def _tries(buffers: SteeringBuffers, place: int, seen: Mapping[int, Tensor]) -> 
         if response.name not in form.responses or (response.sees_two and form.count < 2):
             continue
         local = response.stage is Stage.LOCAL
-        if local or (bool(stream.isfinite().all()) and (response is KEEP_NORM or bool(stream.any()))):
+        if local or (bool(stream.isfinite().all()) and (response is not NORM or bool(stream.any()))):
             # What is read to more digits is read from each of the rows that hold them.
-            for digits in range(form.rows - SLOT_ROWS + 1) if local else [0]:
+            for digits in range(form.rows - SLOT_ROWS + 1) if response.reads_float32 else [0]:
                 yield _Try(place, case, digits, stream)
 
 
@@ -194,9 +196,11 @@ def _seeing_parts(attachment: Attachment, whole: dict[Site, Tensor]) -> Iterator
         yield
 
 
-def _found_wrong(buffers: SteeringBuffers, forward: Forward, tries: Sequence[_Try]) -> list[bool]:
-    tokens = max(len(tries), 2)
-    quiet, again = forward(tokens), forward(tokens)
+def _found_wrong(
+    buffers: SteeringBuffers, forward: Forward, tries: Sequence[_Try], quiet: Tensor, again: Tensor
+) -> list[bool]:
+    """Of each try whether it is. `quiet` and `again` are what the model returns where nothing is steered."""
+    tokens = len(quiet)
     with _rows(buffers, tries) as wanted:
         got = forward(tokens)
     with _rows(buffers, tries, wanted):
@@ -248,7 +252,7 @@ def _filled(buffers: SteeringBuffers, each: _Try, token: int, count: int) -> Ten
     if case.response is NORM:
         numbers, c, mix = (size / length,), size, 1.0
     elif case.response is REPLACE:
-        amount = size * float(pattern.norm()) / length
+        amount = size * float(pattern.norm()) / length if length else 1.0
         numbers, c, mix = (amount,), amount, size / amount
     elif case.response is not KEEP_NORM:  # its score is of what it reads, brought to the case's by the bias
         factor = _LOUD / (size * float(along.square().sum())) if read else 0.0
