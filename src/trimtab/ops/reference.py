@@ -167,7 +167,8 @@ def apply_slots(
     if of_stage(form.responses, Stage.LOCAL):
         z, numbers = _locally(y, slots.table, own, form, rest)
         done.append(numbers)
-    _note([sum(each[1:], start=each[0]) for each in zip(*done, strict=True)], slots.corrections)  # a slot has one stage
+    if done:  # a slot has one stage; what keeps norms corrects nothing
+        _note([sum(each[1:], start=each[0]) for each in zip(*done, strict=True)], slots.corrections)
     return norm_kept(z, hidden, rest, own) if of_stage(form.responses, Stage.LAST) else z
 
 

@@ -5,6 +5,11 @@ from dataclasses import dataclass
 from trimtab.program import ResolvedSteering
 from trimtab.sites import Phase
 
+MOST_LABELS = 4096  # names in totals: any number of them can be registered, one after the other
+
+# Labels of totals for all that has none of its own. No name that can be registered has parentheses.
+INLINE, OTHERS = "(inline)", "(others)"
+
 
 def steered_tokens(steering: ResolvedSteering | None, prompt_length: int, new_tokens: int) -> dict[Phase, int]:
     """Positions of one output that were steered, per phase.

@@ -11,16 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from trimtab.program.counting import GateUse
+from trimtab.program.counting import INLINE, MOST_LABELS, OTHERS, GateUse
 from trimtab.program.joint_gate import Condition, JointGate
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.runtime.passes import IntArray, PassLog
 from trimtab.runtime.token_meters import Sums, TokenMeters, Values
-
-MOST_LABELS = 4096  # names in totals: any number of them can be registered, one after the other
-
-# Labels of totals for all that has none of its own. No name that can be registered has parentheses.
-INLINE, OTHERS = "(inline)", "(others)"
 
 Spans = Sequence[Sequence[tuple[Condition, bool]]]
 """The gates of each span in the order of their lanes, and of each whether it is decided on this rank."""

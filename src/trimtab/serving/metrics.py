@@ -10,7 +10,7 @@ from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
-from trimtab.runtime.meters import MOST_LABELS, OTHERS
+from trimtab.program.counting import MOST_LABELS, OTHERS
 
 WORKER_GAUGES = {
     "trimtab_rows_in_use": ("rows_in_use", "Steering table rows that running requests hold."),
