@@ -230,6 +230,7 @@ def _rows(buffers: SteeringBuffers, tries: Sequence[_Try], sums: Sequence[Tensor
     finally:
         buffers.index[:count] = 0
         slots.slab[:, : count + 1] = 0
+        slots.corrections.zero_()
         for place in {each.place for each in tries}:
             buffers.any_active[place] = False
             table[place, : 2 * count + 1] = 0
