@@ -169,7 +169,7 @@ def apply_slots_kernel(  # type: ignore[no-untyped-def]
         if FLOAT32:  # rows with the other digits of what is read
             o_middle = tl.load(at_rows + 2 * slot_rows_stride_2, mask=steered, other=0)
             o_low = tl.load(at_rows + 3 * slot_rows_stride_2, mask=steered, other=0)
-        if LINES > 1 or (BACK and FLOAT32):  # of which some would be spilled
+        if (LINES > 1) != (BACK and FLOAT32):  # which width spills no register was tried out, for each form
             o_read, o_write = o_read.to(tl.int32), o_write.to(tl.int32)
         acting = o_read | o_write
         if BACK:  # one that keeps the norm has no direction
