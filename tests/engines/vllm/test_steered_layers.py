@@ -137,7 +137,7 @@ def test_where_the_attention_is_added_the_whole_stream_is_read_and_its_output_is
         assert buffers.gates is not None
         buffers.gates.probe_table[1] = torch.linspace(-1, 1, H)
         buffers.gates.rows[:N, 0], buffers.gates.probes[:N, 0], buffers.gates.sites[:N, 0] = 1, 1, 1
-        buffers.gates.params[:N, 0] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        buffers.gates.params[:N, 0] = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])
         open_for = (x + rest) @ buffers.gates.probe_table[1] > 0
         assert torch.all(open_for != (x @ buffers.gates.probe_table[1] > 0))  # the output alone says the opposite
     else:
