@@ -1,5 +1,6 @@
 """Models whose layers lie on several devices: the buffers of each site are where its layer is."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from trimtab.engines.transformers import SteeredModel, groups, model, session
 from trimtab.engines.transformers.groups import SiteGroup, layer_devices
 from trimtab.errors import SteeringError
 from trimtab.instrument.layers import find_decoder_layers
+from trimtab.serving.receipt import Receipt
 from trimtab.sites import HookPoint, Phase, Site
 
 PROMPTS = [[5, 17, 3, 44, 9], [7, 8]]
@@ -59,6 +61,19 @@ def test_sites_are_steered_where_their_layers_are(monkeypatch: Any, made: Any) -
     assert out[0].receipt.steered_tokens == {Phase.PREFILL: 5, Phase.DECODE: 4}
 
 
+def exactly(receipt: Receipt) -> Receipt:
+    """All of it but the means of corrections."""
+    uses = [
+        use if use.corrections is None else replace(use, corrections=replace(use.corrections, mean=None))
+        for use in receipt.interventions
+    ]
+    return replace(receipt, interventions=tuple(uses))
+
+
+def means(receipt: Receipt) -> list[float | None]:
+    return [use.corrections.mean for use in receipt.interventions if use.corrections is not None]
+
+
 def test_slots_act_where_their_layers_are(monkeypatch: Any, made: Any) -> None:
     def acts(vector: Any, *layers: int) -> dict[str, Any]:
         return {"post_block": {str(layer): vector.tolist() for layer in layers}}
@@ -78,7 +93,11 @@ def test_slots_act_where_their_layers_are(monkeypatch: Any, made: Any) -> None:
             made.clear()
             outputs.append(steered.generate(PROMPTS, [spec, None], max_new_tokens=5))
         assert [device for device, _ in made] == list(dict.fromkeys(homes.values()))
-    assert outputs[0] == outputs[1]
+    together, apart = ([output.receipt for output in each] for each in outputs)
+    assert [output.token_ids for output in outputs[0]] == [output.token_ids for output in outputs[1]]
+    assert [exactly(receipt) for receipt in together] == [exactly(receipt) for receipt in apart]
+    # Each device adds up its own layers in float32.
+    assert means(together[0]) == pytest.approx(means(apart[0]), rel=1e-6)
     assert {"post_block:1", "post_block:2"} <= made[1][1]
 
 
