@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime import best
 from trimtab.ops.args import SlotForm
 from trimtab.ops.buffers import SteeringBuffers
 from trimtab.program import ResolvedSteering
@@ -111,17 +111,6 @@ def steering(number: int, gates: int, slots: int) -> ResolvedSteering:
     served = ModelSites(HIDDEN, len(SITES), sites, gates=GateLimits(gates, sites),
                         slots=SlotLimits(slots, sites, frozenset({"clamp"})))  # fmt: skip
     return Steering.parse({"interventions": asked}).resolve({}, served)
-
-
-def best(step: Callable[[], None], calls: int, repeats: int) -> float:
-    """Microseconds per step, the best mean of `repeats` runs of `calls` steps."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            step()
-        times.append((time.perf_counter() - start) / calls)
-    return 1e6 * min(times)
 
 
 def operations(step: Callable[[], None], steps: int = 64) -> float:

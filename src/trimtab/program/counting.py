@@ -1,6 +1,8 @@
 """How many tokens of an output were steered, and what its gates and slots did: one rule for both engines."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
 
 from trimtab.program import ResolvedSteering
 from trimtab.sites import Phase
@@ -39,7 +41,7 @@ class GateUse:
     within: str = ""  # hex digest of the gate of several whose member it is; the factor is then its own, by itself
 
     @property
-    def key(self) -> "GateKey":
+    def key(self) -> GateKey:
         """By what uses of one gate are found. A gate of several comes before its members."""
         return self.within or self.gate, bool(self.within), self.gate
 
@@ -62,6 +64,29 @@ class SlotUse:
     total: float  # sum of |c|
     moved: int  # how many were not 0
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """By what uses of one slot at the same sites are found."""
+        return self.phase, self.slot, self.begins
+
     def __add__(self, other: "SlotUse") -> "SlotUse":
         measured, moved = self.measured + other.measured, self.moved + other.moved
         return SlotUse(self.phase, self.slot, self.begins, measured, self.total + other.total, moved)
+
+
+class _Use(Protocol):
+    @property
+    def key(self) -> Any: ...
+
+    def __add__(self, other: Self, /) -> Self: ...
+
+
+Use = TypeVar("Use", bound=_Use)
+
+
+def summed(uses: Iterable[Use]) -> list[Use]:
+    """One for each key, in the order of keys: what several rows, passes or engines did, added up."""
+    total: dict[Any, Use] = {}
+    for use in uses:
+        total[use.key] = total[use.key] + use if use.key in total else use
+    return [total[key] for key in sorted(total)]

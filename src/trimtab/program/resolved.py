@@ -83,6 +83,16 @@ class ResolvedSteering:
         """The different gates of all programs, in canonical order."""
         return tuple(distinct(item.gate for program in self.programs for item in program.gated))
 
+    @cached_property
+    def asked_in(self) -> tuple[frozenset[Phase], ...]:
+        """In which phases each intervention of `asked` does something."""
+        found: list[set[Phase]] = [set() for _ in self.asked]
+        for phase, program in zip(SPANS, self.programs, strict=True):
+            asked_by = [*(term.asked_by for term in program.all_terms), *(slot.asked_by for slot in program.slots)]
+            for index in frozenset[int]().union(*asked_by):
+                found[index].add(phase)
+        return tuple(map(frozenset, found))
+
     @property
     def terms(self) -> tuple[Term, ...]:
         """The terms of all programs, those behind gates too."""

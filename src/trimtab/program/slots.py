@@ -235,7 +235,7 @@ class Slot:
         """What it reads along and what it writes along, as far as it has either."""
         return tuple(direction for direction in (self.read, self.write) if direction is not None)
 
-    @property
+    @cached_property
     def columns(self) -> tuple[Direction | None, ...]:
         """What the table rows hold that its record names, in the order of `SlotOpArgs.slot_rows`."""
         if self.read is None or not RESPONSES[self.response].reads_float32:

@@ -14,7 +14,8 @@ from torch import Tensor
 from trimtab.program.counting import INLINE, MOST_LABELS, OTHERS, GateUse
 from trimtab.program.joint_gate import Condition, JointGate
 from trimtab.program.resolved_gate import ResolvedGate
-from trimtab.runtime.passes import IntArray, PassLog
+from trimtab.runtime.passes import PassLog
+from trimtab.runtime.step_plan import IntArray
 from trimtab.runtime.token_meters import Sums, TokenMeters, Values
 
 Spans = Sequence[Sequence[tuple[Condition, bool]]]

@@ -14,11 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trimtab.runtime.step_plan import IntArray
 from trimtab.runtime.upload import Staging
 
 MOST_PASSES = 32  # on the device at one time
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Arrived(NamedTuple):

@@ -15,7 +15,8 @@ from trimtab.ops.slot_uses import slot_uses
 from trimtab.program import SPANS, PhaseProgram
 from trimtab.program.counting import SlotUse
 from trimtab.program.slots import measured_slots
-from trimtab.runtime.passes import MOST_PASSES, IntArray, PassLog
+from trimtab.runtime.passes import MOST_PASSES, PassLog
+from trimtab.runtime.step_plan import IntArray
 from trimtab.runtime.token_meters import TokenMeters, Values
 
 
@@ -51,8 +52,8 @@ class SlotMeters(TokenMeters[_Named]):
 
     def open_slots(self, slot: int, owner: str, programs: Sequence[PhaseProgram]) -> None:
         """Measure what the slots of each span's program do to the request of `slot`, which may have none."""
-        if any(measured_slots(program.slots) for program in programs):
-            spans = [self._names(*each) for each in zip(SPANS, programs, strict=True)]
+        spans = [self._names(*each) for each in zip(SPANS, programs, strict=True)]
+        if any(spans):
             self.open(slot, owner, spans)
             self._places = max(self._places, *map(len, spans))
             self._log.widen(_MOVED * self._places)

@@ -15,8 +15,8 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.runtime.passes import IntArray, PassLog
-from trimtab.runtime.step_plan import COLUMNS
+from trimtab.runtime.passes import PassLog
+from trimtab.runtime.step_plan import COLUMNS, IntArray
 
 KEPT_REPORTS = 4096  # owners of requests that are gone; the oldest are forgotten first
 

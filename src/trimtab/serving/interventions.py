@@ -12,7 +12,8 @@ from typing import Any
 from trimtab.program import SPANS, Asked, ResolvedSteering
 from trimtab.program.counting import SlotUse, steered_tokens
 from trimtab.program.slots import measured_slots
-from trimtab.sites import Phase
+
+MISSING = "the workers did not answer in time"
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,7 @@ def corrections_json(corrections: Corrections) -> dict[str, Any]:
 def tokens_of(steering: ResolvedSteering, prompt_length: int, new_tokens: int) -> list[int]:
     """On how many tokens of an output each intervention of `steering.asked` acted."""
     counts = steered_tokens(steering, prompt_length, new_tokens)
-    return [sum(counts[phase] for phase in phases) for phases in phases_of(steering)]
-
-
-def phases_of(steering: ResolvedSteering) -> list[set[Phase]]:
-    """In which phases each intervention of `steering.asked` does something."""
-    found: list[set[Phase]] = [set() for _ in steering.asked]
-    for phase, program in zip(SPANS, steering.programs, strict=True):
-        asked_by = [*(term.asked_by for term in program.all_terms), *(slot.asked_by for slot in program.slots)]
-        for index in frozenset[int]().union(*asked_by):
-            found[index].add(phase)
-    return found
+    return [sum(counts[phase] for phase in phases) for phases in steering.asked_in]
 
 
 def slots_of(steering: ResolvedSteering) -> list[set[tuple[str, str]]]:
@@ -102,15 +93,6 @@ def uses_of(
     return tuple(InterventionUse(*one) for one in zip(steering.asked, tokens, known, strict=True))
 
 
-def added(uses: Iterable[SlotUse]) -> list[SlotUse]:
-    """One for each slot, phase and first site: the same slot of several engines, or passes."""
-    total: dict[tuple[str, str, str], SlotUse] = {}
-    for use in uses:
-        key = use.phase, use.slot, use.begins
-        total[key] = total[key] + use if key in total else use
-    return [total[key] for key in sorted(total)]
-
-
 def with_corrections(
     told: Mapping[str, Any], slots: Sequence[set[tuple[str, str]]], uses: Iterable[SlotUse] | None
 ) -> dict[str, Any]:
@@ -122,9 +104,6 @@ def with_corrections(
         for entry, own in zip(told["interventions"], known, strict=True)
     ]
     return {**told, "interventions": entries, **missing}
-
-
-MISSING = "the workers did not answer in time"
 
 
 def _corrections(uses: Sequence[SlotUse]) -> Corrections:

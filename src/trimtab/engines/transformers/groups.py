@@ -1,6 +1,6 @@
 """The buffers and the runtime of those steered sites that share a device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from trimtab.instrument.layers import DecoderLayers
 from trimtab.ops import SteeringBuffers, emit
 from trimtab.ops.args import SlotForm
 from trimtab.program import ResolvedSteering
-from trimtab.program.counting import GateKey, SlotUse
+from trimtab.program.counting import SlotUse
 from trimtab.program.lowering import contents_of
 from trimtab.program.slots import counted
 from trimtab.responses import RESPONSES
@@ -73,8 +73,8 @@ class SiteGroup:
         self._holders = {site.layer: nn.Module() for site in sites}
         self._runtime: SteeringRuntime | None = None
         self._rows = 0
-        self._uses: dict[tuple[int, GateKey], GateUse] = {}  # by row and gate, of runtimes that grew out of use
-        self._slot_uses: list[tuple[int, SlotUse]] = []  # with their rows, likewise
+        self._gate_uses: list[tuple[int, GateUse]] = []  # with their rows, of runtimes that grew out of use
+        self._slot_uses: list[tuple[int, SlotUse]] = []  # likewise
 
     def prepare(self, steering: Sequence[ResolvedSteering | None], tokens: int) -> None:
         """Make room for all of `steering`, one for each row of a pass, and for passes of up to `tokens` tokens."""
@@ -114,10 +114,10 @@ class SiteGroup:
         with _current(self._device):
             return emit(self._holders[site.layer], site.hook, value.to(self._device)).to(value.device)
 
-    def gate_uses(self) -> Mapping[tuple[int, GateKey], GateUse]:
-        """What each gate of each row has done in this call. To be read once the call is over."""
+    def gate_uses(self) -> Sequence[tuple[int, GateUse]]:
+        """What gates did in this call, with the row of each. To be read once the call is over."""
         self._keep_uses()
-        return self._uses
+        return self._gate_uses
 
     def slot_uses(self) -> Sequence[tuple[int, SlotUse]]:
         """What slots did in this call, with the row of each. To be read once the call is over."""
@@ -129,9 +129,7 @@ class SiteGroup:
         for row in range(self._rows if self._runtime is not None and (self._gates or self._slots) else 0):
             assert self._runtime is not None
             self._slot_uses += ((row, use) for use in self._runtime.slot_report(str(row)))
-            for use in self._runtime.gate_report(str(row)):
-                known = self._uses.get((row, use.key))
-                self._uses[row, use.key] = use if known is None else known + use
+            self._gate_uses += ((row, use) for use in self._runtime.gate_report(str(row)))
         self._runtime = None
 
 

@@ -14,7 +14,7 @@ from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.taps import Transform
 from trimtab.program import ResolvedSteering
-from trimtab.program.counting import GateKey, SlotUse
+from trimtab.program.counting import SlotUse, summed
 from trimtab.runtime import GateUse
 from trimtab.sites import Phase, Site
 
@@ -95,12 +95,7 @@ class SteeringSession:
     def gate_uses(self, output: int, outputs: int) -> tuple[GateUse, ...]:
         """What each gate did to one of the `outputs`: on its own row, or on all rows of its prompt if they differ."""
         mine = self._rows_of(output, outputs)
-        found: dict[GateKey, GateUse] = {}
-        for group in self._groups:
-            for (row, gate), use in group.gate_uses().items():
-                if row in mine:
-                    found[gate] = found[gate] + use if gate in found else use
-        return tuple(found[gate] for gate in sorted(found))
+        return tuple(summed(use for group in self._groups for row, use in group.gate_uses() if row in mine))
 
     def slot_uses(self, output: int, outputs: int) -> list[SlotUse]:
         """What slots did to it, counted as of gates."""

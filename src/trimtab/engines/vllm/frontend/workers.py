@@ -9,13 +9,12 @@ meanwhile goes with the next, so a worker that stands still is not buried under 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from trimtab.engines.vllm.frontend.requests import current_front_end
-from trimtab.program.counting import GateKey, GateUse, SlotUse
-from trimtab.serving.interventions import added
+from trimtab.program.counting import GateKey, GateUse, SlotUse, summed
 from trimtab.serving.metrics import metrics
 
 CORE_METHOD = "trimtab_status"
@@ -75,9 +74,9 @@ class Workers:
         told = await self.ask(seconds, answers=[answer])
         if told.silent or not all("uses" in state for states in told.engines.values() for state in states):
             return None
-        gates = _added([_of_one_engine(states, answer) for states in told.engines.values()])
+        gates = [use for states in told.engines.values() for use in _of_one_engine(states, answer)]
         slots = [use for states in told.engines.values() for use in slots_of_one_engine(states, answer)]
-        return Uses(gates, added(slots))
+        return Uses(summed(gates), summed(slots))  # the requests of one answer may have run in several engines
 
     async def refresh_metrics(self) -> None:
         """Bring the gauges up to date; the page is served with the old values where workers do not answer."""
@@ -146,29 +145,21 @@ def _answered(reply: "asyncio.Future[list[State]]") -> bool:
     return reply.done() and not reply.cancelled() and reply.exception() is None
 
 
-def _of_one_engine(states: Iterable[State], answer: str) -> dict[GateKey, GateUse]:
+def _of_one_engine(states: Iterable[State], answer: str) -> Iterable[GateUse]:
     """By gate, from the worker that evaluated it; ranks that share one count the same, if none is a step behind."""
     uses: dict[GateKey, GateUse] = {}
     for use in (GateUse(**use) for state in states for use in state["uses"].get(answer, ())):
         known = uses.get(use.key)
         if known is None or (use.tokens, use.lowered) >= (known.tokens, known.lowered):
             uses[use.key] = use
-    return uses
+    return uses.values()
 
 
 def slots_of_one_engine(states: Iterable[State], answer: str) -> Iterable[SlotUse]:
     """By the sites where they acted: those of another stage begin elsewhere, and ranks of one stage count the same."""
     uses: dict[tuple[str, str, str], SlotUse] = {}
     for use in (SlotUse(**use) for state in states for use in state["slot_uses"].get(answer, ())):
-        known = uses.setdefault((use.phase, use.slot, use.begins), use)
+        known = uses.setdefault(use.key, use)
         if use.measured > known.measured:
-            uses[use.phase, use.slot, use.begins] = use
+            uses[use.key] = use
     return uses.values()
-
-
-def _added(engines: Iterable[Mapping[GateKey, GateUse]]) -> list[GateUse]:
-    """The requests of one answer may have run in several engines."""
-    total: dict[GateKey, GateUse] = {}
-    for gate, use in (item for uses in engines for item in uses.items()):
-        total[gate] = total[gate] + use if gate in total else use
-    return [total[gate] for gate in sorted(total)]
