@@ -8,10 +8,10 @@ import pytest
 
 from kinds_cases import HERE, MODEL, H, resolve, unit, vector
 from trimtab.program import ResolvedSteering
-from trimtab.program.counting import SlotUse
+from trimtab.program.counting import SlotUse, summed
 from trimtab.program.monitor import behind
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
-from trimtab.serving.interventions import added, phases_of, slots_of, tokens_of, uses_of, with_corrections
+from trimtab.serving.interventions import slots_of, tokens_of, uses_of, with_corrections
 from trimtab.serving.receipt import receipt_of
 from trimtab.sites import Phase, Site
 from trimtab.spec import Steering
@@ -108,7 +108,7 @@ def test_a_monitor_splits_slots_and_both_parts_are_told_of() -> None:
     assert [len(program.slots) for program in monitored.programs] == [1, 2]
     ablate, add = slots_of(monitored)
     assert (len(ablate), len(add)) == (3, 0)
-    assert phases_of(monitored) == [set(Phase)] * 2
+    assert monitored.asked_in == (frozenset(Phase),) * 2
     assert len(monitored.asked) == 2
 
 
@@ -132,7 +132,7 @@ def test_numbers_that_are_not_finite_are_told_as_null() -> None:
 
 def test_reports_of_one_slot_and_place_are_added_and_others_kept_apart() -> None:
     one, other = (SlotUse("decode", "s", site, 3, 1.5, 2) for site in ("post_block:0", "post_block:2"))
-    assert added([other, one, one]) == [SlotUse("decode", "s", "post_block:0", 6, 3.0, 4), other]
+    assert summed([other, one, one]) == [SlotUse("decode", "s", "post_block:0", 6, 3.0, 4), other]
 
 
 def test_who_asked_is_no_part_of_what_is_done() -> None:
