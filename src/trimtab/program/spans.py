@@ -1,0 +1,164 @@
+"""Which positions of a request receive which of its programs.
+
+A request's positions are cut into runs. In a run one program is received by every token, or, where the answer's own
+tokens decide, one of several: an `Atom` is a yes or no about a token that follows from its id and those before it, and
+the atoms of a token, read as a number, choose its program. Runs cover every position; the last has no end.
+
+Only the answer has atoms: what the prompt's tokens say is known when it is, and is written as runs.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from trimtab.sites import Phase
+
+MOST_RUNS = 4096  # of a request
+MOST_PROGRAMS = 32  # different ones of a request
+MOST_ATOMS = 4  # different ones of a request
+MOST_KINDS = 32  # of runs of a request
+MOST_ID_RANGES = 64  # of a set of ids
+MOST_SEQUENCES = 4  # that open, or close
+LONGEST_SEQUENCE = 16  # tokens
+
+
+@dataclass(frozen=True)
+class IdSet:
+    """Yes for a token whose id lies in one of some half-open ranges, which are sorted and do not touch."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    def __contains__(self, token: int) -> bool:
+        place = bisect_right(self.ranges, token, key=lambda one: one[0]) - 1
+        return place >= 0 and token < self.ranges[place][1]
+
+
+@dataclass(frozen=True)
+class Between:
+    """Yes for tokens behind one of `opens`, sequences of ids, and before one of `closes`.
+
+    Each time that a sequence is complete, with its last token, it opens or closes; where both are, it closes. That
+    token itself is a no. `is_open` says how the answer begins. A sequence lies in the answer as a whole unless it
+    `looks_back`: then it may begin in the prompt.
+    """
+
+    opens: tuple[tuple[int, ...], ...] = ()
+    closes: tuple[tuple[int, ...], ...] = ()
+    is_open: bool = False
+    looks_back: bool = False
+
+
+Atom = IdSet | Between
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The runs of one request.
+
+    Run r begins at position `starts[r]`, the first at 0, and is of kind `kinds[r]`. `choices[kind]` are places in the
+    request's programs: one, or one for each number that `atoms` can make (bit a says what atom a says). A run begins
+    where the prompt ends; runs before it are decided by no atom. `phases` says of each program whether it is one of
+    prompt tokens or of others: none is both.
+    """
+
+    prompt_length: int
+    starts: tuple[int, ...]
+    kinds: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+    phases: tuple[Phase, ...]
+    atoms: tuple[Atom, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what is no cover of positions, or more than engines hold."""
+        if fault := self._fault():
+            raise ValueError(fault)
+
+    @property
+    def decided_by_tokens(self) -> bool:
+        """Whether any run is."""
+        return bool(self.atoms)
+
+    def run_at(self, position: int) -> int:
+        """The run that holds `position`."""
+        return bisect_right(self.starts, position) - 1
+
+    def programs_at(self, position: int) -> tuple[int, ...]:
+        """The programs that a token at `position` may receive."""
+        return self.choices[self.kinds[self.run_at(position)]]
+
+    def decided(self, tokens: Sequence[int]) -> Iterator[int]:
+        """The program of each of `tokens`, which are a whole prompt and what was answered so far."""
+        states = [atom.is_open if isinstance(atom, Between) else False for atom in self.atoms]
+        for position, token in enumerate(tokens):
+            number = 0
+            if position >= self.prompt_length:
+                for place, atom in enumerate(self.atoms):
+                    if isinstance(atom, IdSet):
+                        said = token in atom
+                    else:
+                        first = 0 if atom.looks_back else self.prompt_length
+                        closes = _ends(tokens, position, atom.closes, first)
+                        opens = not closes and _ends(tokens, position, atom.opens, first)
+                        said = states[place] and not (opens or closes)
+                        states[place] = (states[place] or opens) and not closes
+                    number |= said << place
+            choice = self.programs_at(position)
+            yield choice[number] if len(choice) > 1 else choice[0]
+
+    @cached_property
+    def used(self) -> frozenset[int]:
+        """The programs that any token may receive."""
+        return frozenset(place for kind in self.kinds for place in self.choices[kind])
+
+    def _fault(self) -> str:
+        starts, prompt, numbers = self.starts, self.prompt_length, 1 << len(self.atoms)
+        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            return f"runs begin at {starts}; want ascending positions from 0"
+        if len(starts) != len(self.kinds) or not all(0 <= kind < len(self.choices) for kind in self.kinds):
+            return f"{len(starts)} runs of kinds {self.kinds}, of which there are {len(self.choices)}"
+        if prompt < 1 or prompt not in starts:
+            return f"no run begins at {prompt}, where the prompt ends"
+        if any(len(choice) not in (1, numbers) for choice in self.choices):
+            return f"choices of {[*map(len, self.choices)]} programs; want 1, or {numbers} for {len(self.atoms)} atoms"
+        limits = {
+            "runs": (len(starts), MOST_RUNS),
+            "programs": (len(self.phases), MOST_PROGRAMS),
+            "atoms": (len(self.atoms), MOST_ATOMS),
+            "kinds of runs": (len(self.choices), MOST_KINDS),
+        }
+        for name, (found, most) in limits.items():
+            if found > most:
+                return f"{found} {name}; at most {most} are served"
+        for start, kind in zip(starts, self.kinds, strict=True):
+            phase = Phase.PREFILL if start < prompt else Phase.DECODE
+            if phase is Phase.PREFILL and len(self.choices[kind]) != 1:
+                return f"the run at {start} of the prompt is decided by tokens of the answer"
+            for place in self.choices[kind]:
+                if not 0 <= place < len(self.phases) or self.phases[place] is not phase:
+                    return f"the run at {start} has program {place}, which is none of {phase}"
+        return next(filter(None, map(_atom_fault, self.atoms)), "")
+
+
+def _atom_fault(atom: Atom) -> str:
+    if isinstance(atom, IdSet):
+        edges = [edge for one in atom.ranges for edge in one]
+        if not edges or edges[0] < 0 or any(a >= b for a, b in pairwise(edges)):
+            return f"ids in {atom.ranges}; want ascending half-open ranges that do not touch"
+        return f"{len(atom.ranges)} ranges of ids, at most {MOST_ID_RANGES}" * (len(atom.ranges) > MOST_ID_RANGES)
+    if not (atom.opens or atom.closes):
+        return "an atom that nothing opens or closes"
+    for some in (atom.opens, atom.closes):
+        if len(some) > MOST_SEQUENCES or not all(0 < len(one) <= LONGEST_SEQUENCE for one in some):
+            return f"sequences {some}; want at most {MOST_SEQUENCES} of 1 to {LONGEST_SEQUENCE} ids"
+    return ""
+
+
+def _ends(tokens: Sequence[int], position: int, sequences: Sequence[Sequence[int]], first: int) -> bool:
+    """Whether one of `sequences` ends at `position` and begins at `first` or later."""
+    starts = (position + 1 - len(one) for one in sequences)
+    return any(
+        start >= first and tuple(tokens[start : position + 1]) == tuple(one)
+        for start, one in zip(starts, sequences, strict=True)
+    )
