@@ -2,8 +2,9 @@
 
 from trimtab.program.programs import EMPTY, GatedProgram, PhaseProgram, Term
 from trimtab.program.ranges import fault_of_range
-from trimtab.program.resolved import SPANS, Asked, Origin, ResolvedSteering
+from trimtab.program.resolved import SPANS, Asked, Origin, ResolvedSteering, Where
 from trimtab.program.slots import Direction, Numbers, Slot
+from trimtab.program.spans import Spans
 
 __all__ = [
     "EMPTY",
@@ -16,6 +17,8 @@ __all__ = [
     "PhaseProgram",
     "ResolvedSteering",
     "Slot",
+    "Spans",
     "Term",
+    "Where",
     "fault_of_range",
 ]

@@ -1,6 +1,6 @@
 """How many tokens of an output were steered, and what its gates and slots did: one rule for both engines."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
@@ -13,15 +13,46 @@ MOST_LABELS = 4096  # names in totals: any number of them can be registered, one
 INLINE, OTHERS = "(inline)", "(others)"
 
 
-def steered_tokens(steering: ResolvedSteering | None, prompt_length: int, new_tokens: int) -> dict[Phase, int]:
-    """Positions of one output that were steered, per phase.
+def received(
+    steering: ResolvedSteering, prompt_length: int, new_tokens: int, tokens: Sequence[int] | None = None
+) -> list[int]:
+    """How many positions of one output received each of `steering.programs`.
 
-    Where the prefill is steered these are all `prompt_length` tokens of the prompt: those whose KV came from a cache
-    were steered when it was made. Where the decode is, all of `new_tokens` but the last: that one was decided and never
-    fed back, so nothing of it was computed. Each position counts once, however often an engine computed it.
+    Those are the first `prompt_length` of its prompt, whose KV may have come from a cache: they were steered when it
+    was made. Of `new_tokens` all count but the last: that one was decided and never fed back, so nothing of it was
+    computed. Each position counts once, however often an engine computed it.
+
+    Where the answer's tokens decide, `tokens` are the ids of the whole prompt and of the answer. Raises ValueError
+    where they are needed and missing.
     """
-    fed = {Phase.PREFILL: prompt_length, Phase.DECODE: max(new_tokens - 1, 0)}
-    return {phase: fed[phase] if steering is not None and steering.identity(phase) else 0 for phase in Phase}
+    fed = max(new_tokens - 1, 0)
+    if (spans := steering.spans) is None:
+        return [prompt_length, fed]
+    counts = [0] * len(steering.programs)
+    end = spans.prompt_length + fed
+    runs = [*spans.runs(end)]
+    if any(len(choice) > 1 for _, _, choice in runs):
+        if tokens is None or len(tokens) < end:
+            raise ValueError(f"tokens of an answer of {new_tokens} decide what they receive, and are not given")
+        for place in spans.decided(tokens[:end], first=spans.prompt_length):
+            counts[place] += 1
+        end = spans.prompt_length
+    for start, stop, choice in runs:
+        stop = min(stop, prompt_length if start < spans.prompt_length else end)
+        counts[choice[0]] += max(0, stop - start)
+    return counts
+
+
+def steered_tokens(
+    steering: ResolvedSteering | None, prompt_length: int, new_tokens: int, tokens: Sequence[int] | None = None
+) -> dict[Phase, int]:
+    """Positions of one output that were steered, per phase, counted as `received` counts them."""
+    steered = dict.fromkeys(Phase, 0)
+    if steering is not None:
+        counts = received(steering, prompt_length, new_tokens, tokens)
+        for phase, program, count in zip(steering.phases, steering.programs, counts, strict=True):
+            steered[phase] += count if program.identity else 0
+    return steered
 
 
 GateKey = tuple[str, bool, str]

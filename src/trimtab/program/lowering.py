@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from trimtab.program.joint_gate import JointGate
 from trimtab.program.programs import GatedProgram, PhaseProgram
-from trimtab.program.resolved import SPANS, ResolvedSteering
+from trimtab.program.resolved import ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate
 from trimtab.sites import Phase, Site, site_order
 
@@ -41,7 +41,7 @@ def placed(steering: ResolvedSteering, *, lowers: bool) -> tuple[Placed, ...]:
     """Where the sums of each program go in an engine that lowers gates of decode tokens, or does not."""
     return tuple(
         lowered(program) if lowers and phase == Phase.DECODE else Placed(program, (), program.gated)
-        for phase, program in zip(SPANS, steering.programs, strict=True)
+        for phase, program in zip(steering.phases, steering.programs, strict=True)
     )
 
 

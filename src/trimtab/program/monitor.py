@@ -14,7 +14,7 @@ from trimtab.program.resolved import ResolvedSteering
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.program.slots import Slot
 from trimtab.responses import Stage
-from trimtab.sites import Site, site_order
+from trimtab.sites import Phase, Site, site_order
 from trimtab.vectors.vector import Part
 
 
@@ -30,12 +30,20 @@ def behind(steering: ResolvedSteering, monitor: ResolvedGate) -> ResolvedSteerin
     )
     if not (equal or reaches(steering, monitor.site)):
         return steering
-    prefill = _renamed(steering.prefill, monitor)
-    decode = PhaseProgram.of(
-        (part for term in steering.decode.all_terms for part in _parts(term, monitor)),
-        (part for slot in steering.decode.slots for part in _slot_parts(slot, monitor)),
+    parted: dict[int, PhaseProgram] = {}
+    programs: list[PhaseProgram] = []
+    for phase, program in zip(steering.phases, steering.programs, strict=True):
+        if phase is Phase.DECODE and id(program) not in parted:
+            parted[id(program)] = _parted(program, monitor)
+        programs.append(parted[id(program)] if phase is Phase.DECODE else _renamed(program, monitor))
+    return _with_origins(steering, replace(steering, programs=tuple(programs)))
+
+
+def _parted(decode: PhaseProgram, monitor: ResolvedGate) -> PhaseProgram:
+    return PhaseProgram.of(
+        (part for term in decode.all_terms for part in _parts(term, monitor)),
+        (part for slot in decode.slots for part in _slot_parts(slot, monitor)),
     )
-    return _with_origins(steering, replace(steering, programs=(prefill, decode)))
 
 
 def _renamed(program: PhaseProgram, monitor: ResolvedGate) -> PhaseProgram:
@@ -68,14 +76,16 @@ def _named(steering: ResolvedSteering) -> set[bytes | None]:
 
 def reaches(steering: ResolvedSteering, site: Site) -> bool:
     """Whether something is done to decode tokens at `site` or later that stands behind no gate."""
-    last = [term.sites[-1] for term in steering.decode.terms]
-    last += [slot.sites[-1] for slot in steering.decode.slots if slot.gate is None and _may_wait(slot)]
+    programs = steering.programs_of(Phase.DECODE)
+    last = [term.sites[-1] for program in programs for term in program.terms]
+    last += [slot.sites[-1] for program in programs for slot in program.slots if slot.gate is None and _may_wait(slot)]
     return any(site_order(one) >= site_order(site) for one in last)
 
 
 def monitor_of(steering: ResolvedSteering) -> str:
     """Hex digest of the monitor that stands before what decode tokens receive; "" if none does."""
-    return next((item.gate.digest.hex() for item in steering.decode.gated if item.gate.label == MONITOR_LABEL), "")
+    gates = (item.gate for program in steering.programs_of(Phase.DECODE) for item in program.gated)
+    return next((gate.digest.hex() for gate in gates if gate.label == MONITOR_LABEL), "")
 
 
 def _parts(term: Term, monitor: ResolvedGate) -> Iterator[Term]:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 from trimtab.errors import SteeringError
 from trimtab.program.joint_gate import Condition
 from trimtab.program.programs import PhaseProgram, Term, distinct, together
+from trimtab.program.run_names import NamedRuns, identity_of, named_runs
 from trimtab.program.slots import Slot, counted
+from trimtab.program.spans import Spans
 from trimtab.sites import MOST_SLOTS_OF_PHASE, GateLimits, Phase, Site, SlotLimits
 
 
@@ -24,6 +26,14 @@ class Origin(NamedTuple):
     direction: bytes = b""
 
 
+class Where(NamedTuple):
+    """The positions at which an intervention acts, as half-open ranges of tokens that are sorted and do not touch."""
+
+    prompt: tuple[tuple[int, int], ...]
+    answer: tuple[tuple[int, int | None], ...]  # counted from the answer's first token; None: no end
+    by_tokens: bool = False  # whether the answer's own tokens decide at which of these it acts
+
+
 class Asked(NamedTuple):
     """An intervention of a spec, as receipts tell of it."""
 
@@ -31,47 +41,77 @@ class Asked(NamedTuple):
     kind: str
     vectors: tuple[Origin, ...]  # in the order of its fields
     by_default: bool = False
+    where: Where | None = None  # None in a request that says no more than phases
 
 
-SPANS = tuple(Phase)  # of a request's positions, in their order
+SPANS = tuple(Phase)  # of the positions of a request that says no more than phases, in their order
 
 
 @dataclass(frozen=True)
 class ResolvedSteering:
-    """A request's steering with every name resolved: a list of spans of its positions, and what each receives.
+    """A request's steering with every name resolved: its programs, and which of its positions receive which.
 
-    There is one span for each `Phase`, in their order, and `programs` has its program. `vectors` and `probes` are the
-    origins of what the spec asked for and the programs hold, in the order of the spec; `asked` are all interventions of
-    the spec, of which terms and slots say which asked for them. They are no part of what is done, so they do not
-    travel: a process that decodes steering does not know them.
+    `spans` says that for one prompt. Without, there is one program for each `Phase`, in their order. `vectors` and
+    `probes` are the origins of what the spec asked for and the programs hold, in the order of the spec; `asked` are all
+    interventions of the spec, of which terms and slots say which asked for them. They are no part of what is done, so
+    they do not travel: a process that decodes steering does not know them.
     """
 
     programs: tuple[PhaseProgram, ...]
     vectors: tuple[Origin, ...] = field(default=(), compare=False)
     probes: tuple[Origin, ...] = field(default=(), compare=False)
     asked: tuple[Asked, ...] = field(default=(), compare=False)
+    spans: Spans | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if len(self.programs) != len(Phase):
-            raise ValueError(f"{len(self.programs)} programs; want one for each of {', '.join(Phase)}")
+        if len(self.programs) != len(self.phases):
+            wanted = "one for each of " + ", ".join(Phase) if self.spans is None else f"{len(self.phases)}"
+            raise ValueError(f"{len(self.programs)} programs; want {wanted}")
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Of each program, which tokens may receive it."""
+        return SPANS if self.spans is None else self.spans.phases
 
     @property
     def prefill(self) -> PhaseProgram:
-        """The program of prompt tokens."""
+        """The program of prompt tokens, where there are no `spans`."""
         return self.program(Phase.PREFILL)
 
     @property
     def decode(self) -> PhaseProgram:
-        """The program of the tokens that follow."""
+        """The program of the tokens that follow, where there are no `spans`."""
         return self.program(Phase.DECODE)
 
     def program(self, phase: Phase) -> PhaseProgram:
-        """The program of one phase."""
+        """The one program of a phase, where there are no `spans`."""
+        if self.spans is not None:
+            raise ValueError(f"there is no one program of {phase}: tokens receive what the spans say")
         return self.programs[SPANS.index(phase)]
 
+    def programs_of(self, phase: Phase) -> tuple[PhaseProgram, ...]:
+        """The programs that tokens of a phase may receive."""
+        return tuple(program for own, program in zip(self.phases, self.programs, strict=True) if own is phase)
+
     def identity(self, phase: Phase) -> str:
-        """Hex digest of all that changes the KV of that phase's tokens; "" where they are not steered."""
-        return self.program(Phase(phase)).identity
+        """Hex digest of all that changes the KV of that phase's tokens; "" where they are not steered.
+
+        Where all of them receive one program it is that program's.
+        """
+        phase = Phase(phase)
+        return self.program(phase).identity if self.spans is None else self._identities[phase]
+
+    @cached_property
+    def runs(self) -> NamedRuns:
+        """The runs of `spans`, as far as they differ, and what tokens receive in each. Without spans there are none."""
+        return named_runs(self.spans, [program.identity for program in self.programs]) if self.spans else ()
+
+    @cached_property
+    def _identities(self) -> dict[Phase, str]:
+        assert self.spans is not None, "a program of a phase has its own"
+        identities = [program.identity for program in self.programs]
+        first = {Phase.PREFILL: 0, Phase.DECODE: self.spans.prompt_length}
+        return {phase: identity_of(named_runs(self.spans, identities, phase), first[phase]) for phase in Phase}
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -84,13 +124,13 @@ class ResolvedSteering:
         return tuple(distinct(item.gate for program in self.programs for item in program.gated))
 
     @cached_property
-    def asked_in(self) -> tuple[frozenset[Phase], ...]:
-        """In which phases each intervention of `asked` does something."""
-        found: list[set[Phase]] = [set() for _ in self.asked]
-        for phase, program in zip(SPANS, self.programs, strict=True):
+    def asked_in(self) -> tuple[frozenset[int], ...]:
+        """In which of `programs`, by their places, each intervention of `asked` does something."""
+        found: list[set[int]] = [set() for _ in self.asked]
+        for place, program in enumerate(self.programs):
             asked_by = [*(term.asked_by for term in program.all_terms), *(slot.asked_by for slot in program.slots)]
             for index in frozenset[int]().union(*asked_by):
-                found[index].add(phase)
+                found[index].add(place)
         return tuple(map(frozenset, found))
 
     @property

@@ -88,19 +88,29 @@ class Spans:
         """The programs that a token at `position` may receive."""
         return self.choices[self.kinds[self.run_at(position)]]
 
-    def decided(self, tokens: Sequence[int]) -> Iterator[int]:
-        """The program of each of `tokens`, which are a whole prompt and what was answered so far."""
+    def runs(self, end: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """The runs of the positions before `end`: where each begins and stops, and what its tokens may receive."""
+        stops = [*self.starts[1:], end]
+        for start, stop, kind in zip(self.starts, stops, self.kinds, strict=True):
+            if start < end:
+                yield start, min(stop, end), self.choices[kind]
+
+    def decided(self, tokens: Sequence[int], first: int = 0) -> Iterator[int]:
+        """The program of each of `tokens` but those before `first`, which is at most the length of the prompt.
+
+        They are a whole prompt and what was answered so far.
+        """
         states = [atom.is_open if isinstance(atom, Between) else False for atom in self.atoms]
-        for position, token in enumerate(tokens):
+        for position in range(first, len(tokens)):
             number = 0
             if position >= self.prompt_length:
                 for place, atom in enumerate(self.atoms):
                     if isinstance(atom, IdSet):
-                        said = token in atom
+                        said = tokens[position] in atom
                     else:
-                        first = 0 if atom.looks_back else self.prompt_length
-                        closes = _ends(tokens, position, atom.closes, first)
-                        opens = not closes and _ends(tokens, position, atom.opens, first)
+                        begin = 0 if atom.looks_back else self.prompt_length
+                        closes = _ends(tokens, position, atom.closes, begin)
+                        opens = not closes and _ends(tokens, position, atom.opens, begin)
                         said = states[place] and not (opens or closes)
                         states[place] = (states[place] or opens) and not closes
                     number |= said << place

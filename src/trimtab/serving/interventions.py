@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.program import SPANS, Asked, ResolvedSteering
-from trimtab.program.counting import SlotUse, steered_tokens
+from trimtab.program import Asked, ResolvedSteering, Where
+from trimtab.program.counting import SlotUse, received
 from trimtab.program.slots import measured_slots
 
 MISSING = "the workers did not answer in time"
@@ -40,6 +40,7 @@ class InterventionUse:
             "kind": self.asked.kind,
             "vectors": [{"name": origin.name, "digest": origin.digest.hex()} for origin in self.asked.vectors],
             **({"server_default": True} if self.asked.by_default else {}),
+            **({} if self.asked.where is None else {"where": where_json(self.asked.where)}),
             "tokens": self.tokens,
         }
         return told if self.corrections is None else {**told, **corrections_json(self.corrections)}
@@ -57,16 +58,24 @@ def corrections_json(corrections: Corrections) -> dict[str, Any]:
     }
 
 
-def tokens_of(steering: ResolvedSteering, prompt_length: int, new_tokens: int) -> list[int]:
-    """On how many tokens of an output each intervention of `steering.asked` acted."""
-    counts = steered_tokens(steering, prompt_length, new_tokens)
-    return [sum(counts[phase] for phase in phases) for phases in steering.asked_in]
+def where_json(where: Where) -> dict[str, Any]:
+    """Where an intervention acts, in JSON's types."""
+    told = {"prompt": [*map(list, where.prompt)], "answer": [*map(list, where.answer)]}
+    return told | ({"by_tokens": True} if where.by_tokens else {})
+
+
+def tokens_of(
+    steering: ResolvedSteering, prompt_length: int, new_tokens: int, tokens: Sequence[int] | None = None
+) -> list[int]:
+    """On how many tokens of an output each intervention of `steering.asked` acted; `tokens` are those of `received`."""
+    counts = received(steering, prompt_length, new_tokens, tokens)
+    return [sum(counts[place] for place in places) for places in steering.asked_in]
 
 
 def slots_of(steering: ResolvedSteering) -> list[set[tuple[str, str]]]:
     """The phase and the digest of each slot that an intervention of `steering.asked` has a part in."""
     found: list[set[tuple[str, str]]] = [set() for _ in steering.asked]
-    for phase, program in zip(SPANS, steering.programs, strict=True):
+    for phase, program in zip(steering.phases, steering.programs, strict=True):
         asked_by: dict[bytes, set[int]] = {}
         for slot in program.slots:
             asked_by.setdefault(slot.digest, set()).update(slot.asked_by)
@@ -85,12 +94,16 @@ def corrections_of(slots: Sequence[set[tuple[str, str]]], uses: Iterable[SlotUse
 
 
 def uses_of(
-    steering: ResolvedSteering, prompt_length: int, new_tokens: int, uses: Iterable[SlotUse] | None
+    steering: ResolvedSteering,
+    prompt_length: int,
+    new_tokens: int,
+    uses: Iterable[SlotUse] | None,
+    tokens: Sequence[int] | None = None,
 ) -> tuple[InterventionUse, ...]:
     """What each intervention did to an output; `uses` are of its slots, None where they are not known."""
-    tokens = tokens_of(steering, prompt_length, new_tokens)
-    known = [None] * len(tokens) if uses is None else corrections_of(slots_of(steering), uses)
-    return tuple(InterventionUse(*one) for one in zip(steering.asked, tokens, known, strict=True))
+    counts = tokens_of(steering, prompt_length, new_tokens, tokens)
+    known = [None] * len(counts) if uses is None else corrections_of(slots_of(steering), uses)
+    return tuple(InterventionUse(*one) for one in zip(steering.asked, counts, known, strict=True))
 
 
 def with_corrections(

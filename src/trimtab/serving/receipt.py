@@ -1,6 +1,6 @@
 """The receipt of an output: what was done to it. One type, one function and one JSON form, for every engine."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -65,22 +65,23 @@ def receipt_of(
     gates: Iterable[GateUse] = (),
     slots: Iterable[SlotUse] | None = None,
     default_left: float | None = None,
+    tokens: Sequence[int] | None = None,
 ) -> Receipt:
-    """The receipt of an output of `new_tokens` tokens behind a prompt, counted by the rule of `steered_tokens`. `slots`
-    are what slots did, None where that is not known."""
-    tokens = MappingProxyType(steered_tokens(steering, prompt_length, new_tokens))
+    """The receipt of an output of `new_tokens` tokens behind a prompt, counted by the rule of `received`, for which
+    `tokens` are the ids of both where they decide. `slots` are what slots did, None where that is not known."""
+    counts = MappingProxyType(steered_tokens(steering, prompt_length, new_tokens, tokens))
     if steering is None:
-        return Receipt(MappingProxyType(dict.fromkeys(Phase, "")), (), tokens)
+        return Receipt(MappingProxyType(dict.fromkeys(Phase, "")), (), counts)
     return Receipt(
         identity=MappingProxyType({phase: steering.identity(phase) for phase in Phase}),
         sites=steering.sites,
-        steered_tokens=tokens,
+        steered_tokens=counts,
         gates=tuple(gates),
         monitor=monitor_of(steering),
         vectors=steering.vectors,
         probes=steering.probes,
         default_left=default_left,
-        interventions=uses_of(steering, prompt_length, new_tokens, slots),
+        interventions=uses_of(steering, prompt_length, new_tokens, slots, tokens),
     )
 
 

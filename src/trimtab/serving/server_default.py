@@ -56,7 +56,7 @@ class ServerDefault:
             return min(0.0, 0.0 if share is None else share.left)
         if share is None:
             return 1.0
-        if self.binding and default.program(share.phase).slots:
+        if self.binding and any(program.slots for program in default.programs_of(share.phase)):
             said = (
                 "would act beside the server's default spec, which is binding and does more than add: what of that is "
                 f"left cannot be measured on {share.phase.value} tokens; leave the interventions out, or have the "
