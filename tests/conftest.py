@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from schedule import schedule
+from schedule import schedule, scheduler
 
 CACHES = {  # the variable that names a cache of compiled code, and the folder of a run's own
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
     "VLLM_CACHE_ROOT": "vllm",
 }
+GROUPS = "TRIMTAB_TEST_GROUPS"  # the file in which the first of several processes says which tests belong together
 
 if find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
@@ -50,12 +51,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     for variable, name in CACHES.items():
         os.environ[variable] = str(folder / name)
+    os.environ[GROUPS] = str(folder / "groups.json")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the tests, and group them for processes side by side."""
-    schedule(items)
+    schedule(items, Path(os.environ[GROUPS]) if os.environ.get("PYTEST_XDIST_WORKER") == "gw0" else None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out whole groups, where that is asked for."""
+    return scheduler(config, log, Path(os.environ[GROUPS])) if config.getoption("dist") == "loadgroup" else None
 
 
 def pytest_sessionstart() -> None:

@@ -5,8 +5,11 @@ test that runs a scenario by itself goes alone. What takes longest is begun firs
 the others.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,17 +39,35 @@ LONGEST = (  # parts of node ids, by falling CPU time
 )
 
 
-def schedule(items: list[pytest.Item]) -> None:
-    """Mark the group of each test for `--dist loadgroup`, and put the groups in the order in which they are begun."""
+def schedule(items: list[pytest.Item], told: Path | None) -> None:
+    """Put the groups in the order in which they are begun; the file `told` learns the group of each test."""
     shared = _components({item: list(_engines(item)) for item in items})
     groups: dict[Hashable, list[pytest.Item]] = defaultdict(list)
     for item in items:
         alone = "run_scenario" in getattr(getattr(item, "function", None), "__code__", compile("", "", "exec")).co_names
         groups[shared.get(item, item.nodeid if alone else item.path)].append(item)
-    for number, group in enumerate(groups.values()):
-        for item in group:
-            item.add_marker(pytest.mark.xdist_group(f"{number}"))
-    items[:] = [item for group in sorted(groups.values(), key=_rank) for item in group]
+    ordered = sorted(groups.values(), key=_rank)
+    items[:] = [item for group in ordered for item in group]
+    if told:
+        told.write_text(
+            json.dumps({item.nodeid: f"{number}" for number, group in enumerate(ordered) for item in group})
+        )
+
+
+def scheduler(config: pytest.Config, log: Any, told: Path) -> Any:
+    """What hands groups to processes. xdist's own writes a group into the ids of its tests, which pytest 9.2 ignores:
+    each test then goes alone, and every process starts every server."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def schedule(self) -> None:
+            self.groups = json.loads(told.read_text())
+            super().schedule()
+
+        def _split_scope(self, nodeid: str) -> str:
+            return self.groups[nodeid]
+
+    return Groups(config, log)
 
 
 def _engines(item: pytest.Item) -> Iterable[Hashable]:

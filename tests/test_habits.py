@@ -135,3 +135,30 @@ def test_where_every_test_must_run_a_skipped_one_has_failed(tmp_path: Path, text
     ]  # fmt: skip
     assert (outcomes[0] == 0) == passes
     assert outcomes[1] in (0, 5)  # 5: there was no test
+
+
+SHARING = """
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+@pytest.fixture(scope="module", params=["one", "another"])
+def engine(request):
+    with open("started", "a") as file:
+        file.write(request.param + "\\n")
+
+@pytest.mark.parametrize("number", range(9))
+def test_of_an_engine(engine, number): pass
+"""
+
+
+def test_an_engine_that_tests_share_is_started_by_one_process(tmp_path: Path) -> None:
+    for name in ("conftest.py", "schedule.py"):
+        (tmp_path / name).write_text((TESTS / name).read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    vllm\n")
+    (tmp_path / "test_it.py").write_text(SHARING)
+    options = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("PYTEST ="))
+    command = [sys.executable, *options.partition("python")[2].split(), "-p", "no:cacheprovider", "-n", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert sorted((tmp_path / "started").read_text().split()) == ["another", "one"]
