@@ -1,8 +1,8 @@
 """The form in which resolved steering travels between processes: plain dicts, lists, bytes and numbers, for msgpack.
 
-    {"version": 4, "vectors": [VECTOR, ...], "gates": [GATE, ...], "directions": [DIRECTION, ...], "slots": [SLOT, ...],
-     "programs": [[TERM, ...], ...], "acting": [[slot index, ...], ...]}
-    for each phase the terms of its program, as `ResolvedSteering.programs` has them, and its slots
+    {"version": 5, "vectors": [VECTOR, ...], "gates": [GATE, ...], "directions": [DIRECTION, ...], "slots": [SLOT, ...],
+     "programs": [[TERM, ...], ...], "acting": [[slot index, ...], ...], "spans": SPANS | None}
+    of each of `ResolvedSteering.programs` its terms, and its slots; without spans there is one for each phase
     TERM = [vector index, scale], or [vector index, scale, gate index]
     SLOT = [response, direction index of what it reads | None, of what it writes | None, NUMBERS, gate index | None],
            or [..., direction index of its second score]
@@ -15,6 +15,10 @@
            | {..., "part": [layer, hook, whether before]}                                  on one side of a site
            | {"sites": [[layer, hook], ...], "width": int, "data": bytes}                  little-endian float32 [n, H],
            | {..., "spread": True}                                                         or [1, H] for all sites
+    SPANS = {"prompt_length": int, "starts": [int, ...], "kinds": [int, ...], "choices": [[program index, ...], ...],
+             "phases": ["prefill" | "decode", ...], "atoms": [ATOM, ...]}                  as `Spans` has them
+    ATOM = ["ids", [[first, end], ...]]
+           | ["between", [[id, ...], ...] that open, [[id, ...], ...] that close, whether open at first, looks back]
 
 The reader trusts nothing: digests of inline content are computed anew, registered ones are looked up by digest. What a
 request called its slots does not travel: it is no part of what they do.
@@ -30,16 +34,17 @@ from trimtab.program.resolved import SPANS, ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference
 from trimtab.program.slots import Slot
 from trimtab.program.wire_slots import decode_direction, decode_slot, encode_slot, form_told
+from trimtab.program.wire_spans import decode_spans, encode_spans
 from trimtab.program.wire_values import check_keys, index_of, list_of, number_of, parts_of, truth_of
 from trimtab.program.wire_vectors import Known, decode_vector, encode_vector
 from trimtab.sites import MOST_SLOTS_OF_PHASE
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown
 
-VERSION = 4
+VERSION = 5
 LONGEST_LABEL = 200  # characters, as of the names that a spec may have
 SLOTS_READ = 2 * MOST_SLOTS_OF_PHASE  # of a program, whose slots are split where a monitor begins
-KEYS = frozenset({"version", "vectors", "gates", "directions", "slots", "programs", "acting"})
+KEYS = frozenset({"version", "vectors", "gates", "directions", "slots", "programs", "acting", "spans"})
 
 
 def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, views: bool = False) -> dict[str, Any]:
@@ -90,6 +95,7 @@ def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, 
         "slots": [encode_slot(slot, list(ways), gates) for slot in slots.values()],
         "programs": [terms(program) for program in steering.programs],
         "acting": [[order.index(slot.digest) for slot in program.slots] for program in steering.programs],
+        "spans": encode_spans(steering.spans),
     }
 
 
@@ -101,7 +107,7 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     check_keys(wire, "wire", KEYS)
     if type(wire["version"]) is not int or wire["version"] != VERSION:
         raise SteeringError("wire.version", f"got {shown(wire['version'])}, this release reads version {VERSION}")
-    entries = {key: list_of(wire[key], f"wire.{key}") for key in sorted(KEYS - {"version"})}
+    entries = {key: list_of(wire[key], f"wire.{key}") for key in sorted(KEYS - {"version", "spans"})}
     vectors = [
         decode_vector(entry, f"wire.vectors[{i}]", vectors_by_digest) for i, entry in enumerate(entries["vectors"])
     ]
@@ -110,21 +116,24 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     gates = [_decode_condition(entry, f"wire.gates[{i}]", vectors) for i, entry in enumerate(entries["gates"])]
     ways = [decode_direction(entry, f"wire.directions[{i}]", vectors) for i, entry in enumerate(entries["directions"])]
     slots = [decode_slot(entry, f"wire.slots[{i}]", ways, gates) for i, entry in enumerate(entries["slots"])]
+    spans = decode_spans(wire["spans"], "wire.spans")
+    wanted = len(SPANS) if spans is None else len(spans.phases)
     for key in ("programs", "acting"):
-        if (count := len(entries[key])) != len(SPANS):
-            raise SteeringError(f"wire.{key}", f"has {count} items, want one for each of {', '.join(SPANS)}")
+        if (count := len(entries[key])) != wanted:
+            each = f"one for each of {', '.join(SPANS)}" if spans is None else f"{wanted}, as many as spans.phases has"
+            raise SteeringError(f"wire.{key}", f"has {count} items, want {each}")
     read = [
         (
             _decode_terms(entries["programs"][i], f"wire.programs[{i}]", len(vectors), len(gates)),
             _decode_acting(entries["acting"][i], f"wire.acting[{i}]", len(slots)),
         )
-        for i in range(len(SPANS))
+        for i in range(wanted)
     ]
     programs: list[PhaseProgram] = []
     for i, found in enumerate(read):
         first = read.index(found)  # mostly all are alike, and then one object
         programs.append(programs[first] if first < i else _program(found, f"wire.programs[{i}]", vectors, gates, slots))
-    return ResolvedSteering(tuple(programs))
+    return ResolvedSteering(tuple(programs), spans=spans)
 
 
 def _decode_condition(entry: Any, path: str, vectors: list[Known]) -> Condition:

@@ -14,6 +14,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from trimtab.sites import Phase
+from trimtab.wording import summary
 
 MOST_RUNS = 4096  # of a request
 MOST_PROGRAMS = 32  # different ones of a request
@@ -22,6 +23,8 @@ MOST_KINDS = 32  # of runs of a request
 MOST_ID_RANGES = 64  # of a set of ids
 MOST_SEQUENCES = 4  # that open, or close
 LONGEST_SEQUENCE = 16  # tokens
+POSITIONS_BELOW = 1 << 26  # at which runs begin: engines hold a position and a kind in one int32
+IDS_BELOW = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -123,17 +126,8 @@ class Spans:
         return frozenset(place for kind in self.kinds for place in self.choices[kind])
 
     def _fault(self) -> str:
-        starts, prompt, numbers = self.starts, self.prompt_length, 1 << len(self.atoms)
-        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
-            return f"runs begin at {starts}; want ascending positions from 0"
-        if len(starts) != len(self.kinds) or not all(0 <= kind < len(self.choices) for kind in self.kinds):
-            return f"{len(starts)} runs of kinds {self.kinds}, of which there are {len(self.choices)}"
-        if prompt < 1 or prompt not in starts:
-            return f"no run begins at {prompt}, where the prompt ends"
-        if any(len(choice) not in (1, numbers) for choice in self.choices):
-            return f"choices of {[*map(len, self.choices)]} programs; want 1, or {numbers} for {len(self.atoms)} atoms"
         limits = {
-            "runs": (len(starts), MOST_RUNS),
+            "runs": (len(self.starts), MOST_RUNS),
             "programs": (len(self.phases), MOST_PROGRAMS),
             "atoms": (len(self.atoms), MOST_ATOMS),
             "kinds of runs": (len(self.choices), MOST_KINDS),
@@ -141,27 +135,54 @@ class Spans:
         for name, (found, most) in limits.items():
             if found > most:
                 return f"{found} {name}; at most {most} are served"
-        for start, kind in zip(starts, self.kinds, strict=True):
-            phase = Phase.PREFILL if start < prompt else Phase.DECODE
+        return (
+            self._fault_of_starts() or self._fault_of_choices() or next(filter(None, map(_atom_fault, self.atoms)), "")
+        )
+
+    def _fault_of_starts(self) -> str:
+        starts, prompt = self.starts, self.prompt_length
+        if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+            return f"runs begin at {summary(starts)}; want ascending positions from 0"
+        if starts[-1] >= POSITIONS_BELOW:
+            return f"a run begins at {starts[-1]}; want a position below {POSITIONS_BELOW}"
+        if len(starts) != len(self.kinds):
+            return f"{len(starts)} runs begin and {len(self.kinds)} have a kind"
+        if prompt < 1 or prompt not in starts:
+            return f"no run begins at {prompt}, where the prompt ends"
+        return ""
+
+    def _fault_of_choices(self) -> str:
+        numbers = 1 << len(self.atoms)
+        for choice in self.choices:
+            if len(choice) not in (1, numbers):
+                return f"a choice of {len(choice)} programs; want 1, or {numbers} for {len(self.atoms)} atoms"
+        for start, kind in zip(self.starts, self.kinds, strict=True):
+            if not 0 <= kind < len(self.choices):
+                return f"the run at {start} is of kind {kind}; there are {len(self.choices)}"
+            phase = Phase.PREFILL if start < self.prompt_length else Phase.DECODE
             if phase is Phase.PREFILL and len(self.choices[kind]) != 1:
                 return f"the run at {start} of the prompt is decided by tokens of the answer"
             for place in self.choices[kind]:
                 if not 0 <= place < len(self.phases) or self.phases[place] is not phase:
                     return f"the run at {start} has program {place}, which is none of {phase}"
-        return next(filter(None, map(_atom_fault, self.atoms)), "")
+        return ""
 
 
 def _atom_fault(atom: Atom) -> str:
     if isinstance(atom, IdSet):
         edges = [edge for one in atom.ranges for edge in one]
-        if not edges or edges[0] < 0 or any(a >= b for a, b in pairwise(edges)):
-            return f"ids in {atom.ranges}; want ascending half-open ranges that do not touch"
-        return f"{len(atom.ranges)} ranges of ids, at most {MOST_ID_RANGES}" * (len(atom.ranges) > MOST_ID_RANGES)
+        if len(atom.ranges) > MOST_ID_RANGES:
+            return f"{len(atom.ranges)} ranges of ids; at most {MOST_ID_RANGES} are served"
+        if not edges or edges[0] < 0 or edges[-1] > IDS_BELOW or any(a >= b for a, b in pairwise(edges)):
+            return f"ids in {summary(atom.ranges)}; want ascending half-open ranges that do not touch"
+        return ""
     if not (atom.opens or atom.closes):
         return "an atom that nothing opens or closes"
     for some in (atom.opens, atom.closes):
         if len(some) > MOST_SEQUENCES or not all(0 < len(one) <= LONGEST_SEQUENCE for one in some):
-            return f"sequences {some}; want at most {MOST_SEQUENCES} of 1 to {LONGEST_SEQUENCE} ids"
+            return f"{len(some)} sequences; want at most {MOST_SEQUENCES} of 1 to {LONGEST_SEQUENCE} ids"
+        if not all(0 <= token < IDS_BELOW for one in some for token in one):
+            return "a sequence has what is no id of a token"
     return ""
 
 
