@@ -19,7 +19,7 @@ def translate(error: ValidationError, model: type[BaseModel]) -> SteeringError:
     if isinstance(cause := context.get("error"), SteeringError):
         return SteeringError(join(place, cause.field), cause.message)
     if fault["type"] == "extra_forbidden":
-        known = sorted(model.model_fields)
+        known = sorted(field.alias or name for name, field in model.model_fields.items())
         hint = with_suggestions(fault["loc"][-1], known)
         return SteeringError(place, f"unknown key{hint}; the keys are {', '.join(known)}")
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):

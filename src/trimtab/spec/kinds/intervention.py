@@ -6,7 +6,9 @@ docs/kinds.md.
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from trimtab.errors import SteeringError
 from trimtab.program import Direction, Numbers, Slot, Term, fault_of_range
@@ -19,6 +21,7 @@ from trimtab.spec.base import Model
 from trimtab.spec.fields import ByLayer, Hooks, Layers, Source
 from trimtab.spec.gate import Gate
 from trimtab.spec.joint_gate import Condition
+from trimtab.spec.where import WhereField
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import summary, with_suggestions
 
@@ -39,6 +42,13 @@ class Needs(NamedTuple):
     writes: bool = False
 
 
+_PHASES = {
+    "all": 'neither `prompt` nor `answer`, or both "all"',
+    "prefill": '{"prompt": "all"}',
+    "decode": '{"answer": "all"}',
+}
+
+
 class Step(Model):
     """What every kind of intervention says. `kind` tells them apart; each subclass fixes it.
 
@@ -54,6 +64,21 @@ class Step(Model):
     layers: Layers | None = None
     hooks: Hooks | None = None
     gate: Condition = None
+    where: WhereField = None
+
+    @model_validator(mode="after")
+    def _phase_or_where(self) -> Self:
+        if self.where is not None and "phase" in self.model_fields_set:
+            part = _PHASES[self.phase]
+            raise SteeringError("phase", f"cannot stand beside `where`, which says it as {part}: leave it out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dumped(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What reads back to it: of `phase` and `where` one."""
+        dumped: dict[str, Any] = plain(self)
+        dumped.pop("where" if self.where is None else "phase", None)
+        return dumped
 
     @classmethod
     def declared(cls) -> dict[str, Needs]:

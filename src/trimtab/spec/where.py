@@ -1,0 +1,150 @@
+"""`where` of an intervention as a request writes it: which tokens of prompt and answer it acts on.
+
+    {"prompt": "all" | places, "answer": "all" | ranges, "section": ..., "after": ..., "until": ..., "tokens": [...],
+     "special_tokens": false, "not": {the same, without "not"}}
+
+`prompt` and `answer` say which positions, joined; the other keys narrow that, and `not` is taken off last. What each
+key means is in docs/where.md. Here stands what can be refused by looking at a request alone; what becomes of it in a
+prompt is in `trimtab.spec.selected`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
+
+from trimtab.errors import SteeringError
+from trimtab.spec.base import Model, keys_are_text
+from trimtab.spec.places import Place, TokenRun, answer_places, prompt_places, single_tokens, token_run
+from trimtab.wording import shown, with_suggestions
+
+SECTIONS = ("thinking", "response")
+OF_THE_ANSWER = ("section", "after", "until")
+"""Keys that speak of the answer's tokens alone."""
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Model):
+        return value.model_dump(mode="json")
+    return [_as_json(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _read_by(read: Callable[[Any], Any]) -> tuple[Any, ...]:
+    """What a field is annotated with: null is as good as no key."""
+    validator = PlainValidator(lambda value: None if value is None else read(value))
+    return validator, PlainSerializer(_as_json, return_type=Any), WithJsonSchema({})
+
+
+_RunOfTokens = Annotated[TokenRun | None, *_read_by(token_run)]
+
+
+class _Given(Model):
+    """An object that is told as it was given."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    @model_serializer(mode="wrap")
+    def _dumped(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = plain(self)
+        return {key: value for key, value in dumped.items() if value is not None}
+
+
+class Section(_Given):
+    """A part of the answer that a model marks by tags: what lies between `start` and `end`, or what does not.
+
+    Without tags of its own it is told by those of the model.
+    """
+
+    name: Literal["thinking", "response"]
+    start: _RunOfTokens = None
+    end: _RunOfTokens = None
+
+    @model_validator(mode="after")
+    def _two_tags(self) -> Self:
+        for absent, given in (("start", self.end), ("end", self.start)):
+            if given is not None and getattr(self, absent) is None:
+                raise SteeringError(absent, "is required: a section has two tags, or those that the model is known for")
+        if self.start is not None and self.start == self.end:
+            raise SteeringError("end", f"got {shown(self.end)}, as for `start`: nothing would tell where a section ends")
+        return self
+
+
+def _section(value: Any) -> Section:
+    if isinstance(value, Section):
+        return value
+    if isinstance(value, Mapping):
+        return Section(**keys_are_text(value))
+    if not isinstance(value, str) or value not in SECTIONS:
+        said = f"got {shown(value)}{with_suggestions(value, SECTIONS)}, want {' or '.join(map(repr, SECTIONS))}, or an "
+        raise SteeringError("", f"{said}object with `name`, `start` and `end`")
+    return Section(name=value)
+
+
+class Selection(_Given):
+    """Some tokens of a request: positions of its prompt and answer, and what narrows them."""
+
+    prompt: Annotated[str | Place | tuple[Place, ...] | None, *_read_by(prompt_places)] = None
+    answer: Annotated[str | tuple[Place, ...] | None, *_read_by(answer_places)] = None
+    section: Annotated[Section | None, *_read_by(_section)] = None
+    after: _RunOfTokens = None
+    until: _RunOfTokens = None
+    tokens: Annotated[tuple[int | str, ...] | None, *_read_by(single_tokens)] = None
+    special_tokens: Annotated[bool, Field(strict=True)] | None = None
+
+    @model_validator(mode="after")
+    def _answer_alone(self) -> Self:
+        for key in OF_THE_ANSWER:
+            if self.prompt is not None and getattr(self, key) is not None:
+                said = "is about the answer's tokens, so it cannot stand beside `prompt`: give two interventions"
+                raise SteeringError(key, f"{said}, one with `prompt` and one with `{key}`")
+        return self
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether it may hold tokens of the prompt."""
+        if self.prompt is None and self.answer is None:
+            return all(getattr(self, key) is None for key in OF_THE_ANSWER)
+        return self.prompt is not None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether it may hold tokens of the answer."""
+        return self.answer is not None or self.prompt is None
+
+
+def _selection(value: Any) -> Selection:
+    if isinstance(value, Selection) and not isinstance(value, Where):
+        return value
+    if not isinstance(value, Mapping):
+        raise SteeringError("", f"got {shown(value)}, want an object of the keys that stand beside `not`")
+    if "not" in value:
+        raise SteeringError("not", "cannot stand within `not`: what it would leave, say by the keys beside it")
+    return Selection(**keys_are_text(value))
+
+
+class Where(Selection):
+    """The tokens that an intervention acts on: a selection, less another."""
+
+    excluded: Annotated[Selection | None, *_read_by(_selection), Field(alias="not")] = None
+
+
+def _where(value: Any) -> Any:
+    if value is None or isinstance(value, Where):
+        return value
+    if not isinstance(value, Mapping):
+        raise SteeringError("", f'got {shown(value)}, want an object, as {{"answer": [[0, 16]]}}')
+    return Where(**keys_are_text(value))
+
+
+WhereField = Annotated[Where | None, BeforeValidator(_where)]
+"""What may say where an intervention acts."""
