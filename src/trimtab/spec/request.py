@@ -5,7 +5,7 @@
 `SteeringError`, whose path leads to the fault (`interventions[1].scale`) and whose message says what would be right.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
@@ -14,15 +14,15 @@ from pydantic_core import CoreSchema, core_schema
 
 from trimtab.errors import SteeringError
 from trimtab.json_text import read_json
-from trimtab.program import SPANS, Asked, Origin, PhaseProgram, ResolvedSteering, Slot, Term
+from trimtab.program import SPANS, PhaseProgram, ResolvedSteering, Slot, Term
 from trimtab.program.joint_gate import check_gate, check_served
-from trimtab.program.norms import keeping_norm
 from trimtab.program.slot_checks import check_slot
-from trimtab.program.slot_sets import formed
 from trimtab.sites import ModelSites, Phase, Site, SlotLimits, site_order
 from trimtab.spec.base import Model, below, keys_are_text
 from trimtab.spec.kinds import KINDS, Step
 from trimtab.spec.kinds.intervention import Vectors
+from trimtab.spec.made import Items, Made
+from trimtab.spec.unplaced import Unplaced
 from trimtab.vectors.inline import MAX_INLINE_BYTES
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.vector import SteeringVector
@@ -94,8 +94,10 @@ class Steering(Model):
         *,
         defaults: int = 0,
         norms: Mapping[Site, float] | None = None,
-    ) -> ResolvedSteering:
+    ) -> ResolvedSteering | Unplaced:
         """The programs that an engine serving `model` runs, names being looked up in `vectors` and `probes`.
+
+        Where an intervention says `where` it acts, they wait for a prompt.
 
         The first `defaults` of the interventions are those of a server's default: where slots clash, the fault says so.
         `norms` are the stream's median norms, for doses of vectors whose metadata do not have them.
@@ -117,10 +119,13 @@ class Steering(Model):
                 if item.gate is not None:
                     with below(f"interventions[{index}].gate"):
                         check_served(item.gate, item.sites, model.gates)
-        programs = self._programs(lowered)
-        self._check_kept(programs, model)
-        origins = self._origins(programs, lowered, vectors, probes or {})
-        resolved = ResolvedSteering(programs, *origins, self._asked(vectors, defaults))
+        made = Made(self.interventions, lowered, self.keep_norm, vectors, probes or {})
+        if any(step.where is not None for step in self.interventions):
+            return Unplaced(made, model, defaults)
+        programs = self._programs(made)
+        for program in programs:
+            made.check_kept(program, model)
+        resolved = ResolvedSteering(programs, *made.origins(programs), made.asked(defaults))
         resolved.check_gate_count(model.gates, "interventions")
         resolved.check_slot_count(model.slots, "interventions")
         return resolved
@@ -136,14 +141,17 @@ class Steering(Model):
 
         In an engine with a monitor the identity of decode tokens is another: see `trimtab.program.monitor`.
         """
+        for index, step in enumerate(self.interventions):
+            if step.where is not None:
+                said = "is known with a prompt alone: ask for the identity of what `resolve(...).placed(prompt)` gives"
+                raise SteeringError(f"interventions[{index}].where", said)
         lowered = self._lowered(Vectors(vectors or {}, norms or {}), probes)
-        return self._programs(lowered)[SPANS.index(Phase(phase))].identity
+        made = Made(self.interventions, lowered, self.keep_norm, vectors or {}, probes or {})
+        return self._programs(made)[SPANS.index(Phase(phase))].identity
 
-    def _lowered(
-        self, vectors: Vectors, probes: Mapping[str, Probe] | None, defaults: int = 0
-    ) -> list[tuple[Term | Slot, ...]]:
+    def _lowered(self, vectors: Vectors, probes: Mapping[str, Probe] | None, defaults: int = 0) -> tuple[Items, ...]:
         """What each intervention comes down to."""
-        lowered: list[tuple[Term | Slot, ...]] = []
+        lowered: list[Items] = []
         width: int | None = None
         for index, step in enumerate(self.interventions):
             path = f"interventions[{index}]"
@@ -165,7 +173,7 @@ class Steering(Model):
             own = {"asked_by": frozenset((index,))}
             called = own | {"kind": step.kind, "path": told}
             lowered.append(tuple(replace(item, **(called if isinstance(item, Slot) else own)) for item in items))
-        return lowered
+        return tuple(lowered)
 
     def _check_sites(self, index: int, item: Term | Slot, model: ModelSites) -> None:
         """Raise `SteeringError` where the model, or its slots, do not have what an intervention acts on."""
@@ -183,57 +191,13 @@ class Steering(Model):
                 said += f"{served}; narrow it with `layers`, or start the engine with more --steering-slot-layers"
                 raise SteeringError(f"{path}.{_principal(step)}", said)
 
-    def _check_kept(self, programs: Iterable[PhaseProgram], model: ModelSites) -> None:
-        """Raise `SteeringError` where a norm would have to be kept without slots."""
-        for site in (site for program in programs if self.keep_norm for site in program.sites):
-            if site not in model.slots.sites:
-                said = f"would have to act at {site}, where this engine has no slots: narrow the interventions with "
-                said += "`layers`, or start the engine with more --steering-slot-layers"
-                raise SteeringError("keep_norm", said)
-
-    def _programs(self, lowered: list[tuple[Term | Slot, ...]]) -> tuple[PhaseProgram, ...]:
-        made: dict[tuple[int, ...], PhaseProgram] = {}
-
-        def program(phase: Phase) -> PhaseProgram:
-            kept = tuple(index for index, step in enumerate(self.interventions) if step.phase in ("all", phase))
-            if kept not in made:
-                items = [item for index in kept for item in lowered[index]]
-                terms = [item for item in items if isinstance(item, Term)]
-                with below("interventions"):
-                    program = PhaseProgram.of(terms, (item for item in items if isinstance(item, Slot)))
-                made[kept] = keeping_norm(program, self.keep_norm == "if_grown") if self.keep_norm else program
-            return made[kept]
-
-        return tuple(map(program, SPANS))
-
-    def _asked(self, vectors: Mapping[str, SteeringVector], defaults: int) -> tuple[Asked, ...]:
-        """Each intervention as receipts tell of it."""
-        told: list[Asked] = []
-        for index, step in enumerate(self.interventions):
-            origins = tuple(_origin(source, vectors) for source in step.sources.values())
-            by_default = index < defaults
-            told.append(Asked(index if by_default else index - defaults, step.kind, origins, by_default))
-        return tuple(told)
-
-    def _origins(
-        self,
-        programs: Iterable[PhaseProgram],
-        lowered: Iterable[tuple[Term | Slot, ...]],
-        vectors: Mapping[str, SteeringVector],
-        probes: Mapping[str, Probe],
-    ) -> tuple[tuple[Origin, ...], tuple[Origin, ...]]:
-        """Of the vectors and of the probes in `programs`: not of what other terms, or a scale of 0, have cancelled."""
-        added = {vector.digest for program in programs for vector in program.vectors}
-        read = {one.probe.digest for program in programs for item in program.gated for one in item.gate.members}
-        used: dict[Origin, None] = {}
-        decided: dict[Origin, None] = {}
-        for step, items in zip(self.interventions, lowered, strict=True):
-            if any(_acts(item, added) for item in items):
-                used.update((_origin(source, vectors), None) for source in step.sources.values())
-            for gate in step.gates.values() if any(item.gate for item in items) else ():
-                if (origin := _origin(gate.probe, probes)).direction in read:
-                    decided[origin] = None
-        return tuple(used), tuple(decided)
+    def _programs(self, made: Made) -> tuple[PhaseProgram, ...]:
+        """What is done in each phase."""
+        steps = self.interventions
+        return tuple(
+            made.program(tuple(index for index, step in enumerate(steps) if step.phase in ("all", phase)))
+            for phase in SPANS
+        )
 
 
 def _check_slot(slot: Slot, step: Step, path: str) -> None:
@@ -246,20 +210,11 @@ def _check_slot(slot: Slot, step: Step, path: str) -> None:
         raise SteeringError(path, f"the number `{error.field}` of its slot: {error.message}") from None
 
 
-def _acts(item: Term | Slot, added: set[bytes]) -> bool:
-    return bool(formed([item])) if isinstance(item, Slot) else item.vector.digest in added
-
-
 def _undeclared(kind: str, limits: SlotLimits) -> str:
     if not limits.count:
         return f"this engine does not serve `{kind}`: start it with --steering-slots 1, and {kind} in --steering-kinds"
     declared = ", ".join(sorted(limits.kinds))
     return f"this engine does not serve `{kind}`, which it was not started for: add it to --steering-kinds ({declared})"
-
-
-def _origin(given: str | SteeringVector | Probe, names: Mapping[str, SteeringVector] | Mapping[str, Probe]) -> Origin:
-    name, content = (given, names[given]) if isinstance(given, str) else (None, given)
-    return Origin(name, content.digest, content.vector.digest if isinstance(content, Probe) else b"")
 
 
 def _principal(step: Step) -> str:

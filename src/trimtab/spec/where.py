@@ -9,7 +9,7 @@ prompt is in `trimtab.spec.selected`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -28,7 +28,8 @@ from trimtab.spec.base import Model, keys_are_text
 from trimtab.spec.places import Place, TokenRun, answer_places, prompt_places, single_tokens, token_run
 from trimtab.wording import shown, with_suggestions
 
-SECTIONS = ("thinking", "response")
+SectionName = Literal["thinking", "response"]
+SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
 OF_THE_ANSWER = ("section", "after", "until")
 """Keys that speak of the answer's tokens alone."""
 
@@ -65,7 +66,7 @@ class Section(_Given):
     Without tags of its own it is told by those of the model.
     """
 
-    name: Literal["thinking", "response"]
+    name: SectionName
     start: _RunOfTokens = None
     end: _RunOfTokens = None
 
@@ -73,9 +74,9 @@ class Section(_Given):
     def _two_tags(self) -> Self:
         for absent, given in (("start", self.end), ("end", self.start)):
             if given is not None and getattr(self, absent) is None:
-                raise SteeringError(absent, "is required: a section has two tags, or those that the model is known for")
+                raise SteeringError(absent, "is required: a section has two tags, or those of the model")
         if self.start is not None and self.start == self.end:
-            raise SteeringError("end", f"got {shown(self.end)}, as for `start`: nothing would tell where a section ends")
+            raise SteeringError("end", f"got {shown(self.end)}, as for `start`: nothing would tell where it ends")
         return self
 
 

@@ -14,6 +14,7 @@ from trimtab.sites import MOST_SLOTS_EMBEDDED, GateLimits, ModelSites, SlotLimit
 from trimtab.spec import Gate, Steering
 from trimtab.spec.faults import join
 from trimtab.spec.kinds import DECLARED
+from trimtab.spec.unplaced import served_without_places
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.stream_norms import StreamNorms
 from trimtab.vectors.vector import SteeringVector
@@ -95,7 +96,8 @@ def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> l
 def _resolve(spec: Any, prefix: str, names: Names, hook_map: HookMap) -> ResolvedSteering:
     try:
         norms = None if names.norms is None else names.norms.by_site
-        resolved = Steering.parse(spec).resolve(names.vectors, names.served_by(hook_map), names.probes, norms=norms)
+        found = Steering.parse(spec).resolve(names.vectors, names.served_by(hook_map), names.probes, norms=norms)
+        resolved = served_without_places(found)
     except SteeringError as error:
         field = f"{prefix}.{error.field}".strip(".")
         raise SteeringError(field, error.message + _reason(error, hook_map)) from None

@@ -27,6 +27,9 @@ from trimtab.spec.faults import join
 from trimtab.spec.gate import Gate
 from trimtab.spec.joint_gate import AllOf, AnyOf
 from trimtab.spec.kinds import KINDS
+from trimtab.spec.places import RolePlace, TextPlace
+from trimtab.spec.unplaced import served_without_places
+from trimtab.spec.where import Section, Where
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.stream_norms import StreamNorms
 from trimtab.vectors.vector import SteeringVector
@@ -34,8 +37,8 @@ from trimtab.vectors.vector import SteeringVector
 FIELD = "steering"  # the request's field, at every door
 
 # Labels of the refusal counter: a fixed set, since field paths hold what callers wrote.
-_MODELS: tuple[type[Model], ...] = (Steering, *KINDS, Gate, AllOf, AnyOf)
-REASONS = frozenset(field for model in _MODELS for field in model.model_fields)
+_MODELS: tuple[type[Model], ...] = (Steering, *KINDS, Gate, AllOf, AnyOf, Where, TextPlace, RolePlace, Section)
+REASONS = frozenset(field.alias or name for model in _MODELS for name, field in model.model_fields.items())
 REASONS |= {"dtype", "shape", "layer_indices", "data", *HookPoint}
 REASONS |= {"disabled", "beam_search", "resumable", "twice", "route", "place"}
 
@@ -170,7 +173,8 @@ class FrontEnd:
     def _resolve(self, steering: Steering, names: Catalogue, defaults: int = 0) -> ResolvedSteering:
         check_known(steering, self.registry, self.probes)
         norms = None if self.norms is None else self.norms.by_site
-        return steering.resolve(names.vectors, self.model, names.probes, defaults=defaults, norms=norms)
+        found = steering.resolve(names.vectors, self.model, names.probes, defaults=defaults, norms=norms)
+        return served_without_places(found)
 
     def _monitored(self, asked: ResolvedSteering) -> ResolvedSteering:
         return asked if self.monitor is None else behind(asked, self.monitor.gate)

@@ -1,0 +1,184 @@
+"""Where in the text of a chat prompt the messages of a role stand.
+
+What a template writes around messages may look like one: "user" is what a user may say. So the template is asked: it
+renders the chat with marks in place of what was said, and what it writes between the marks must be what the prompt
+holds between the messages, to the letter. Where there is no such template, messages are looked for in their order, and
+believed where there is one way only to find them all.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import SteeringError
+from trimtab.wording import shown, summary
+
+Message = Mapping[str, Any]
+Render = Callable[[list[dict[str, Any]]], str]
+Characters = tuple[int, int]
+"""The first, and the one behind the last."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """One text of a message."""
+
+    message: int
+    part: int | None  # of a list of parts; None: the message is one text
+    text: str
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """How it may stand in a prompt: templates strip messages, tokenizers compose characters."""
+        stripped = (self.text, self.text.rstrip(), self.text.lstrip(), self.text.strip())
+        return tuple(dict.fromkeys((*stripped, *(unicodedata.normalize("NFC", form) for form in stripped))))
+
+
+def spoken(
+    text: str, messages: Sequence[Message], role: str, *, last: bool, render: Render | None = None
+) -> list[Characters]:
+    """What messages of `role` say, or the last of them, in the `text` of a prompt. Raises `SteeringError`."""
+    roles = [str(message.get("role", "")) for message in messages]
+    if role not in roles:
+        known = summary(list(dict.fromkeys(roles)))
+        raise SteeringError("role", f"no message has the role {shown(role)}; the roles of this chat are {known}")
+    wanted = [index for index, own in enumerate(roles) if own == role][-1 if last else 0 :]
+    every = [said for index, message in enumerate(messages) for said in _said(index, message) if said.text.strip()]
+    mine = [said for said in every if said.message in wanted]
+    if not mine:
+        raise SteeringError("role", f"what is said as {shown(role)} is no text, or an empty one: nothing is selected")
+    found = _by_template(text, messages, every, render) if render is not None else None
+    if found is None:
+        found = _by_order(text, every, mine)
+    if missing := next((said for said in mine if said not in found), None):
+        raise _not_there(missing, role)
+    return [found[said] for said in mine]
+
+
+def _not_there(said: Said, role: str) -> SteeringError:
+    where = f"messages[{said.message}]"
+    return SteeringError(
+        "role",
+        f"what {where} says as {shown(role)} cannot be found in the prompt, whose template or truncation changed it: "
+        'select it by ranges, or by {"text": ...}',
+    )
+
+
+def _said(index: int, message: Message) -> Iterator[Said]:
+    content = message.get("content")
+    if isinstance(content, str):
+        yield Said(index, None, content)
+    elif isinstance(content, Iterable) and not isinstance(content, (bytes, Mapping)):
+        for place, part in enumerate(content):
+            if isinstance(part, str):
+                yield Said(index, place, part)
+            elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
+                yield Said(index, place, part["text"])
+
+
+def _by_template(
+    text: str, messages: Sequence[Message], every: Sequence[Said], render: Render
+) -> dict[Said, Characters] | None:
+    """What was said, found between what the template writes; None where the prompt is not of this template."""
+    marks = _marks(every, text)
+    try:
+        rendered = render(_marked(messages, marks))
+    except Exception:  # a template is a program that others wrote, and may refuse marks as it likes
+        return None
+    between, order = _parted(rendered, marks)
+    if between is None or not order:
+        return None
+    begin = text.find(between[0])
+    return None if begin < 0 else _read_along(text, begin + len(between[0]), order, between[1:])
+
+
+def _marks(every: Sequence[Said], text: str) -> dict[Said, str]:
+    salt = 0
+    while any(f"q{salt}x" in said.text for said in every) or f"q{salt}x" in text:
+        salt += 1
+    return {said: f"q{salt}x{place}z" for place, said in enumerate(every)}
+
+
+def _marked(messages: Sequence[Message], marks: Mapping[Said, str]) -> list[dict[str, Any]]:
+    copies = [dict(message) for message in messages]
+    for said, mark in marks.items():
+        if said.part is None:
+            copies[said.message]["content"] = mark
+            continue
+        parts = list(copies[said.message]["content"])
+        old = parts[said.part]
+        parts[said.part] = mark if isinstance(old, str) else {**old, "text": mark}
+        copies[said.message]["content"] = parts
+    return copies
+
+
+def _parted(rendered: str, marks: Mapping[Said, str]) -> tuple[list[str] | None, list[Said]]:
+    """What stands before, between and behind the marks, and whose they are; None where one is there twice."""
+    between: list[str] = []
+    order: list[Said] = []
+    end = 0
+    for said, mark in marks.items():
+        if (place := rendered.find(mark, end)) >= 0:
+            between.append(rendered[end:place])
+            order.append(said)
+            end = place + len(mark)
+        if rendered.count(mark) != (place >= 0):
+            return None, []
+    return [*between, rendered[end:]], order
+
+
+def _read_along(text: str, at: int, order: Sequence[Said], behind: Sequence[str]) -> dict[Said, Characters] | None:
+    found: dict[Said, Characters] = {}
+    for place, (said, literal) in enumerate(zip(order, behind, strict=True)):
+        ends = place == len(order) - 1
+        for form in said.forms:
+            stop = at + len(form)
+            if text.startswith(form, at) and (_agree(text[stop:], literal) if ends else text.startswith(literal, stop)):
+                found[said] = at, stop
+                at = stop + len(literal)
+                break
+        else:
+            return None
+    return found
+
+
+def _agree(rest: str, literal: str) -> bool:
+    """Whether a prompt ends as its template does: that may still depend on what is to come."""
+    return rest[:1] == literal[:1]
+
+
+def _by_order(text: str, every: Sequence[Said], mine: Sequence[Said]) -> dict[Said, Characters]:
+    """What was said, found one after the other, from the front and from the back alike."""
+    first, last = _forward(text, every), _backward(text, every)
+    for said in mine:
+        if said in first and said in last and first[said] != last[said]:
+            raise SteeringError(
+                "role",
+                f"what messages[{said.message}] says, {shown(said.text)}, stands in the prompt more than once, and "
+                'what the template wrote cannot be told from it: select it by {"text": ..., "occurrence": ...}',
+            )
+    return {said: first[said] for said in mine if said in first and said in last}
+
+
+def _forward(text: str, every: Sequence[Said]) -> dict[Said, Characters]:
+    found: dict[Said, Characters] = {}
+    at = 0
+    for said in every:
+        for form in said.forms:
+            if (place := text.find(form, at)) >= 0:
+                found[said] = place, (at := place + len(form))
+                break
+    return found
+
+
+def _backward(text: str, every: Sequence[Said]) -> dict[Said, Characters]:
+    found: dict[Said, Characters] = {}
+    at = len(text)
+    for said in reversed(every):
+        for form in said.forms:
+            if (place := text.rfind(form, 0, at)) >= 0:
+                found[said] = place, place + len(form)
+                at = place
+                break
+    return found

@@ -1,0 +1,174 @@
+"""A prompt as `where` looks at it: its tokens, and what a tokenizer and a chat say of them.
+
+Engines make one `PromptTokens` for each prompt that they are to steer by `where`. It costs next to nothing until an
+intervention asks for texts, roles, special tokens or tags.
+"""
+
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import SteeringError
+from trimtab.program.spans import LONGEST_SEQUENCE, IdSet
+from trimtab.spec.chat_text import spoken
+from trimtab.spec.intervals import Intervals, joined, where_true
+from trimtab.spec.places import TokenRun
+from trimtab.spec.token_text import TokenText
+from trimtab.spec.vocabulary import Vocabulary
+from trimtab.wording import shown
+
+
+class Tags(NamedTuple):
+    """How a model marks its thinking: the runs of tokens that begin and end it.
+
+    `opens` says that an answer begins by thinking where the prompt holds none of them.
+    """
+
+    starts: tuple[TokenRun, ...]
+    ends: tuple[TokenRun, ...]
+    opens: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class PromptTokens:
+    """The tokens of one prompt, after template, truncation and whatever an engine puts in for images.
+
+    `ids` are None for a prompt of embeddings, of which only the `length` is known. `tokenizer` is one of Transformers,
+    or has its `decode`, `encode`, `convert_ids_to_tokens`, `all_special_ids` and `added_tokens_decoder` as far as they
+    are needed. `messages` are those of a chat, `render` makes the text of a chat by the template that made the prompt;
+    without it the tokenizer's own is tried. `tags` are those of the model; those of the vocabulary are looked for where
+    an engine knows none. `vocabulary_size` is how many tokens the model knows.
+    """
+
+    length: int
+    ids: Sequence[int] | None = None
+    tokenizer: Any = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    render: Callable[[list[dict[str, Any]]], str] | None = None
+    tags: Tags | None = None
+    vocabulary_size: int | None = None
+
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """The ids, [length]. Raises `SteeringError` for embeddings."""
+        return self._array
+
+    def occurrences(self, text: str, occurrence: int | str) -> Intervals:
+        """The tokens of a text in this prompt. Raises `SteeringError` where it is not there, or not so often."""
+        places = self._found(text) or self._found(unicodedata.normalize("NFC", text))
+        if not places:
+            said = f"{shown(text)} is not in the prompt, whose {self.length} tokens read {shown(self.text.text)}"
+            raise SteeringError("text", said)
+        if isinstance(occurrence, str):
+            return joined(map(self._tokens_of, places))
+        if not -len(places) <= occurrence < len(places):
+            times = "once" if len(places) == 1 else f"{len(places)} times"
+            said = f"got {occurrence}, but the prompt holds {shown(text)} {times}: the first is 0, the last -1"
+            raise SteeringError("occurrence", said)
+        return joined([self._tokens_of(places[occurrence])])
+
+    def spoken(self, role: str, *, last: bool) -> Intervals:
+        """The tokens of what the messages of a role say. Raises `SteeringError` where they cannot be found."""
+        if self.messages is None:
+            raise SteeringError("role", 'needs a chat, whose messages have roles: give ranges or {"text": ...} instead')
+        own = self.vocabulary.render if hasattr(self.tokenizer, "apply_chat_template") else None
+        found = spoken(self.text.text, self.messages, role, last=last, render=self.render or own)
+        return joined(map(self._tokens_of, found))
+
+    def holding(self, some: IdSet) -> Intervals:
+        """The positions of tokens of a set."""
+        edges = np.array([edge for both in some.ranges for edge in both], np.int64)
+        return where_true(np.searchsorted(edges, self.tokens(), side="right") % 2 == 1)
+
+    @property
+    def special(self) -> IdSet:
+        """The special tokens of the vocabulary."""
+        return self.vocabulary.special
+
+    def ids_of(self, run: TokenRun) -> tuple[int, ...]:
+        """The ids of a run of tokens. Raises `SteeringError` for a text of too many, or of none."""
+        if not isinstance(run, str):
+            return self._within_vocabulary(run)
+        ids = self.vocabulary.ids_of(run)
+        if not 0 < len(ids) <= LONGEST_SEQUENCE:
+            raise SteeringError("", f"{shown(run)} is {len(ids)} tokens, want 1 to {LONGEST_SEQUENCE}")
+        return ids
+
+    def id_of(self, token: int | str) -> int:
+        """The id of one token. Raises `SteeringError` for a text that is not one."""
+        if not isinstance(token, str):
+            return self._within_vocabulary((token,))[0]
+        ids = self.vocabulary.ids_of(token)
+        if len(ids) != 1:
+            said = f"{shown(token)} is {len(ids)} tokens, {list(ids)}, and not one: give ids; `after` and `until` take"
+            raise SteeringError("", f"{said} texts of several")
+        return ids[0]
+
+    def thinking(self) -> tuple[tuple[TokenRun, ...], tuple[TokenRun, ...]]:
+        """The tags of the model's thinking. Raises `SteeringError` where none are known."""
+        if self.tags is not None:
+            return self.tags.starts, self.tags.ends
+        if self.tokenizer is not None and (found := self.vocabulary.thinking()) is not None:
+            return (found[0],), (found[1],)
+        said = 'no tags are known by which this model marks its thinking: give them, as {"name": "thinking", "start": '
+        raise SteeringError("", said + '"<think>", "end": "</think>"}')
+
+    def ends_within(self, starts: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], otherwise: bool) -> bool:
+        """Whether the last of some runs of tokens that the prompt holds is one of `starts`."""
+        last = [max((_last(self.tokens(), run) for run in some), default=-1) for some in (starts, ends)]
+        return otherwise if max(last) < 0 else last[0] > last[1]
+
+    @cached_property
+    def text(self) -> TokenText:
+        """The decoded prompt. Raises `SteeringError` where it is none of tokens, or there is no tokenizer."""
+        return self.vocabulary.text_of(self.tokens().tolist())
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Of the tokenizer. Raises `SteeringError` where there is none."""
+        self.tokens()
+        if self.tokenizer is None:
+            raise SteeringError("", "needs a tokenizer, which this engine was not given: give ranges, or ids of tokens")
+        return Vocabulary(self.tokenizer)
+
+    @cached_property
+    def _array(self) -> npt.NDArray[np.int64]:
+        if self.ids is None:
+            raise SteeringError("", "needs tokens, and this prompt is made of embeddings: give ranges of positions")
+        return np.asarray(self.ids, np.int64)
+
+    def _found(self, text: str) -> list[tuple[int, int]]:
+        """The characters of each place of a text, which do not overlap."""
+        places: list[tuple[int, int]] = []
+        at = 0
+        while (place := self.text.text.find(text, at)) >= 0:
+            at = place + len(text)
+            places.append((place, at))
+        return places
+
+    def _tokens_of(self, characters: tuple[int, int]) -> tuple[int, int]:
+        return self.text.tokens(*characters)
+
+    def _within_vocabulary(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        self.tokens()
+        size = self.vocabulary_size
+        for index, token in enumerate(ids):
+            if size is not None and token >= size:
+                place = f"[{index}]" if len(ids) > 1 else ""
+                raise SteeringError(place, f"got the id {token}, and this model has {size} tokens: 0 to {size - 1}")
+        return ids
+
+
+def _last(tokens: npt.NDArray[np.int64], run: Sequence[int]) -> int:
+    """Where the last of some runs ends, -1 where there is none."""
+    if len(tokens) < len(run):
+        return -1
+    fits = np.ones(len(tokens) - len(run) + 1, np.bool_)
+    for offset, token in enumerate(run):
+        fits &= tokens[offset : offset + len(fits)] == token
+    places = np.flatnonzero(fits)
+    return int(places[-1]) + len(run) - 1 if len(places) else -1
