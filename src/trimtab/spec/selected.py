@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 from trimtab.errors import SteeringError
@@ -141,6 +142,10 @@ def _section(section: Section, prompt: PromptTokens) -> Saying:
         if len(some) > MOST_SEQUENCES:
             raise SteeringError("", f"this model has {len(some)} tags of one kind, at most {MOST_SEQUENCES} are served")
     begin, end = tags
+    for one, other in product(begin, end):
+        if one[-len(other) :] == other or other[-len(one) :] == one:
+            said = f"one tag ends with the other, in tokens: start {list(one)}, end {list(other)}; so a token is both"
+            raise SteeringError("", f"{said}: give tags that are told apart")
     thinks = prompt.ends_within(begin, end, opens)
     if section.name == "thinking":
         return Saying(Between(begin, end, is_open=thinks, looks_back=True))
