@@ -15,6 +15,7 @@ from trimtab.engines.vllm.core.cache_keys import steering_keys
 from trimtab.engines.vllm.patches.core import STEERED
 from trimtab.engines.vllm.patches.patching import put_on
 from trimtab.errors import SteeringError
+from trimtab.program import EMPTY, ResolvedSteering, Spans
 from trimtab.program.codec import encode
 from trimtab.program.monitor import behind
 from trimtab.program.resolved_gate import ResolvedGate
@@ -43,38 +44,58 @@ def test_an_unsteered_request_has_no_keys() -> None:
     assert keys(request(None)) == [()] * 6
 
 
-def test_prefill_steering_is_named_once_and_its_end_in_every_block_beyond_it() -> None:
-    first, second, boundary, after, *rest = keys(request("prefill"))
+def test_prefill_steering_is_named_once_and_so_is_its_end() -> None:
+    first, second, boundary, *rest = keys(request("prefill"))
     identity = request("prefill").sampling_params.extra_args["steering"].steering.identity(Phase.PREFILL)
-    assert first == (("trimtab_prefill", identity),)
+    assert first == (("trimtab", f"{identity}@0"),)
     assert second == ()
-    assert boundary == (("trimtab_decode", "-@8"),)
-    assert after == rest[0] == rest[1] == (("trimtab_decode", "-@0"),)
+    assert boundary == (("trimtab", "-@8"),)
+    assert rest == [()] * 3
 
 
-def test_decode_steering_leaves_pure_prompt_blocks_unnamed() -> None:
-    first, second, boundary, after, *_ = keys(request("decode"))
+def test_decode_steering_is_named_where_the_answer_begins() -> None:
+    first, second, boundary, *rest = keys(request("decode"))
     identity = request("decode").sampling_params.extra_args["steering"].steering.identity(Phase.DECODE)
     assert first == second == ()
-    assert boundary == (("trimtab_decode", f"{identity}@8"),)
-    assert after == (("trimtab_decode", f"{identity}@0"),)
+    assert boundary == (("trimtab", f"{identity}@8"),)
+    assert rest == [()] * 3
 
 
 def test_steering_of_both_phases_alike_has_no_boundary() -> None:
     first, *rest = keys(request("all"))
-    assert [tag for tag, _ in first] == ["trimtab_prefill"]
+    assert [tag for tag, _ in first] == ["trimtab"]
     assert rest == [()] * 5
+
+
+def test_each_run_of_spans_is_named_in_the_block_in_which_it_begins() -> None:
+    one, two = (request("all", scale=scale).sampling_params.extra_args["steering"].steering for scale in (1.0, 2.0))
+    programs = (EMPTY, one.prefill, two.prefill, EMPTY, one.decode, two.decode)
+    starts, received = (0, 3, 7, 33, 40, 41, 64, 80), (0, 1, 2, 2, 5, 4, 3, 4)
+    choices = tuple((place,) for place in range(len(programs)))
+    spans = Spans(40, starts, received, choices, (Phase.PREFILL,) * 3 + (Phase.DECODE,) * 3)
+    steering = ResolvedSteering(programs, spans=spans)
+    carried = SimpleNamespace(extra_args={"steering": Carried(encode(steering), steering)})
+    first, second = (program.identity for program in programs[1:3])
+    assert keys(SimpleNamespace(sampling_params=carried, num_prompt_tokens=40), 7) == [
+        (("trimtab", f"{first}@3"), ("trimtab", f"{second}@7")),
+        (),
+        (("trimtab", f"{first}@9"),),
+        (),
+        (("trimtab", "-@0"),),
+        (("trimtab", f"{first}@0"),),
+        (),
+    ]
 
 
 def test_behind_a_monitor_an_answer_steered_like_its_prompt_is_not_found_as_a_prompt() -> None:
     monitor = ResolvedGate.of(SteeringVector({Site(0, HookPoint.POST_BLOCK): [1.0] * 4}), 0.0, 1.0)
     monitored = request("all", monitor=monitor)
     identity = monitored.sampling_params.extra_args["steering"].steering.identity(Phase.DECODE)
-    first, second, boundary, after, *_ = keys(monitored)
+    first, second, boundary, *rest = keys(monitored)
     assert first == keys(request("all"))[0]
     assert second == ()
-    assert boundary == (("trimtab_decode", f"{identity}@8"),)
-    assert after == (("trimtab_decode", f"{identity}@0"),)
+    assert boundary == (("trimtab", f"{identity}@8"),)
+    assert rest == [()] * 3
     assert keys(request("prefill", monitor=monitor)) == keys(request("prefill"))
 
 
@@ -85,9 +106,9 @@ def test_a_prompt_shorter_than_a_block_is_named_in_the_block_that_its_answer_fil
         steering = short.sampling_params.extra_args["steering"].steering
         prefill, decode = steering.identity(Phase.PREFILL), steering.identity(Phase.DECODE)
         first, second = keys(short, 2)
-        assert (("trimtab_prefill", prefill) in first) == bool(prefill)
-        assert (("trimtab_decode", f"{decode or '-'}@5") in first) == (phase != "all")
-        assert second == (() if phase == "all" else (("trimtab_decode", f"{decode or '-'}@0"),))
+        assert (("trimtab", f"{prefill}@0") in first) == bool(prefill)
+        assert (("trimtab", f"{decode or '-'}@5") in first) == (phase != "all")
+        assert second == ()
 
 
 def test_a_prompt_that_ends_with_its_block_leaves_that_block_pure() -> None:
@@ -141,7 +162,7 @@ class TestOnThisVllm:
 
         return SimpleNamespace(request_block_hasher=utils.get_request_block_hasher(block, sha256_cbor))
 
-    @pytest.mark.parametrize("block", [1, 7, 16, 128, 544])
+    @pytest.mark.parametrize("block", [1, 7, 11, 16, 128, 544])
     def test_an_engine_core_whose_hasher_asks_us_starts_and_hashes_as_it_did(self, utils: Any, block: int) -> None:
         core, stock = self.core(utils, block), self.core(utils, block)
         put_on(core, STEERED)
@@ -165,6 +186,23 @@ class TestOnThisVllm:
         first_only = lambda request, start, end, mm: (ours if start == 0 else ours.__wrapped__)(request, start, end, mm)  # noqa: E731
         utils.generate_block_hash_extra_keys = first_only
         with pytest.raises(SteeringError, match="of a steered answer the keys of an unsteered one"):
+            put_on(self.core(utils), STEERED)
+
+    def test_a_hasher_that_asks_for_the_edges_of_phases_alone_is_found_out(self, utils: Any) -> None:
+        ours = utils.generate_block_hash_extra_keys
+
+        def at_edges(request: Any, start: int, end: int, mm: int) -> Any:
+            asked = start == 0 or start <= request.num_prompt_tokens < end
+            return (ours if asked else ours.__wrapped__)(request, start, end, mm)
+
+        utils.generate_block_hash_extra_keys = at_edges
+        with pytest.raises(SteeringError, match="of a steered part of a prompt the keys of an unsteered one"):
+            put_on(self.core(utils), STEERED)
+        prompts_alone = lambda request, start, end, mm: (  # noqa: E731
+            ours if start <= request.num_prompt_tokens else ours.__wrapped__
+        )(request, start, end, mm)
+        utils.generate_block_hash_extra_keys = prompts_alone
+        with pytest.raises(SteeringError, match="of a steered part of an answer the keys of an unsteered one"):
             put_on(self.core(utils), STEERED)
 
     def test_a_module_that_bound_the_function_before_us_is_named(

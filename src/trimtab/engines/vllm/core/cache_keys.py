@@ -1,33 +1,41 @@
 """Prefix-cache keys of steered requests.
 
-vLLM finds cached KV by a chain of block hashes over token ids and extra keys. Steered KV depends on more: on what was
-added to the tokens before, and on which of them counted as prompt. The keys say exactly that and no more:
+vLLM finds cached KV by a chain of block hashes over token ids and extra keys. Steered KV depends on more: on what each
+token before has received. The keys say exactly that and no more. A request's positions are runs, each with the name of
+what its tokens receive (`trimtab.program.run_names`); unsteered ones are runs too, named "-", but for those at the
+start. A block carries the name and the place of each run that begins in it, and all later hashes follow from those.
 
-- the first block carries the prefill identity, if the prompt is steered; all later hashes follow from it;
-- where decode tokens are steered differently, every block that reaches beyond the prompt carries the decode identity
-  and where the prompt ends in it.
-
-So equal specs share prompt blocks, decode-only steering shares them with unsteered traffic, a steered answer that is
+So equal specs share prompt blocks, steering of the answer shares them with unsteered traffic, a steered answer that is
 sent again as a prompt is computed anew, and so are the same tokens with another prompt length. A request whose phases
-are steered alike has no boundary, and its answer's blocks are found again by the next turn. Unsteered keys are vLLM's.
-An engine's monitor is a gate of decode tokens alone, so a request that it acts on is not steered alike.
+are steered alike is one run, and its answer's blocks are found again by the next turn. Unsteered keys are vLLM's. An
+engine's monitor is a gate of decode tokens alone, so a request that it acts on is not steered alike.
+
+Where the answer's own tokens decide, the chain holds the tokens, and the name says the rest: how they decide, and where
+the answer begins.
 
 What has no keys would be shared with everyone, so nothing here is silent: a steered engine hashes no request whose
 steering it has not read, and starts only if its own hasher is seen to ask for the keys.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from trimtab.engines.vllm.carried import Carried, carried
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
-from trimtab.program import PhaseProgram, ResolvedSteering, Term
+from trimtab.program import EMPTY, PhaseProgram, ResolvedSteering, Spans, Term
 from trimtab.program.codec import KEYS, encode
+from trimtab.program.run_names import NamedRuns, plain_runs
 from trimtab.sites import HookPoint, Phase, Site
 from trimtab.vectors.vector import SteeringVector
 
 Hasher = Callable[[Any], list[Any]]
+
+TAG = "trimtab"
+
+_begin = itemgetter(0)
 
 
 def steering_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
@@ -41,14 +49,15 @@ def steering_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], 
         if isinstance(given, Mapping) and (set(given) == KEYS or "interventions" in given):
             raise _unread(request)
         return ()  # an engine that is not steered leaves what others put there alone
-    prefill, decode = given.steering.identity(Phase.PREFILL), given.steering.identity(Phase.DECODE)
-    prompt = request.num_prompt_tokens
-    keys: list[tuple[str, str]] = []
-    if start == 0 and prefill:
-        keys.append(("trimtab_prefill", prefill))
-    if prefill != decode and end > prompt:
-        keys.append(("trimtab_decode", f"{decode or '-'}@{max(0, prompt - start)}"))
-    return tuple(keys)
+    runs = _runs(given.steering, request.num_prompt_tokens)
+    first, behind = (bisect_left(runs, edge, key=_begin) for edge in (start, end))
+    return tuple((TAG, f"{name}@{begin - start}") for begin, name in runs[first:behind])
+
+
+def _runs(steering: ResolvedSteering, prompt: int) -> NamedRuns:
+    if steering.spans is not None:
+        return steering.runs
+    return plain_runs(steering.identity(Phase.PREFILL), steering.identity(Phase.DECODE), prompt)
 
 
 def checked_hasher(hasher: Hasher) -> Hasher:
@@ -76,31 +85,42 @@ def _unread(request: Any) -> SteeringError:
 
 
 def _require_keys(hasher: Hasher) -> None:
-    """The canary: blocks of prompts and of answers that are steered in one phase, hashed by the engine's own hasher."""
+    """The canary: requests of which a part is steered, hashed by the engine's own hasher. From the block on in which
+    that part begins, no hash is that of an unsteered request; those before all are."""
     tokens = 64
-    while len(plain := _hashes(hasher, tokens, "", "")) < 4:  # two blocks of prompt, two of answer
+    while len(plain := _hashes(hasher, tokens)) < 4:  # two blocks of prompt, two of answer
         if (tokens := 2 * tokens) > 1 << 20:
             raise passed_by("makes no blocks of a prompt of a million tokens")
-    half = len(plain) // 2
-    prefill, decode = _hashes(hasher, tokens, "prefill", ""), _hashes(hasher, tokens, "", "decode")
-    if len({*plain, *prefill}) != 2 * len(plain):
-        raise passed_by("gives blocks of a steered prompt the keys of an unsteered one")
-    if decode[: half - 1] != plain[: half - 1] or {*decode[half:]} & {*plain[half:]}:
-        raise passed_by("gives blocks of a steered answer the keys of an unsteered one")
+    half, quarter = tokens // 2, tokens // 4
+    canary = PhaseProgram.of([Term(SteeringVector({Site(0, HookPoint.POST_BLOCK): [1.0]}), 1.0)])
+    parts = [
+        ("prompt", 0, ResolvedSteering((canary, EMPTY))),
+        ("answer", half, ResolvedSteering((EMPTY, canary))),
+        ("part of a prompt", quarter, _from(quarter, half, canary)),
+        ("part of an answer", half + quarter, _from(half + quarter, half, canary)),
+    ]
+    for part, begin, steering in parts:
+        steered = _hashes(hasher, tokens, steering)
+        before, behind = (begin * count // tokens for count in (len(plain), len(plain) + 1))  # a block may be cut off
+        if steered[:before] != plain[:before] or {*steered[behind:]} & {*plain[behind:]}:
+            raise passed_by(f"gives blocks of a steered {part} the keys of an unsteered one")
 
 
-def _hashes(hasher: Hasher, tokens: int, prefill: str, decode: str) -> list[Any]:
-    """Hashes of a prompt of half of `tokens` and an answer of as many, each steered with a canary of that name."""
+def _from(begin: int, prompt: int, program: PhaseProgram) -> ResolvedSteering:
+    """Steering of the tokens from `begin` to the end of the prompt, or of the answer."""
+    starts = sorted({0, begin, prompt})
+    phases = tuple(Phase.PREFILL if start < prompt else Phase.DECODE for start in starts)
+    spans = Spans(prompt, tuple(starts), (0, 1, 2), ((0,), (1,), (2,)), phases)
+    return ResolvedSteering(tuple(program if start == begin else EMPTY for start in starts), spans=spans)
+
+
+def _hashes(hasher: Hasher, tokens: int, steering: ResolvedSteering | None = None) -> list[Any]:
+    """Hashes of a prompt of half of `tokens` and an answer of as many."""
     from vllm import SamplingParams
     from vllm.v1.request import Request
 
-    def program(name: str) -> PhaseProgram:
-        site = Site(0, HookPoint.POST_BLOCK)
-        return PhaseProgram.of([Term(SteeringVector({site: [float(len(name))]}), 1.0)] if name else [])
-
     params = SamplingParams(max_tokens=tokens)
-    if prefill or decode:
-        steering = ResolvedSteering((program(prefill), program(decode)))
+    if steering is not None:
         params.extra_args = {SETTINGS_KEY: Carried(encode(steering), steering)}
     request = Request(
         request_id="trimtab-canary", prompt_token_ids=[1] * (tokens // 2), sampling_params=params, pooling_params=None,
