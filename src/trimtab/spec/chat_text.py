@@ -34,6 +34,11 @@ class Said:
         stripped = (self.text, self.text.rstrip(), self.text.lstrip(), self.text.strip())
         return tuple(dict.fromkeys((*stripped, *(unicodedata.normalize("NFC", form) for form in stripped))))
 
+    @property
+    def visible_forms(self) -> Iterator[str]:
+        """Those that can be told from what a template may write anywhere."""
+        return filter(str.strip, self.forms)
+
 
 def spoken(
     text: str, messages: Sequence[Message], role: str, *, last: bool, render: Render | None = None
@@ -44,16 +49,23 @@ def spoken(
         known = summary(list(dict.fromkeys(roles)))
         raise SteeringError("role", f"no message has the role {shown(role)}; the roles of this chat are {known}")
     wanted = [index for index, own in enumerate(roles) if own == role][-1 if last else 0 :]
-    every = [said for index, message in enumerate(messages) for said in _said(index, message) if said.text.strip()]
+    every = [said for index, message in enumerate(messages) for said in _said(index, message) if said.text]
     mine = [said for said in every if said.message in wanted]
     if not mine:
-        raise SteeringError("role", f"what is said as {shown(role)} is no text, or an empty one: nothing is selected")
+        raise _nothing(role)
     found = _by_template(text, messages, every, render) if render is not None else None
     if found is None:
         found = _by_order(text, every, mine)
     if missing := next((said for said in mine if said not in found), None):
         raise _not_there(missing, role)
-    return [found[said] for said in mine]
+    places = [found[said] for said in mine]
+    if all(first == stop for first, stop in places):
+        raise _nothing(role)
+    return places
+
+
+def _nothing(role: str) -> SteeringError:
+    return SteeringError("role", f"what is said as {shown(role)} is no text, or an empty one: nothing is selected")
 
 
 def _not_there(said: Said, role: str) -> SteeringError:
@@ -129,23 +141,31 @@ def _parted(rendered: str, marks: Mapping[Said, str]) -> tuple[list[str] | None,
 
 
 def _read_along(text: str, at: int, order: Sequence[Said], behind: Sequence[str]) -> dict[Said, Characters] | None:
+    """What was said, where each text is followed by what the template writes `behind` it.
+
+    Of the last that need not be all, since templates end as they are told to: the form counts that most of it follows.
+    """
     found: dict[Said, Characters] = {}
-    for place, (said, literal) in enumerate(zip(order, behind, strict=True)):
-        ends = place == len(order) - 1
-        for form in said.forms:
-            stop = at + len(form)
-            if text.startswith(form, at) and (_agree(text[stop:], literal) if ends else text.startswith(literal, stop)):
-                found[said] = at, stop
-                at = stop + len(literal)
-                break
+    for said, literal in zip(order, behind, strict=True):
+        stops = [at + len(form) for form in said.forms if text.startswith(form, at)]
+        if said is order[-1]:
+            stops = sorted(stops, key=lambda stop: -_common(text[stop:], literal))
+            fits = stops and (_common(text[stops[0] :], literal) > 0 or text[stops[0] :] == literal)
+            stops = stops[:1] if fits else []
         else:
+            stops = [stop for stop in stops if text.startswith(literal, stop)]
+        if not stops:
             return None
+        found[said] = at, stops[0]
+        at = stops[0] + len(literal)
     return found
 
 
-def _agree(rest: str, literal: str) -> bool:
-    """Whether a prompt ends as its template does: that may still depend on what is to come."""
-    return rest[:1] == literal[:1]
+def _common(text: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next(
+        (at for at, (one, two) in enumerate(zip(text, other, strict=False)) if one != two), min(len(text), len(other))
+    )
 
 
 def _by_order(text: str, every: Sequence[Said], mine: Sequence[Said]) -> dict[Said, Characters]:
@@ -165,7 +185,7 @@ def _forward(text: str, every: Sequence[Said]) -> dict[Said, Characters]:
     found: dict[Said, Characters] = {}
     at = 0
     for said in every:
-        for form in said.forms:
+        for form in said.visible_forms:
             if (place := text.find(form, at)) >= 0:
                 found[said] = place, (at := place + len(form))
                 break
@@ -176,7 +196,7 @@ def _backward(text: str, every: Sequence[Said]) -> dict[Said, Characters]:
     found: dict[Said, Characters] = {}
     at = len(text)
     for said in reversed(every):
-        for form in said.forms:
+        for form in said.visible_forms:
             if (place := text.rfind(form, 0, at)) >= 0:
                 found[said] = place, place + len(form)
                 at = place

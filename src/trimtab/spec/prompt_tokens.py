@@ -89,14 +89,18 @@ class PromptTokens:
         """The special tokens of the vocabulary."""
         return self.vocabulary.special
 
-    def ids_of(self, run: TokenRun) -> tuple[int, ...]:
-        """The ids of a run of tokens. Raises `SteeringError` for a text of too many, or of none."""
+    def runs_of(self, run: TokenRun) -> tuple[tuple[int, ...], ...]:
+        """The ids of a run of tokens; of a text in each form that it is written in.
+
+        Raises `SteeringError` for a text of too many tokens, or of none, and for ids that the model does not have.
+        """
         if not isinstance(run, str):
-            return self._within_vocabulary(run)
-        ids = self.vocabulary.ids_of(run)
-        if not 0 < len(ids) <= LONGEST_SEQUENCE:
-            raise SteeringError("", f"{shown(run)} is {len(ids)} tokens, want 1 to {LONGEST_SEQUENCE}")
-        return ids
+            return (self._within_vocabulary(run),)
+        forms = self.vocabulary.forms_of(run)
+        for ids in forms or ((),):
+            if not 0 < len(ids) <= LONGEST_SEQUENCE:
+                raise SteeringError("", f"{shown(run)} is {len(ids)} tokens, want 1 to {LONGEST_SEQUENCE}")
+        return forms
 
     def id_of(self, token: int | str) -> int:
         """The id of one token. Raises `SteeringError` for a text that is not one."""
@@ -110,6 +114,7 @@ class PromptTokens:
 
     def thinking(self) -> tuple[tuple[TokenRun, ...], tuple[TokenRun, ...]]:
         """The tags of the model's thinking. Raises `SteeringError` where none are known."""
+        self.tokens()
         if self.tags is not None:
             return self.tags.starts, self.tags.ends
         if self.tokenizer is not None and (found := self.vocabulary.thinking()) is not None:

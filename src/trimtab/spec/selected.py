@@ -67,7 +67,7 @@ def selected(where: Where, prompt: PromptTokens) -> Selected:
     if not (excluded.says and common(left.answer, excluded.answer)):
         excluded = NOTHING
     if not (left.prompt or left.answer):
-        raise SteeringError("not", f"leaves nothing that is selected, of {_told(prompt)} or of its answer")
+        raise SteeringError("not", f"leaves nothing: {_told(prompt)}, and all that is selected is taken off")
     return Selected(left.prompt, left, excluded)
 
 
@@ -137,10 +137,13 @@ def _section(section: Section, prompt: PromptTokens) -> Saying:
     tags: list[tuple[tuple[int, ...], ...]] = []
     for field, some in (("start", starts), ("end", ends)):
         with below(field if section.start is not None else ""):
-            tags.append(tuple(dict.fromkeys(map(prompt.ids_of, some))))
+            tags.append(tuple(dict.fromkeys(run for tag in some for run in prompt.runs_of(tag))))
     for some in tags:
         if len(some) > MOST_SEQUENCES:
-            raise SteeringError("", f"this model has {len(some)} tags of one kind, at most {MOST_SEQUENCES} are served")
+            said = (
+                f"its tags can be written as tokens in {len(some)} ways, of which at most {MOST_SEQUENCES} are served"
+            )
+            raise SteeringError("", f"{said}: give ids of tokens")
     begin, end = tags
     for one, other in product(begin, end):
         if one[-len(other) :] == other or other[-len(one) :] == one:
@@ -156,7 +159,7 @@ def _between(selection: Selection, prompt: PromptTokens) -> Saying:
     found: list[tuple[tuple[int, ...], ...]] = []
     for field, run in (("after", selection.after), ("until", selection.until)):
         with below(field):
-            found.append(() if run is None else (prompt.ids_of(run),))
+            found.append(() if run is None else prompt.runs_of(run))
     opens, closes = found
     return Saying(Between(opens, closes, is_open=not opens))
 

@@ -38,16 +38,27 @@ class Pieces:
 
     def __init__(self) -> None:
         self.ways: dict[Callable[[str], bytes], dict[int, bytes]] = {_of_bytes: {}, _of_sentences: {}}
+        self._known: set[int] = set()
+
+    def learn(self, tokenizer: Any, ids: Sequence[int]) -> bool:
+        """Make sure that all of `ids` are known; False where their tokenizer does not tell."""
+        if new := list(set(ids) - self._known):
+            if (names := _names(tokenizer, new)) is None:
+                return False
+            for token, name in zip(new, names, strict=True):
+                for read, known in self.ways.items():
+                    known[token] = read(name)
+                self._known.add(token)  # last, since other threads may look
+        return True
 
 
 def text_of(tokenizer: Any, ids: list[int], pieces: Pieces) -> TokenText:
     """The text of a prompt by its tokens, special tokens included; `pieces` are those known of its tokenizer."""
     whole = _decoded(tokenizer, ids)
-    if (names := _names(tokenizer, ids)) is not None:
-        for read, known in pieces.ways.items():
-            found = _from_bytes([_piece(name, token, read, known) for name, token in zip(names, ids, strict=True)])
-            if (fitting := _fitting(found, whole)) is not None:
-                return fitting
+    if pieces.learn(tokenizer, ids):
+        for known in pieces.ways.values():
+            if (found := _fitting(_from_bytes([known[token] for token in ids]), whole)) is not None:
+                return found
     return _bit_by_bit(tokenizer, ids)
 
 
@@ -118,12 +129,6 @@ def _of_sentences(name: str) -> bytes:
 
 
 _ESCAPED = re.compile("<0x([0-9A-Fa-f]{2})>")
-
-
-def _piece(name: str, token: int, read: Callable[[str], bytes], known: dict[int, bytes]) -> bytes:
-    if (piece := known.get(token)) is None:
-        piece = known[token] = read(name)
-    return piece
 
 
 def _from_bytes(pieces: Sequence[bytes]) -> TokenText:

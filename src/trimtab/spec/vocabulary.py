@@ -1,12 +1,14 @@
 """What a tokenizer says of texts and tokens, remembered for all prompts of it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from trimtab.program.spans import IdSet
 from trimtab.spec.intervals import of_numbers
 from trimtab.spec.token_text import Pieces, TokenText, text_of
+
+T = TypeVar("T")
 
 THINKING = (
     ("<think>", "</think>"),
@@ -25,10 +27,13 @@ class _Known:
         self.pieces = Pieces()
         self.special: IdSet | None = None
         self.ids: dict[str, tuple[int, ...]] = {}
+        self.forms: dict[str, tuple[tuple[int, ...], ...]] = {}
 
 
 _KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 _MOST_TEXTS = 1024
+_LONGEST = 256  # characters of one that is remembered
+_LINE = "\n"
 
 
 class Vocabulary:
@@ -50,8 +55,24 @@ class Vocabulary:
         known = self._known.ids
         if (found := known.get(text)) is None:
             found = tuple(map(int, self._tokenizer.encode(text, add_special_tokens=False)))
-            if len(known) < _MOST_TEXTS and len(text) <= 256:
-                known[text] = found
+            _remember(known, text, found)
+        return found
+
+    def forms_of(self, text: str) -> tuple[tuple[int, ...], ...]:
+        """The runs of tokens that a text is written as: alone or behind other text, and behind a space.
+
+        Many vocabularies have one token for a word and one for the space and the word; and some put a space before
+        what stands alone. A run that ends with another is left out, since whoever finds it finds the other.
+        """
+        known = self._known.forms
+        if (found := known.get(text)) is None:
+            line, behind = self.ids_of(_LINE), self.ids_of(_LINE + text)
+            forms = [self.ids_of(text), self.ids_of(" " + text)]
+            if behind[: len(line)] == line:
+                forms.append(behind[len(line) :])
+            several = dict.fromkeys(filter(None, forms))
+            found = tuple(one for one in several if not any(_ends(one, other) for other in several))
+            _remember(known, text, found)
         return found
 
     @property
@@ -78,3 +99,13 @@ class Vocabulary:
     def render(self, messages: list[dict[str, Any]]) -> str:
         """The text of a chat by the tokenizer's own template, up to where an answer begins."""
         return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _ends(run: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether a run ends with another, and is longer."""
+    return len(run) > len(other) and tuple(run[-len(other) :]) == tuple(other)
+
+
+def _remember(known: dict[str, T], text: str, found: T) -> None:
+    if len(known) < _MOST_TEXTS and len(text) <= _LONGEST:
+        known[text] = found
