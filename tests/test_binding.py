@@ -1,6 +1,7 @@
 """The share of a default that a request leaves, against its definition in plain numbers, in every state of gates."""
 
 import itertools
+import random
 from typing import Any
 from unittest import mock
 
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimtab.program import ResolvedSteering, Slot
+from trimtab.program import EMPTY, ResolvedSteering, Slot, Spans
+from trimtab.program.spans import IdSet
 from trimtab.serving.binding import least_share
 from trimtab.serving.slot_losses import span_of
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Phase, Site, SlotLimits, site_order
@@ -321,3 +323,45 @@ def test_what_puts_something_in_the_place_of_what_a_default_led_to_takes_all_of_
         share = least_share(default, Steering.parse({"interventions": [own]}).resolve({}, model))
         behind = site_order(site) >= site_order(Site(1, hook))
         assert (1.0 if share is None else share.left) == (0.0 if behind else 1.0), (step, site)
+
+
+def spans_of(generator: random.Random, prompt: int, programs: int) -> Spans:
+    """Some of the first programs for a prompt, others for its answer, where tokens decide now and then."""
+    starts = sorted({0, prompt, *(generator.randrange(1, prompt + 6) for _ in range(3))})
+    phases = tuple(Phase.PREFILL if place % 2 else Phase.DECODE for place in range(programs))
+    choices, of = [], {phase: [place for place in range(programs) if phases[place] is phase] for phase in Phase}
+    for start in starts:
+        decided = start >= prompt and generator.random() < 0.3
+        phase = Phase.PREFILL if start < prompt else Phase.DECODE
+        choices.append(tuple(generator.choice(of[phase]) for _ in range(2 if decided else 1)))
+    return Spans(prompt, tuple(starts), tuple(range(len(starts))), tuple(choices), phases, (IdSet(((0, 5),)),))
+
+
+def test_where_both_have_spans_the_share_is_the_least_at_any_position() -> None:
+    generator = random.Random(0)
+    mine = [resolved(PUSH).prefill, resolved({"vector": at("post_block", 2, 1.0, 2.0, 0.0)}).prefill, EMPTY]
+    theirs = [resolved(back(scale, layer=layer)).prefill for scale in (0.2, 0.7, -1.0) for layer in (1, 2)]
+    least: set[float | None] = set()
+    for _ in range(60):
+        pushing = [generator.choice(mine) for _ in range(4)]
+        taking = [generator.choice((EMPTY, *theirs)) for _ in range(6)]
+        prompt = generator.randrange(2, 9)
+        default = ResolvedSteering(tuple(pushing), spans=spans_of(generator, prompt, 4))
+        own = ResolvedSteering(tuple(taking), spans=spans_of(generator, prompt, 6))
+        by_phase = ResolvedSteering((taking[0], taking[1]))
+        for other, places in (
+            (own, lambda position, spans=own.spans: spans.programs_at(position)),
+            (by_phase, lambda position, prompt=prompt: (0,) if position < prompt else (1,)),
+        ):
+            found = least_share(default, other)
+            shares = [
+                least_share(ResolvedSteering((one, EMPTY)), ResolvedSteering((another, EMPTY)))
+                for position in range(prompt + 8)
+                for one in (default.programs[place] for place in default.spans.programs_at(position))
+                for another in (other.programs[place] for place in places(position))
+            ]
+            expected = min((share.left for share in shares if share is not None), default=None)
+            assert (None if found is None else found.left) == expected
+            least.add(expected)
+    assert len(least) > 5
+    assert None in least

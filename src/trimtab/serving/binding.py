@@ -15,18 +15,21 @@ stream (replacing it, adding by its norm, keeping its norm), at a site of the de
 taken: what is added at `mlp_in` does not stay in the stream, but what the MLP made of it does. What the slots of a
 default do is not measured, so beside them whatever a request does counts as taking all.
 
+Where a default or a request has spans, this is so of each two programs that one token may receive.
+
 The stream carries on what was added to it before. So the share is taken twice: of what is added at each site of the
 default, and, at each site of either, of all that was added to the stream up to there. What a request takes back in the
 layer before or after the default, or at another hook point with the same meaning, counts like what it takes back there.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.program import SPANS, PhaseProgram, ResolvedSteering
+from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.responses import Stage
 from trimtab.serving.slot_losses import Rows, slot_losses
 from trimtab.sites import HookPoint, Phase, Site, site_order
@@ -57,12 +60,28 @@ def least_share(default: ResolvedSteering, own: ResolvedSteering) -> Share | Non
     """The least share that a request's `own` part leaves of the server's `default`; None where they never meet."""
     shares: list[Share] = []
     seen: set[tuple[int, int]] = set()
-    for phase, pushing, taking in zip(SPANS, default.programs, own.programs, strict=True):
+    for phase, pushing, taking in _meeting(default, own):
         pair = id(pushing), id(taking)
         if pair not in seen and pushing.sites and taking.sites:
             shares.extend(_shares(pushing, taking, phase))
         seen.add(pair)
     return min(shares, key=lambda share: share.left, default=None)
+
+
+def _meeting(default: ResolvedSteering, own: ResolvedSteering) -> Iterator[tuple[Phase, PhaseProgram, PhaseProgram]]:
+    """The programs of both that one token may receive. Where tokens decide, any of theirs may be."""
+    ours, theirs = default.spans, own.spans
+    pairs = {(_received(default), _received(own))}
+    if ours is not None and theirs is not None and ours.prompt_length == theirs.prompt_length:
+        pairs = {(ours.programs_at(edge), theirs.programs_at(edge)) for edge in {*ours.starts, *theirs.starts}}
+    for one, other in sorted({places for pair in pairs for places in product(*pair)}):
+        if default.phases[one] is own.phases[other]:
+            yield default.phases[one], default.programs[one], own.programs[other]
+
+
+def _received(steering: ResolvedSteering) -> tuple[int, ...]:
+    """The places of programs that some token may receive."""
+    return tuple(range(len(steering.programs)) if steering.spans is None else steering.spans.used)
 
 
 def _shares(default: PhaseProgram, own: PhaseProgram, phase: Phase) -> Iterator[Share]:

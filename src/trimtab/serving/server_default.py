@@ -56,14 +56,15 @@ class ServerDefault:
             return min(0.0, 0.0 if share is None else share.left)
         if share is None:
             return 1.0
-        if self.binding and any(program.slots for program in default.programs_of(share.phase)):
+        kept = share.keeps_the_promise or not self.binding
+        if not kept and any(program.slots for program in default.programs_of(share.phase)):
             said = (
                 "would act beside the server's default spec, which is binding and does more than add: what of that is "
                 f"left cannot be measured on {share.phase.value} tokens; leave the interventions out, or have the "
                 'default\'s file say "binding": false'
             )
             raise SteeringError("interventions", said)
-        if self.binding and not share.keeps_the_promise:
+        if not kept:
             raise self._refusal(request, resolve, default, share)
         return min(1.0, share.left)
 
