@@ -23,6 +23,7 @@ CACHES = {  # the variable that names a cache of compiled code, and the folder o
     "VLLM_CACHE_ROOT": "vllm",
 }
 GROUPS = "TRIMTAB_TEST_GROUPS"  # the file in which the first of several processes says which tests belong together
+RUN = "TRIMTAB_TEST_RUN"  # the id of the process whose end is the end of the run
 
 if find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
@@ -51,7 +52,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     for variable, name in CACHES.items():
         os.environ[variable] = str(folder / name)
-    os.environ[GROUPS] = str(folder / "groups.json")
+    os.environ |= {GROUPS: str(folder / "groups.json"), RUN: f"{os.getpid()}"}
+    # Inductor takes the processor's word for its vectors: a trial takes 15 s of CPU in each new cache.
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)

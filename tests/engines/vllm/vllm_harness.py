@@ -5,10 +5,12 @@ Python starts: a scenario is forked from a process that has imported vLLM for th
 scenario checks many things with one start of the engine; tests then look at one of them each.
 """
 
-import atexit
+import fcntl
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+SCENARIOS = Path(__file__).parent / "scenarios"
 
 CASES = {  # runner, mode; "traced" is "compiled" up to the graphs that Inductor would be given, without its minute
     f"{runner} {mode}": (runner.lower(), mode) for runner in ("V1", "V2") for mode in ("eager", "traced", "compiled")
@@ -38,7 +42,7 @@ def run_scenario(script: str, *arguments: str, runner: str = "v1", cache: Path |
             "TRIMTAB_TEST_REPORT": str(report),
             "TRIMTAB_TEST_SCRATCH": scratch,
         }
-        code = _parent(runner).run(script, arguments, environment, scratch, log)
+        code = Fork(runner, SCENARIOS / f"{script}.py", arguments, environment, scratch, log).wait()
         text = log.read_text(errors="replace")
         if code != 0 or not report.exists():
             raise AssertionError(f"{script} {arguments} ended with {code}:\n{text[-9000:].strip()}")
@@ -52,7 +56,6 @@ def _environment(runner: str) -> dict[str, str]:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_VEC_ISA_OK": "1",  # take the processor's word for its vectors: a trial takes 15 s of CPU
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -66,55 +69,80 @@ def _environment(runner: str) -> dict[str, str]:
     return environment
 
 
-class _Parent:
-    """The process that scenarios of one model runner are forked from (see warm_parent.py)."""
+class Fork:
+    """A script in a fork of the process that has imported vLLM for a model runner (see warm_parent.py)."""
 
-    def __init__(self, runner: str) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # it goes with this object
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "warm_parent.py")], env=_environment(runner),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, start_new_session=True,
-        )  # fmt: skip
-
-    def run(self, script: str, arguments: Sequence[str], environment: dict[str, str], folder: str, log: Path) -> int:
-        """The exit code of a scenario; 0 alone means that it came to its end."""
+    def __init__(
+        self,
+        runner: str,
+        script: Path,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: str | Path,
+        log: Path,
+    ) -> None:
         job = {
-            "script": script, "arguments": arguments, "environment": environment, "folder": folder, "log": str(log),
+            "script": str(script), "arguments": arguments, "environment": environment,
+            "folder": str(folder), "log": str(log),
         }  # fmt: skip
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        log.touch()
+        errors = _folder() / f"{runner}.log"
+        self._connection = _connected(runner, errors)
+        self._connection.sendall(f"{json.dumps(job)}\n".encode())
+        answer = self._connection.recv(4)
+        if not answer:
+            raise RuntimeError(f"nothing can be forked for {runner}:\n{errors.read_text(errors='replace')[-6000:]}")
+        self.pid = int.from_bytes(answer, "little")
+
+    def wait(self) -> int:
+        """Its exit code, or -1 if something killed it. An exception while it is waited for, as a time limit is, kills
+        it, with whatever runs below it."""
         try:
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-            return int(self._process.stdout.readline())
-        except BaseException:  # a time limit, or a parent that ended: neither it nor its fork is of use any more
-            self.end()
-            self._errors.seek(0)
-            log.touch()
-            sys.stderr.write(self._errors.read().decode(errors="replace")[-6000:])
+            ended = os.pidfd_open(self.pid)
+            try:
+                select.select([self._connection, ended], [], [])
+            finally:
+                os.close(ended)
+        except ProcessLookupError:  # it has ended
+            pass
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             raise
-
-    def end(self) -> None:
-        """Kill it, with whatever runs below it."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        _parents.pop(next(runner for runner, parent in _parents.items() if parent is self))
+        try:
+            answer = self._connection.recv(4, socket.MSG_DONTWAIT)
+        except BlockingIOError:  # it ended without a word, and something below it runs
+            answer = b""
+        return int.from_bytes(answer, "little") if answer else -1
 
 
-_parents: dict[str, _Parent] = {}
+def _connected(runner: str, errors: Path) -> socket.socket:
+    """A connection to the parent of this runner's forks, which the first to ask starts for all processes of the run."""
+    run = os.environ["TRIMTAB_TEST_RUN"]
+    name = f"\0trimtab-tests-{run}-{runner}"
+    with (_folder() / "lock").open("w") as lock, socket.socket(socket.AF_UNIX) as listener:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            listener.bind(name)
+        except OSError:  # it runs
+            pass
+        else:
+            listener.listen()
+            parent = Path(__file__).parent / "warm_parent.py"
+            with errors.open("w") as output:
+                subprocess.Popen(
+                    [sys.executable, str(parent), str(listener.fileno()), run], pass_fds=[listener.fileno()],
+                    env=_environment(runner), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                    start_new_session=True,
+                )  # fmt: skip
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(name)
+    return connection
 
 
-def _parent(runner: str) -> _Parent:
-    if runner not in _parents:
-        _parents[runner] = _Parent(runner)
-    return _parents[runner]
-
-
-@atexit.register
-def _end_parents() -> None:
-    for parent in list(_parents.values()):
-        parent.end()
+def _folder() -> Path:
+    """A folder of this run of the tests."""
+    return Path(os.environ["VLLM_CACHE_ROOT"]).parent
 
 
 def outcomes_of(script: str, requests: Mapping[str, int]) -> Any:

@@ -1,8 +1,9 @@
-"""A process that has imported vLLM, which takes 7 s of CPU, and runs each scenario in a fork of itself.
+"""A process that has imported vLLM, which takes 7 s of CPU, and runs scripts, each in a fork of itself.
 
-It reads one job per line of its standard input, as JSON, and answers each with the exit code of its fork. What it has
-imported, and the kernels of the tests' platform, are all that a scenario finds done: no engine was ever made here, and
-no plugin of trimtab loaded.
+It is given a socket that listens, and the process whose end is its own. A connection brings one job, as a line of JSON,
+and takes back the id of the fork and then, if it comes to an end of its own, its exit code. What was imported here, and
+the kernels of the tests' platform, are all that a script finds done: no engine was ever made, and no plugin of trimtab
+loaded.
 """
 
 import atexit
@@ -10,17 +11,18 @@ import gc
 import json
 import os
 import runpy
+import select
+import signal
+import socket
 import sys
+import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-SCENARIOS = Path(__file__).parent / "scenarios"
 
-
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is no answer
+def main(listener: socket.socket, run: int) -> None:
     # Names that are imported when they are asked for.
     from transformers import LlamaForCausalLM  # noqa: F401
     from trimtab_vllm_cpu.kernels import replace_kernels
@@ -38,30 +40,41 @@ def main() -> None:
     gc.freeze()
     gc.freeze = gc.unfreeze = lambda: None
 
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            answers.close()
-            _run(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+    signal.signal(signal.SIGCHLD, _forget)
+    while listener in select.select([listener, run], [], [])[0]:
+        connection, _ = listener.accept()
+        line = connection.makefile().readline()
+        if line.endswith("\n") and os.fork() == 0:
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _run(json.loads(line), connection)
+        connection.close()
 
 
-def _run(job: dict[str, Any]) -> NoReturn:
-    """Become the process of one scenario, with an environment, a folder, a log and an end of its own."""
+def _forget(*_: object) -> None:
+    """Let forks that ended be gone: who asked for one waits for that."""
+    with suppress(ChildProcessError):  # there is none
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _run(job: dict[str, Any], connection: socket.socket) -> NoReturn:
+    """Become the process of one script, with an environment, a folder, a log and an end of its own."""
+    os.setsid()
+    connection.sendall(os.getpid().to_bytes(4, "little"))
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for descriptor, source in enumerate((nothing, log, log)):
         os.dup2(source, descriptor)
     os.environ.clear()
     os.environ.update(job["environment"])
+    tempfile.tempdir = None  # that of the environment
     os.chdir(job["folder"])
-    script = SCENARIOS / f"{job['script']}.py"
-    sys.argv = [str(script), *job["arguments"]]
-    sys.path[0] = str(SCENARIOS)
+    sys.argv = [job["script"], *job["arguments"]]
+    sys.path[0] = str(Path(job["script"]).parent)
     code = 1
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_path(job["script"], run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -72,8 +85,10 @@ def _run(job: dict[str, Any]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
+        with suppress(OSError):  # nobody may wait for it
+            connection.sendall(code.to_bytes(4, "little"))
         os._exit(code)  # never back into the parent's loop
 
 
 if __name__ == "__main__":
-    main()
+    main(socket.socket(fileno=int(sys.argv[1])), os.pidfd_open(int(sys.argv[2])))
