@@ -36,7 +36,9 @@ def named_runs(spans: Spans, identities: Sequence[str], phase: Phase | None = No
 def plain_runs(prefill: str, decode: str, prompt_length: int) -> NamedRuns:
     """The same for a request that says no more than phases, from the identities of its two programs."""
     first, then = prefill or NOTHING, decode or NOTHING
-    return ((0, first),) * (first != NOTHING) + ((prompt_length, then),) * (then != first)
+    if first == then:
+        return ((0, first),) if prefill else ()
+    return ((0, first), (prompt_length, then)) if prefill else ((prompt_length, then),)
 
 
 def identity_of(runs: NamedRuns, first: int = 0) -> str:

@@ -19,7 +19,6 @@ steering it has not read, and starts only if its own hasher is seen to ask for t
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from operator import itemgetter
 from typing import Any
 
 from trimtab.engines.vllm.carried import Carried, carried
@@ -27,15 +26,13 @@ from trimtab.engines.vllm.settings.flags import SETTINGS_KEY
 from trimtab.errors import SteeringError
 from trimtab.program import EMPTY, PhaseProgram, ResolvedSteering, Spans, Term
 from trimtab.program.codec import KEYS, encode
-from trimtab.program.run_names import NamedRuns, plain_runs
+from trimtab.program.run_names import plain_runs
 from trimtab.sites import HookPoint, Phase, Site
 from trimtab.vectors.vector import SteeringVector
 
 Hasher = Callable[[Any], list[Any]]
 
 TAG = "trimtab"
-
-_begin = itemgetter(0)
 
 
 def steering_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], ...]:
@@ -49,15 +46,17 @@ def steering_keys(request: Any, start: int, end: int) -> tuple[tuple[str, str], 
         if isinstance(given, Mapping) and (set(given) == KEYS or "interventions" in given):
             raise _unread(request)
         return ()  # an engine that is not steered leaves what others put there alone
-    runs = _runs(given.steering, request.num_prompt_tokens)
-    first, behind = (bisect_left(runs, edge, key=_begin) for edge in (start, end))
-    return tuple((TAG, f"{name}@{begin - start}") for begin, name in runs[first:behind])
-
-
-def _runs(steering: ResolvedSteering, prompt: int) -> NamedRuns:
+    steering: ResolvedSteering = given.steering
     if steering.spans is not None:
-        return steering.runs
-    return plain_runs(steering.identity(Phase.PREFILL), steering.identity(Phase.DECODE), prompt)
+        runs = steering.runs
+    else:
+        prefill, decode = steering.programs
+        runs = plain_runs(prefill.identity, decode.identity, request.num_prompt_tokens)
+    first = bisect_left(runs, (start,))
+    if first == len(runs) or runs[first][0] >= end:  # so it is for nearly every block
+        return ()
+    begun = runs[first : bisect_left(runs, (end,))]
+    return tuple((TAG, f"{name}@{begin - start}") for begin, name in begun)
 
 
 def checked_hasher(hasher: Hasher) -> Hasher:
