@@ -244,11 +244,12 @@ def _checked_slots(tensors: tuple[Tensor, ...]) -> SlotOpArgs:
 
 def kernels_serve(hidden_states: Tensor) -> bool:
     """Whether a CUDA tensor of this width is steered by a kernel, rather than by the reference."""
-    return hidden_states.shape[-1] <= MAX_KERNEL_WIDTH and _has_triton()
+    return hidden_states.shape[-1] <= MAX_KERNEL_WIDTH and has_triton()
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether this process can launch kernels of ours."""
     return importlib.util.find_spec("triton") is not None
 
 
