@@ -1,7 +1,6 @@
 """Random schedules for `route`: after each pass the records of all tokens, held to a slow and obvious model."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -94,5 +93,3 @@ def run(
         assert torch.equal(device.words, want_words)
         assert torch.equal(device.gates, want_gates)
     return decided, by_atoms
-
-

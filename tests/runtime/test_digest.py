@@ -19,7 +19,9 @@ from trimtab.ops import SteeringBuffers
 from trimtab.ops.args import SlotForm
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.program.resolved_gate import ResolvedGate, probes_needed, rows_needed
+from trimtab.program.spans import IdSet, Spans
 from trimtab.runtime import SteeringRuntime
+from trimtab.sites import Phase
 
 REQUESTS, GATES = 3, 2
 
@@ -47,12 +49,16 @@ class Asked:
     phase: str = "all"
     owner: str | None = None
     slot: Ask | None = None
+    spans: Spans | None = None
+    text: tuple[int, ...] = ()
 
     @property
     def steering(self) -> ResolvedSteering:
         terms = [Term(vector(self.vector, SITES[2:]), self.scale, gate=self.gate and self.gate.gate)]
         slots = [] if self.slot is None else [self.slot.slot]
         program, empty = PhaseProgram.of(terms, slots), PhaseProgram.of([])
+        if self.spans is not None:
+            return ResolvedSteering(tuple(program if place else empty for place in range(3)), spans=self.spans)
         return ResolvedSteering(
             tuple(program if self.phase in ("all", phase) else empty for phase in ("prefill", "decode"))
         )
@@ -85,12 +91,15 @@ def run(life: Life, sites: tuple[Any, ...] = SITES) -> SteeringRuntime:
     buffers = SteeringBuffers(
         sites, hidden_size=HIDDEN, max_rows=life.rows, max_tokens=life.tokens, dtype=life.dtype, gates=GATES,
         max_probes=life.probes, row_monitor=life.lowers or life.row_probe is not None, slots=life.slots,
+        span_requests=life.most,
     )  # fmt: skip
     runtime = SteeringRuntime(buffers, max_requests=life.most, lowers=life.lowers)
 
     def step(batch: tuple[str, ...] = life.batch) -> None:
         size = len(batch)
-        runtime.step(batch, np.full(size, life.first), np.full(size, life.count), np.full(size, life.prompt))
+        ids = torch.zeros(size * life.count, dtype=torch.int64)
+        runtime.step(batch, np.full(size, life.first), np.full(size, life.count), np.full(size, life.prompt),
+                     positions=ids, token_ids=ids)  # fmt: skip
 
     def monitor() -> None:
         gate = (life.monitor or GateAsked()).gate
@@ -98,7 +107,8 @@ def run(life: Life, sites: tuple[Any, ...] = SITES) -> SteeringRuntime:
 
     for asked in life.requests:
         probes = [life.row_probe.gate] if life.row_probe is not None else []
-        runtime.admit(asked.name, asked.steering, probes=probes, owner=asked.owner)
+        runtime.admit(asked.name, asked.steering, probes=probes, owner=asked.owner, tokens=asked.text,
+                      upto=len(asked.text))  # fmt: skip
     if life.monitor is not None:
         monitor()
     if life.stepped:
@@ -115,6 +125,8 @@ def run(life: Life, sites: tuple[Any, ...] = SITES) -> SteeringRuntime:
     return runtime
 
 
+SPANS = Spans(5, (0, 5, 9), (0, 1, 2), ((0,), (2, 1), (2,)), (Phase.PREFILL, Phase.DECODE, Phase.DECODE),
+              (IdSet(((3, 5),)),))  # fmt: skip
 GATED = GateAsked()
 SLOT = Ask(VECTORS[0], 0.5, -1.0, 0.5)
 BASE = Life(
@@ -162,6 +174,13 @@ CHANGES = {
     "another direction": with_first(slot=replace(SLOT, along=VECTORS[1])),
     "fewer sites": with_first(slot=replace(SLOT, sites=SITES[1:])),
     "a slot behind a gate": with_first(slot=replace(SLOT, gate=GATED.gate)),
+    "spans": with_first(spans=SPANS),
+    "another run": with_first(spans=replace(SPANS, starts=(0, 5, 8))),
+    "another choice": with_first(spans=replace(SPANS, choices=((0,), (1, 2), (2,)))),
+    "another atom": with_first(spans=replace(SPANS, atoms=(IdSet(((3, 6),)),))),
+    "a past that the device has yet to see": replace(with_first(spans=SPANS, text=(1, 2)), stepped=False),
+    "another past": replace(with_first(spans=SPANS, text=(1, 3)), stepped=False),
+    "spans that the device has yet to see": replace(with_first(spans=SPANS), stepped=False),
     "another form of slots": replace(BASE, slots=FORM._replace(count=2)),
     "no slots": replace(BASE, slots=None),
     "more rows": replace(BASE, rows=BASE.rows + 1),
@@ -262,6 +281,8 @@ def test_the_digest_reads_and_changes_nothing() -> None:
 
 METERS = {
     "_free": "depends on when passes end", "_most": "constant", "_noted": "what is reported",
+    "_lines": "where that is", "_lines_of": "likewise", "_keys": "likewise", "_decided": "the device",
+    "_deciding": "what the last pass was",
     **dict.fromkeys(
         ("_log", "_last", "_expected", "_sums", "_kept", "_folded", "_closing", "_finished"),
         "what was seen to be done, and how far that is",
@@ -271,7 +292,8 @@ METERS = {
 NOT_STATE = {
     "runtime": {
         "_buffers": "the device", "_rows": "below", "_tokens": "below", "_planner": "below", "_gates": "below",
-        "_monitors": "below", "_row_monitors": "below", "_slot_rows": "below", "_site_position": "the rank's own",
+        "_monitors": "below", "_row_monitors": "below", "_spans": "below",
+        "_slot_rows": "below", "_site_position": "the rank's own",
         "_no_site": "constant",
         "_used": "follows from batch and rows", "_meters": "below", "_slot_meters": "below",
     },
@@ -304,7 +326,12 @@ NOT_STATE = {
     "slot meters": {
         **METERS, "_sites": "the rank's own", "_slots": "the device", "_token_rows": "the device",
         "_places": "room for what is seen",
-        **dict.fromkeys(("_cells", "_rows", "_held", "_end"), "what was seen to be done"),
+        **dict.fromkeys(("_cells", "_rows", "_received", "_held", "_end"), "what was seen to be done"),
+    },
+    "spans": {
+        "_buffers": "the device", "_token_words": "the device", "_gate_words": "the device",
+        "_lines": "writes the device", "_rings": "writes the device", "_has": "follows from `_held`",
+        "_by_ids": "follows from it", "_sites": "the rank's own",
     },
     "monitors": {"_buffers": "the device", "_position": "the rank's own"},
     "row monitors": {
@@ -349,6 +376,7 @@ def test_whatever_an_object_of_the_runtime_holds_is_in_the_digest_or_is_said_to_
     life = replace(BASE, row_probe=GateAsked(3, 2))
     runtime = run(replace(life, requests=(replace(life.requests[0], slot=SLOT), *life.requests[1:])))
     runtime.admit("b", Asked("b", 1, 2.0, slot=replace(SLOT, high=1.0)).steering)
+    runtime.admit("c", Asked("c", 1, gate=GATED, spans=SPANS).steering, tokens=[7, 8], upto=2)
     runtime.admit("a", Asked("a", 8, gate=replace(GATED, probe=8)).steering, probes=[GateAsked(4, 2).gate])
     assert runtime._gates is not None
     objects = {
@@ -356,7 +384,7 @@ def test_whatever_an_object_of_the_runtime_holds_is_in_the_digest_or_is_said_to_
         "gates": runtime._gates,
         "meters": runtime._gates.meters, "monitors": runtime._monitors, "row monitors": runtime._row_monitors,
         "tokens": runtime._tokens, "flags": runtime._rows._flags, "slot rows": runtime._slot_rows,
-        "slot meters": runtime._slot_meters,
+        "slot meters": runtime._slot_meters, "spans": runtime._spans,
     }  # fmt: skip
     before = runtime.digest()
     for name, part in objects.items():

@@ -81,6 +81,27 @@ def test_a_request_with_as_many_of_everything_as_there_can_be_is_decided_in_pass
     assert alone(spans, text, upto - 1, upto) == expected[-1:]
 
 
+def test_a_step_may_compute_so_many_tokens_in_vain() -> None:
+    """The longest sequence, and whether one has opened, are found again behind that many drafts."""
+    sequence = tuple(range(10, 26))
+    spans = Spans(1, (0, 1), (0, 1), ((0,), (1, 2, 1, 2)), (Phase.PREFILL, Phase.DECODE, Phase.DECODE),
+                  (Between((sequence,)), IdSet(((99, 100),))))  # fmt: skip
+    opened = [0, *range(9), *sequence]
+    for text in ([*opened, 7], [*opened[:-1], 25, 7], opened):
+        last = len(text) - 2  # the step before the last token computes it, and drafts
+        for drafts in (0, 1, span_buffers.MOST_DRAFTS):
+            device = Device(np.random.default_rng(0), 0, torch.int64)
+            life = Life("a", 1, text, spans)
+            device.join(life, 0)
+            for first, tokens in ((0, text[:last]), (last, [text[last], *[50] * drafts]), (last + 1, text[-1:])):
+                count = len(tokens)
+                device.words[:count, 1] = device.slots["a"]
+                positions = torch.arange(first, first + count)
+                args = route_args(device.buffers, device.words, device.gates, positions, torch.tensor(tokens))
+                route(args, count)
+            assert device.buffers.decided[0] == due(spans, text, last + 1), (text, drafts)
+
+
 def test_runs_that_begin_beyond_all_positions_are_no_runs() -> None:
     far = Spans(2, (0, 2, LAST_START + 1, 2**40), (0, 1, 2, 1), ((0,), (1,), (2,)),
                 (Phase.PREFILL, Phase.DECODE, Phase.DECODE))  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.ops.args import SlotForm
-from trimtab.ops.gate_buffers import GateBuffers
+from trimtab.ops.gate_buffers import GateBuffers, gate_record
 from trimtab.ops.host import SiteState, set_site_state
 from trimtab.ops.site_buffers import (
     MONITOR_OFF,
@@ -21,6 +21,7 @@ from trimtab.ops.site_buffers import (
     token_views,
 )
 from trimtab.ops.slot_buffers import SlotBuffers
+from trimtab.ops.span_buffers import SpanBuffers
 from trimtab.sites import Site, site_order
 
 
@@ -46,6 +47,7 @@ class SteeringBuffers:
     decode_mask: Tensor  # [T] float32
     gates: "GateBuffers | None"  # None where the engine serves none
     slots: "SlotBuffers | None"  # likewise
+    spans: "SpanBuffers | None"  # likewise
     states: tuple[SiteState, ...]  # of each site, on the host
 
     def __init__(
@@ -63,11 +65,13 @@ class SteeringBuffers:
         probe_sites: Collection[Site] | None = None,
         slots: SlotForm | None = None,
         slot_sites: Collection[Site] | None = None,
+        span_requests: int = 0,
     ) -> None:
         """`gates` per token, reading at most `max_probes` - 1 probes; their rows are among the `max_rows`.
 
         Probes are read at `probe_sites`, by default at every site. Rows can have probes of their own at the sites of
         `row_monitor`; True is every site. Slots of the form `slots` act at `slot_sites`, by default at every site.
+        `span_requests` with spans can be served at one time.
         """
         self.sites = tuple(sorted(set(sites), key=site_order))
         self._position = {site: position for position, site in enumerate(self.sites)}
@@ -111,6 +115,11 @@ class SteeringBuffers:
                 self.sites, slots, max_rows=max_rows, max_tokens=max_tokens, slot_sites=slot_sites, device=device
             )
 
+        self.spans: SpanBuffers | None = None
+        if span_requests:
+            gate_bytes = gate_record(gates).itemsize if gates else 0
+            self.spans = SpanBuffers(span_requests, max_tokens=max_tokens, gate_bytes=gate_bytes, device=device)
+
     def attach(self, module: nn.Module, site: Site) -> None:
         """Register this site's tensors on `module` as non-persistent buffers. Raises KeyError for an unknown site."""
         at = self._position[site]
@@ -148,5 +157,5 @@ class SteeringBuffers:
         """Bytes of device memory held, row-monitor tensors of resized modules not included."""
         in_slab = {id(self.index), id(self.row_gate), id(self.token_scales), id(self.decode_mask)}
         tensors = [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor) and id(tensor) not in in_slab]
-        apart = sum(owner.nbytes for owner in (self.gates, self.slots) if owner is not None)
+        apart = sum(owner.nbytes for owner in (self.gates, self.slots, self.spans) if owner is not None)
         return apart + sum(tensor.untyped_storage().nbytes() for tensor in tensors)

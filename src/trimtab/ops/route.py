@@ -13,11 +13,13 @@ that are computed again, need nothing.
 This is the reference, and the way to the kernel (`kernels.route`), which does the same in one launch.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from trimtab.ops import variants
 from trimtab.ops.library import has_triton
 from trimtab.ops.span_buffers import ATOM_HEAD, BETWEEN, ID_RANGES, LENGTH, RING, RUN_KIND, SEQUENCES, SpanBuffers
 
@@ -54,7 +56,7 @@ def route_args(
 def route(args: RouteOpArgs, count: int) -> None:
     """Decide about the first `count` tokens. Raises ValueError where positions or ids are fewer."""
     ids = len(args.token_ids)
-    if not count <= len(args.positions) or ids and not count <= ids:
+    if not count <= len(args.positions) or (ids and not count <= ids):
         raise ValueError(f"{count} tokens, but {len(args.positions)} positions and {ids} ids")
     if args.positions.is_cuda and has_triton():
         from trimtab.ops.kernels.route import launch_route
@@ -62,6 +64,22 @@ def route(args: RouteOpArgs, count: int) -> None:
         launch_route(args, count)
     else:
         route_reference(args, count)
+
+
+def warmup_route_kernel(launches: Iterable[RouteOpArgs]) -> int:
+    """Launch the kernel with each of these arguments, for one token, which must be nobody's. How many variants that
+    compiled; any that appears later is counted by `late_variants`. Without kernels it does nothing."""
+    served = [args for args in launches if args.positions.is_cuda and has_triton()]
+    if not served:
+        return 0
+    from trimtab.ops.kernels.route import route_kernel
+
+    before = variants.compiled_variants(route_kernel)
+    variants.pause(route_kernel)
+    for args in served:
+        route(args, 1)
+    variants.watch(route_kernel)
+    return variants.compiled_variants(route_kernel) - before
 
 
 def route_reference(args: RouteOpArgs, count: int) -> None:
@@ -113,7 +131,7 @@ def _numbers(args: RouteOpArgs, tokens: Tensor, slots: Tensor, positions: Tensor
     before = torch.where((begun > prompts)[:, None], before, atoms[:, :, 1])
     behind = torch.where(last >= 2 * first[:, None], last % 2, before)
 
-    ranges = atoms[:, :, ATOM_HEAD : ATOM_HEAD + 2 * ID_RANGES].unflatten(2, (ID_RANGES, 2))
+    ranges = atoms[:, :, ATOM_HEAD : ATOM_HEAD + 2 * ID_RANGES].reshape(*atoms.shape[:2], ID_RANGES, 2)
     listed = ((ranges[..., 0] <= ids[:, None, None]) & (ids[:, None, None] < ranges[..., 1])).any(2)
     said = torch.where(atoms[:, :, 0] == BETWEEN, (behind > 0) & ~(opened | closed), listed)
 
@@ -140,7 +158,7 @@ def _completed(
     in_step = args.token_ids[at.clamp(min=0)].long()
     earlier = args.rings[slots[:, None], 0, (positions[:, None] - back) % RING].long()
     past = torch.where(at >= first[:, None], in_step, earlier)  # [M, LENGTH] ids, the token's own first
-    bodies = atoms[:, :, ATOM_HEAD : ATOM_HEAD + SEQUENCES * LENGTH].unflatten(2, (SEQUENCES, LENGTH))
+    bodies = atoms[:, :, ATOM_HEAD : ATOM_HEAD + SEQUENCES * LENGTH].reshape(*atoms.shape[:2], SEQUENCES, LENGTH)
     lengths = atoms[:, :, ATOM_HEAD - SEQUENCES : ATOM_HEAD]
     equal = ((past[:, None, None] == bodies) | (back >= lengths[..., None])).all(3)
     since = torch.where(atoms[:, :, 2] > 0, 0, prompts[:, None])

@@ -19,8 +19,8 @@ RING = 64
 RUNS, KINDS, PROGRAMS, ATOMS, NUMBERS = 4096, 32, 32, 4, 16  # of a request; numbers are what four atoms can make
 ID_RANGES, SEQUENCES, LENGTH = 64, 8, 16  # of an atom; tokens of a sequence
 
-MOST_DRAFTS = RING - LENGTH
-"""Tokens that a step may compute and the next begin before: the past that atoms look at is then still there."""
+MOST_DRAFTS = RING - LENGTH + 1
+"""Tokens beyond its first that a step may compute in vain: what atoms look back to is then still there for the next."""
 
 RUN_KIND = 32
 """A run is one number: where it begins times this, plus its kind."""

@@ -18,8 +18,8 @@ from trimtab.runtime.passes import PassLog
 from trimtab.runtime.step_plan import IntArray
 from trimtab.runtime.token_meters import Sums, TokenMeters, Values
 
-Spans = Sequence[Sequence[tuple[Condition, bool]]]
-"""The gates of each span in the order of their lanes, and of each whether it is decided on this rank."""
+GatesOfPrograms = Sequence[Sequence[tuple[Condition, bool]]]
+"""The gates of each program in the order of their lanes, and of each whether it is decided on this rank."""
 
 
 class _Named(NamedTuple):
@@ -38,21 +38,30 @@ _LOWERED_ONCE = np.eye(1 + _LOWERED)[_LOWERED]
 class GateMeters(TokenMeters[_Named]):
     """Adds up the factors `values` [G, T] of forward passes, and what joined ones are by themselves, `owns` [G, T]."""
 
-    def __init__(self, values: Tensor, owns: Tensor, max_requests: int) -> None:
+    def __init__(self, values: Tensor, owns: Tensor, max_requests: int, decided: Tensor | None = None) -> None:
         self._lanes, tokens = values.shape
-        log = PassLog(tokens, 2 * self._lanes, values.device)
-        super().__init__(log, max_requests, places=2 * self._lanes, numbers=_LOWERED)
+        log = PassLog(tokens, 2 * self._lanes, values.device, decides=decided is not None)
+        super().__init__(log, max_requests, places=2 * self._lanes, numbers=_LOWERED, decided=decided)
         self._values, self._owns = values.T, owns.T
         self._joined = False  # whether there are gates of several in the last pass
         self._totals: dict[str, Sums] = {}  # of finished requests, by label
 
-    def open_gates(self, slot: int, owner: str, gates: Spans, lowered: Sequence[ResolvedGate] = ()) -> None:
+    def open_gates(
+        self,
+        slot: int,
+        owner: str,
+        gates: GatesOfPrograms,
+        lowered: Sequence[ResolvedGate] = (),
+        *,
+        decided: bool = False,
+    ) -> None:
         """Measure what `gates` do to the request of `slot`. Requests of one `owner` are reported together.
 
-        Of those that are `lowered` to probes of its row nothing is seen here; reports say how often that was so.
+        Of those that are `lowered` to probes of its rows nothing is seen here; reports say how often that was so.
+        `decided`: the device decides which program's are a token's.
         """
-        spans = [_names_of(some, self._lanes) for some in gates]
-        self.open(slot, owner, spans, [(_named(gate), _LOWERED_ONCE) for gate in lowered])
+        programs = [_names_of(some, self._lanes) for some in gates]
+        self.open(slot, owner, programs, [(_named(gate), _LOWERED_ONCE) for gate in lowered], decided=decided)
 
     def report(self, owner: str) -> tuple[GateUse, ...]:
         """What each gate of the requests of `owner` has done so far; waits for the pass under way."""
@@ -77,7 +86,8 @@ class GateMeters(TokenMeters[_Named]):
 
     def _keep(self, keys: IntArray) -> None:
         tokens = len(keys)
-        self._log.keep(keys, self._values[:tokens], *([self._owns[:tokens]] if self._joined else []))
+        parts = [self._values[:tokens], *([self._owns[:tokens]] if self._joined else [])]
+        self._log.keep(keys, *parts, decided=self._decided_of(tokens))
 
     def _columns(self, values: Values) -> Iterator[tuple[int, int, Values]]:
         for line, factors in enumerate(values.T):
@@ -89,8 +99,11 @@ class GateMeters(TokenMeters[_Named]):
 
 
 def _names_of(gates: Sequence[tuple[Condition, bool]], lanes: int) -> tuple[_Named | None, ...]:
-    """Whose numbers stand in each line of the sums of one span: [2 * lanes]. A joint gate's own are in the last of its
-    lanes; what its members are by themselves is in the first one's factor, and in the second half for all others."""
+    """Whose numbers stand at each place of the sums of one program: [2 * lanes].
+
+    A joint gate's own are in the last of its lanes; what its members are by themselves is in the first one's factor,
+    and in the second half for all others.
+    """
     names: list[_Named | None] = [None] * (2 * lanes)
     taken = 0
     for gate, here in gates:

@@ -26,6 +26,7 @@ class Arrived(NamedTuple):
     passes: int
     keys: IntArray  # [N]
     values: npt.NDArray[np.float32]  # [N, V]; to be read before the next is asked for
+    decided: npt.NDArray[np.float32]  # [N], or [0] where the log has no place for it; likewise
 
 
 class _Sent(NamedTuple):
@@ -42,11 +43,15 @@ class _Sent(NamedTuple):
 
 
 class PassLog:
-    """Keeps some numbers, at most `width` of each token, of every pass until they are read."""
+    """Keeps some numbers, at most `width` of each token, of every pass until they are read.
 
-    def __init__(self, tokens: int, width: int, device: torch.device) -> None:
+    Where the device decides which program a token receives, it also keeps that: `decides` says whether it may.
+    """
+
+    def __init__(self, tokens: int, width: int, device: torch.device, *, decides: bool = False) -> None:
         self._on_gpu = device.type == "cuda"
-        self._log = _new_log(tokens, width, device)
+        self._decides = decides
+        self._log = _new_log(tokens, width + decides, device)
         self._end = 0  # tokens that it holds
         self._used = 0  # numbers of a token, of any pass that it holds
         self._passes: list[IntArray] = []  # what it holds, by call of `keep`
@@ -56,15 +61,15 @@ class PassLog:
 
     def widen(self, width: int) -> None:
         """Make room for so many numbers of each token."""
-        if width > self._log.shape[1]:
+        if (width := width + self._decides) > self._log.shape[1]:
             self.send()
             self._log = _new_log(len(self._log), width, self._log.device)
             self._staging.clear()
 
-    def keep(self, keys: IntArray, *parts: Tensor, passes: int = 1) -> None:
+    def keep(self, keys: IntArray, *parts: Tensor, decided: Tensor | None = None, passes: int = 1) -> None:
         """Copy what the pass that has just been launched leaves behind for N tokens, one for each of `keys`: `parts`,
-        each [N, V], side by side. What arrives behind them is whatever there was. It may be what several `passes` have
-        left."""
+        each [N, V], side by side, and which program was `decided` for each [N]. What arrives behind them is whatever
+        there was. It may be what several `passes` have left."""
         tokens = len(keys)
         if self._end + tokens > len(self._log) or len(self._passes) == MOST_PASSES:
             self.send()
@@ -72,6 +77,8 @@ class PassLog:
         for part in parts:
             self._log[self._end : self._end + tokens, start : start + part.shape[1]].copy_(part)
             start += part.shape[1]
+        if decided is not None:
+            self._log[self._end : self._end + tokens, -1].copy_(decided)
         self._used = max(self._used, start)
         self._end += tokens
         self._passes.append(keys)
@@ -97,7 +104,8 @@ class PassLog:
             if event is not None:
                 event.synchronize()
             keys = np.concatenate(parts)
-            yield Arrived(passes, keys, staged.array[: len(keys), :used])
+            numbers = staged.array[: len(keys)]
+            yield Arrived(passes, keys, numbers[:, :used], numbers[:, -1] if self._decides else numbers[:0, 0])
             if staged.tensor.shape == self._log.shape:
                 self._staging.append(staged)
 

@@ -8,23 +8,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from trimtab.errors import SteeringError
 from trimtab.ops.buffers import SteeringBuffers
+from trimtab.ops.route import route
 from trimtab.program import PhaseProgram, ResolvedSteering
 from trimtab.program.counting import GateUse, SlotUse
 from trimtab.program.lowering import Contents, contents, placed, row_key
 from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.runtime.admission import check_admission, check_past
 from trimtab.runtime.gate_lanes import GateLanes
 from trimtab.runtime.meters import GateMeters
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
 from trimtab.runtime.slot_meters import SlotMeters
-from trimtab.runtime.slot_rows import SlotRows, check_slots
+from trimtab.runtime.slot_rows import SlotRows
+from trimtab.runtime.span_tables import SpanTables
 from trimtab.runtime.state_digest import digest_of
-from trimtab.runtime.step_plan import DECODE, NO_SLOT, TOKEN, RowUse, StepPlanner, as_ints
+from trimtab.runtime.step_plan import NO_SLOT, RECORD_NAMES, RowUse, StepPlanner, as_ints
 from trimtab.runtime.table_rows import RowContent, TableRows
 from trimtab.runtime.upload import NO_TOKENS, TokenUploader
-from trimtab.sites import Site
+from trimtab.sites import Phase, Site
 
 
 class SteeringRuntime:
@@ -50,7 +54,12 @@ class SteeringRuntime:
         self._site_position = {site: position for position, site in enumerate(buffers.sites)}
         self._no_site = np.zeros(len(buffers.sites), np.bool_)
         self._used = ~self._no_site  # sites that do not rest: all, until the first step
-        self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests)
+        decided = None if buffers.spans is None else buffers.spans.decided
+        self._gates = None if buffers.gates is None else GateLanes(buffers.gates, max_requests, decided)
+        self._spans: SpanTables | None = None
+        if buffers.spans is not None:
+            gate_slab = None if buffers.gates is None else buffers.gates.slab
+            self._spans = SpanTables(buffers.spans, buffers.token_slab, gate_slab, max_requests, len(buffers.sites))
         self._monitors = SiteMonitors(buffers)
         self._slot_rows = None if buffers.slots is None else SlotRows(buffers, buffers.slots)
         self._slot_meters = None if buffers.slots is None else SlotMeters(buffers, buffers.slots, max_requests)
@@ -104,8 +113,13 @@ class SteeringRuntime:
         *,
         probes: Sequence[ResolvedGate] = (),
         owner: str | None = None,
+        tokens: Sequence[int] | None = None,
+        upto: int = 0,
     ) -> None:
-        """Hold the rows of all spans for `request_id`; replaces what it held. None or empty steering holds nothing.
+        """Hold the rows of all programs for `request_id`; replaces what it held. None or empty steering holds nothing.
+
+        A request with spans begins at position `upto`, which is not 0 where a prefix cache has tokens of it, or where
+        it comes back from preemption; `tokens` are the ids of those before it, or more (see `seed`).
 
         `owner` is the name under which `gate_report` and `slot_report` tell what was done, together with all of one
         owner; by default the request's own id. `probes` are the row monitor of its decode tokens: each multiplies their
@@ -113,27 +127,49 @@ class SteeringRuntime:
         request is lowered. Admit again, without them, to clear them.
 
         Raises SteeringError if a vector's width is not the model's, if `max_requests` others are admitted already, if
-        the tables have no room, or if the buffers cannot hold the probes, the gates or the slots. The request then
-        keeps what it held before.
+        the tables have no room, if the buffers cannot hold the probes, the gates, the slots or the spans, or if the
+        `tokens` are missing that spans look back to. The request then keeps what it held before.
         """
         if steering is None or not any(program.identity for program in steering.programs):
             self.release(request_id)
             return
-        self._check(request_id, steering)
+        check_admission(request_id, steering, self._buffers)
+        check_past(request_id, steering, tokens, upto)
+        admitted = self._planner.slots
+        if len(admitted) >= self._max_requests and request_id not in admitted:
+            said = f"would be steered request {len(admitted) + 1}; the limit is {self._max_requests}"
+            raise SteeringError("max_requests", f"request {request_id!r} {said}")
         behind = row_probes(probes, self._buffers)
-        spans = list(placed(steering, lowers=self._lowers and not behind))
-        lowered = spans[DECODE].probes
+        programs = list(placed(steering, lowers=self._lowers and not behind))
+        lowered = {gate.digest: gate for program in programs for gate in program.probes}
         if behind:
-            spans[DECODE] = spans[DECODE]._replace(probes=behind)
-        self._check_room(request_id, contents(spans))
+            programs = [
+                program._replace(probes=behind) if phase is Phase.DECODE else program
+                for phase, program in zip(steering.phases, programs, strict=True)
+            ]
+        self._check_room(request_id, contents(programs))
         self.release(request_id)
-        directions = self._hold_directions(request_id, [span.row for span in spans])
-        slot = self._planner.add(request_id, [self._acquire(span.row, span.probes, directions) for span in spans])
+        directions = self._hold_directions(request_id, [program.row for program in programs])
+        uses = [self._acquire(program.row, program.probes, directions) for program in programs]
+        decided = steering.spans is not None
+        slot = self._planner.add(request_id, None if decided else uses)
         owner = request_id if owner is None else owner
         if self._gates is not None:
-            self._gates.add(slot, owner, [span.gated for span in spans], lowered, self._acquire)
+            gated = [program.gated for program in programs]
+            self._gates.add(slot, owner, gated, [*lowered.values()], self._acquire, decided=decided)
         if self._slot_meters is not None:
-            self._slot_meters.open_slots(slot, owner, steering.programs)
+            self._slot_meters.open_slots(slot, owner, steering)
+        if self._spans is not None and steering.spans is not None:
+            gates = None if self._gates is None else self._gates.words_of_programs(slot)
+            self._spans.add(slot, steering.spans, uses, gates, self._rows.sites_of(np.array([use.row for use in uses])))
+            self._spans.seed(slot, tokens or (), upto)
+
+    def seed(self, request_id: str, tokens: Sequence[int], upto: int) -> None:
+        """`request_id` goes on at position `upto`, and what lies before it was not computed here: `tokens` are the ids
+        of that, prompt and answer, or more. One without spans, or not admitted, is no error."""
+        slot = self._planner.slots.get(request_id)
+        if slot is not None and self._spans is not None:
+            self._spans.seed(slot, tokens, upto)
 
     def release(self, request_id: str) -> None:
         """Let go of what `request_id` holds (finished or preempted). An id that holds nothing is no error."""
@@ -143,6 +179,7 @@ class SteeringRuntime:
         gated = [] if self._gates is None else self._gates.remove(slot)
         if self._slot_meters is not None:
             self._slot_meters.close(slot)
+        gated += [] if self._spans is None else self._spans.remove(slot)
         for row in (*self._planner.remove(request_id), *gated, *self._directions.pop(request_id, ())):
             if row and self._rows.release(row) and self._slot_rows is not None:
                 self._slot_rows.let_go(row)
@@ -155,6 +192,8 @@ class SteeringRuntime:
         prompt_lengths: npt.ArrayLike,
         *,
         padded_tokens: int | None = None,
+        positions: Tensor | None = None,
+        token_ids: Tensor | None = None,
     ) -> None:
         """Prepare the device for one forward pass over the requests' tokens, concatenated in this order.
 
@@ -163,7 +202,12 @@ class SteeringRuntime:
         beyond the given ones, up to the end of the buffers, is routed to row 0; `padded_tokens`, the length of the
         forward pass where it is longer than its tokens, is only checked.
 
-        Raises ValueError if the tokens exceed `padded_tokens` or the buffers. Never raises for what a request holds.
+        Requests with spans receive what the device decides by its own `positions` and `token_ids` of the tokens, int32
+        or int64, which are read in stream order; behind the tokens they may hold anything. For them, what the host
+        believes of `first_positions` may be wrong.
+
+        Raises ValueError if the tokens exceed `padded_tokens` or the buffers, or where positions or ids are missing
+        that decide. Never raises for what a request holds.
         """
         gates = self._gates
         for meters in self._meters:
@@ -185,7 +229,9 @@ class SteeringRuntime:
         unmonitored = self._monitors.idle
         worn = self._monitors.write()
         words = NO_TOKENS
-        gated = None
+        gated, decision = None, None
+        if self._spans is not None:
+            self._spans.write()
         if self._planner.steers(request_ids):
             same = self._planner.count(as_ints(first_positions), as_ints(token_counts), as_ints(prompt_lengths))
             tokens = int(self._planner.counts.sum())
@@ -194,21 +240,32 @@ class SteeringRuntime:
                 raise ValueError(
                     f"{tokens} tokens in a forward pass of {limit}; the buffers hold {len(self._buffers.token_slab)}"
                 )
-            if same and unmonitored:  # all that follows was done before the last pass
+            if self._spans is not None:
+                decision = self._spans.decision(self._planner.batch, positions, token_ids)
+            if same and unmonitored:  # all that follows was done before the last pass, but what the device decides
+                if decision is not None:
+                    route(decision, tokens)
                 for meters in self._meters:
                     meters.expect_again()
                 return
             planned = self._planner.plan()
-            if planned.reshape(-1).view(TOKEN)["index"].any():
+            if planned[:, RECORD_NAMES].any():
                 words = planned
             if gates is not None and gates.in_batch(self._planner.batch):
                 gated = self._planner.counts
         self._tokens.write(words, worn=worn)
         if gates is not None:
             gates.write(self._planner.batch, gated)
+        if decision is not None:
+            route(decision, tokens)
         if self._slot_meters is not None:
             self._slot_meters.expect_of(self._planner.batch, self._planner.counts)
         self._rest(self._sites_in_use() if len(words) or gated is not None else self._no_site)
+
+    def warm_up(self, positions: Tensor, token_ids: Tensor) -> int:
+        """Compile what `step` launches for requests with spans, given tensors as it will be given. To be called before
+        any request is admitted. Returns how many variants that compiled."""
+        return 0 if self._spans is None else self._spans.warm_up(positions, token_ids)
 
     def before_unplanned_pass(self) -> None:
         """To be called before a forward pass that `step` does not prepare, such as one over no requests: it runs with
@@ -244,6 +301,7 @@ class SteeringRuntime:
         yield "requests", (self._planner.state(), repr(self._directions).encode())
         yield "plan", (self._tokens.held.tobytes(),)
         yield "gates", () if self._gates is None else self._gates.state()
+        yield "spans", () if self._spans is None else self._spans.state()
         yield "slots", () if self._slot_meters is None else (self._slot_meters.state(),)
         yield "monitors", self._monitors.state()
         yield "row monitors", () if self._row_monitors is None else (self._row_monitors.state(),)
@@ -254,6 +312,8 @@ class SteeringRuntime:
         if self._gates is not None and self._gates.in_batch(batch):
             return ~self._no_site
         used = self._rows.sites_of(self._planner.rows(batch))
+        if self._spans is not None:
+            used |= self._spans.sites_of(batch)
         used[[self._site_position[site] for site in self.monitors]] = True  # they act on the factors of later sites
         return used
 
@@ -265,29 +325,11 @@ class SteeringRuntime:
         for state, busy in zip(self._buffers.states, used.tolist(), strict=True):
             state.resting = not busy
 
-    def _check(self, request_id: str, steering: ResolvedSteering) -> None:
-        width = self._buffers.table.shape[2]
-        vectors = (vector for program in steering.programs for vector in program.vectors)
-        probes = (one.probe for gate in steering.gates for one in gate.members)
-        widths = {vector.hidden_size for vector in (*vectors, *probes)}
-        if others := sorted(widths.union(one.hidden_size for slot in steering.slots for one in slot.vectors) - {width}):
-            raise SteeringError("vector", f"request {request_id!r} brings width {others[0]}; the model's is {width}")
-        served = 0 if self._gates is None else self._gates.count
-        if (most := max(program.lane_count for program in steering.programs)) > served:
-            raise SteeringError("gates", f"request {request_id!r} brings {most} in a phase; the buffers hold {served}")
-        check_slots(request_id, steering, self._buffers)
-        admitted = self._planner.slots
-        if len(admitted) >= self._max_requests and request_id not in admitted:
-            raise SteeringError(
-                "max_requests",
-                f"request {request_id!r} would be steered request {len(admitted) + 1}; the limit is "
-                f"{self._max_requests}",
-            )
-
     def _check_room(self, request_id: str, needed: Contents) -> None:
         slot, lanes = self._planner.slots.get(request_id, NO_SLOT), self._gates
         gated, probes = ((), ()) if lanes is None else lanes.held_by(slot)
-        held = (*self._planner.held_by(slot), *gated, *self._directions.get(request_id, ()))
+        spans = () if self._spans is None else self._spans.held_by(slot)
+        held = (*self._planner.held_by(slot), *gated, *spans, *self._directions.get(request_id, ()))
         fit = self._rows.has_room(needed.rows, held)
         if not fit or (lanes is not None and not lanes.has_room(needed.probes, probes)):
             what = "its probes" if fit else f"its rows among {self._rows.capacity}"

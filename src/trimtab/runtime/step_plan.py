@@ -1,8 +1,11 @@
 """Step plans: what each token of one forward pass is routed to, as the bytes that the device will read.
 
-A request's steering is a token record per span. A step is then one gather (request -> its records) and one
+A request's steering is a token record per phase. A step is then one gather (request -> its records) and one
 repeat (record -> its tokens), whatever the mix of chunked prefill, recompute, speculation and decode: the phase of a
 token is decided by its position, so a chunk that straddles the end of the prompt simply repeats both records.
+
+The records of a request with spans only name its slot: the device writes over them (`ops.route`). They differ from all
+others, so what it has written is never taken for what a later plan wants there.
 """
 
 from collections.abc import Sequence
@@ -19,12 +22,13 @@ from trimtab.sites import Phase
 IntArray = npt.NDArray[np.int64]
 Words = npt.NDArray[np.int64]  # token records seen as 8-byte words: gathering and repeating words is a plain memcpy
 
-# One token's line of `SteeringBuffers.token_slab`. A row and its coefficient are one lane.
+# One token's line of `SteeringBuffers.token_slab`. A row and its coefficient are one lane; `slot` is that of a request
+# with spans, else 0.
 TOKEN = np.dtype(
     {
-        "names": ["index", "row_gate", "token_scale", "decode_mask"],
-        "formats": [np.int64, np.float32, np.float32, np.float32],
-        "offsets": [0, 16, 32, 48],
+        "names": ["index", "slot", "row_gate", "token_scale", "decode_mask"],
+        "formats": [np.int64, np.int64, np.float32, np.float32, np.float32],
+        "offsets": [0, 8, 16, 32, 48],
         "itemsize": TOKEN_BYTES,
     }
 )
@@ -32,6 +36,7 @@ TOKEN_WORDS = TOKEN.itemsize // 8
 
 PREFILL, DECODE = map(SPANS.index, Phase)  # columns of a slot's records
 COLUMNS = len(SPANS)
+RECORD_NAMES = slice(0, 2)  # words of a record: one that steers names a row, or its slot
 
 NO_SLOT = 0  # the slot of every request that is not steered; its records route to row 0
 
@@ -73,28 +78,29 @@ class StepPlanner:
 
     @property
     def counts(self) -> IntArray:
-        """Tokens per request of that batch and span, [B, COLUMNS], as `count` last found them."""
+        """Tokens per request of that batch and phase, [B, COLUMNS], as `count` last found them."""
         return self._counts[: len(self._last_slots)]
 
     def rows(self, slots: IntArray) -> IntArray:
-        """The rows of all spans of `slots` [B], as [B * COLUMNS]."""
+        """The rows of both phases of `slots` [B], as [B * COLUMNS]; 0 of requests with spans."""
         return self._rows[slots].reshape(-1)
 
     def held_by(self, slot: int) -> list[int]:
-        """The row of each span of `slot`: row 0 in that of all who are not steered."""
+        """The row of each phase of `slot`: row 0 in that of all who are not steered, or have spans."""
         rows: list[int] = self._rows[slot].tolist()
         return rows
 
-    def add(self, request_id: str, uses: Sequence[RowUse]) -> int:
-        """Give `request_id`, not yet known, a slot with what the tokens of each span receive."""
+    def add(self, request_id: str, uses: Sequence[RowUse] | None) -> int:
+        """Give `request_id`, not yet known, a slot with what the tokens of each phase receive; None: it has spans."""
         slot = self._free.pop()
         self._slot_of[request_id] = slot
-        self._rows[slot], self._coefficients[slot] = zip(*uses, strict=True)
+        self._records["slot"][slot] = slot if uses is None else NO_SLOT
+        self._rows[slot], self._coefficients[slot] = zip(*(uses or COLUMNS * (RowUse(0, 1.0),)), strict=True)
         self._last_ids = None
         return slot
 
     def remove(self, request_id: str) -> list[int]:
-        """Free the slot of `request_id` and return the row of each of its spans; none if it has none."""
+        """Free the slot of `request_id` and return the row of each of its phases; none if it has none."""
         slot = self._slot_of.pop(request_id, None)
         if slot is None:
             return []

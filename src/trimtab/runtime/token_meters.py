@@ -4,8 +4,9 @@ The numbers of each pass are kept behind it, and added up once they have reached
 later, many at a time. `settle`, and all that reports, waits, and is called between steps.
 
 A token has places numbered from 0, such as its gates; what stands at them is told by the names that a request was
-opened with, for each of its spans. What is kept of requests that are gone is bounded: the last `KEPT_REPORTS` owners,
-of each only names and sums.
+opened with, for each of its programs. Each program has a line of sums. Which line a token counts to is known when its
+pass is planned, or, where the device decides, comes back from there with the numbers. What is kept of requests that are
+gone is bounded: the last `KEPT_REPORTS` owners, of each only names and sums.
 """
 
 from collections import OrderedDict, deque
@@ -14,8 +15,10 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from trimtab.runtime.passes import PassLog
+from trimtab.program.spans import MOST_PROGRAMS
+from trimtab.runtime.passes import Arrived, PassLog
 from trimtab.runtime.step_plan import COLUMNS, IntArray
 
 KEPT_REPORTS = 4096  # owners of requests that are gone; the oldest are forgotten first
@@ -31,15 +34,23 @@ class TokenMeters(Generic[Name]):
     Whoever inherits keeps what a pass leaves behind (`_keep`), and says what is added up of it (`_columns`).
     """
 
-    def __init__(self, log: PassLog, max_requests: int, *, places: int, numbers: int) -> None:
-        """`places` that most requests have at most, `numbers` W of each place."""
+    def __init__(
+        self, log: PassLog, max_requests: int, *, places: int, numbers: int, decided: Tensor | None = None
+    ) -> None:
+        """`places` that most requests have at most, `numbers` W of each place; `decided` [T] is where the device says
+        which program a token received, None where it never decides."""
         self._log = log
-        self._most = max_requests
-        self._sums = np.zeros((1 + 3 * max_requests, COLUMNS, places, 1 + numbers))  # by meter; 0 takes the rest
-        self._free = list(range(len(self._sums) - 1, 0, -1))
+        self._most = COLUMNS * max_requests
+        self._sums = np.zeros((COLUMNS * (1 + 3 * max_requests), places, 1 + numbers))  # the first lines take the rest
+        self._free = list(range(len(self._sums) - 1, COLUMNS - 1, -1))
+        self._lines: dict[int, list[int]] = {}  # by meter, which is the first of them: one for each program
         self._owner: dict[int, tuple[str, tuple[tuple[Name | None, ...], ...]]] = {}
         self._noted: dict[int, Sequence[tuple[Name, Sums]]] = {}
         self._meter_of = np.zeros(max_requests + 1, np.int64)  # by slot
+        self._keys = np.tile(np.arange(COLUMNS), (max_requests + 1, 1))  # by slot and phase: the line, or -meter
+        self._decided = decided
+        self._lines_of = np.zeros((0, MOST_PROGRAMS), np.int64)  # by meter, of those whose tokens the device decides
+        self._deciding = False  # whether there are such in the last pass
         self._last: IntArray | None = None  # where each token of the last pass counts, None where none was measured
         self._expected = False  # whether that pass is still to be kept
         self._kept = self._folded = 0  # passes
@@ -47,21 +58,35 @@ class TokenMeters(Generic[Name]):
         self._finished: OrderedDict[str, dict[Name, Sums]] = OrderedDict()
 
     def open(
-        self, slot: int, owner: str, spans: Sequence[Sequence[Name | None]], noted: Sequence[tuple[Name, Sums]] = ()
+        self,
+        slot: int,
+        owner: str,
+        programs: Sequence[Sequence[Name | None]],
+        noted: Sequence[tuple[Name, Sums]] = (),
+        *,
+        decided: bool = False,
     ) -> None:
-        """Measure the request of `slot`: the place p of span s has the name `spans[s][p]`, None if it is not told of.
+        """Measure the request of `slot`: place p of program s has the name `programs[s][p]`, None if it is not told of.
 
-        Requests of one `owner` are reported together, names that are equal added. `noted` is reported as it is.
+        There is a program for each phase, or the device has `decided` which one a token received. Requests of one
+        `owner` are reported together, names that are equal added. `noted` is reported as it is.
         """
-        if not self._free:
-            self._free = list(range(2 * len(self._sums) - 1, len(self._sums) - 1, -1))
+        while len(self._free) < len(programs):
+            self._free[:0] = range(2 * len(self._sums) - 1, len(self._sums) - 1, -1)
             self._sums = np.concatenate([self._sums, np.zeros_like(self._sums)])
-        if (more := max(map(len, spans)) - self._sums.shape[2]) > 0:
-            self._sums = np.pad(self._sums, ((0, 0), (0, 0), (0, more), (0, 0)))
-        meter = self._free.pop()
-        self._owner[meter] = owner, tuple(map(tuple, spans))
+        if (more := max(map(len, programs)) - self._sums.shape[1]) > 0:
+            self._sums = np.pad(self._sums, ((0, 0), (0, more), (0, 0)))
+        lines = [self._free.pop() for _ in programs]
+        meter = lines[0]
+        self._lines[meter] = lines
+        self._owner[meter] = owner, tuple(map(tuple, programs))
         self._noted[meter] = noted
         self._meter_of[slot] = meter
+        self._keys[slot] = -meter if decided else lines
+        if decided:
+            if (more := len(self._sums) - len(self._lines_of)) > 0:
+                self._lines_of = np.pad(self._lines_of, ((0, more), (0, 0)))
+            self._lines_of[meter, : len(lines)] = lines
 
     def close(self, slot: int) -> None:
         """The request of `slot` has gone; what is under way for it still counts. One without a meter is no error."""
@@ -69,12 +94,14 @@ class TokenMeters(Generic[Name]):
             return
         self._closing.append((self._kept + self._expected, meter))
         self._meter_of[slot] = 0
+        self._keys[slot] = range(COLUMNS)
         self._finish()
 
     def expect(self, slots: IntArray, counts: IntArray) -> None:
         """The next forward pass computes what is measured of `slots` [B], on `counts` [B, COLUMNS] tokens."""
-        places = self._meter_of[slots, None] * COLUMNS + np.arange(COLUMNS)
-        self._last = np.repeat(places.reshape(-1), counts.reshape(-1))
+        keys = self._keys[slots]
+        self._deciding = self._decided is not None and bool((keys < 0).any())
+        self._last = np.repeat(keys.reshape(-1), counts.reshape(-1))
         self._expected = True
 
     def expect_again(self) -> None:
@@ -121,6 +148,10 @@ class TokenMeters(Generic[Name]):
         """Keep what the last pass has left of its first tokens, one for each of `keys`. Waits for nothing."""
         raise NotImplementedError
 
+    def _decided_of(self, tokens: int) -> Tensor | None:
+        """Which program the device has decided on for the last pass's first tokens; None if for none of them."""
+        return self._decided[:tokens] if self._decided is not None and self._deciding else None
+
     def _send(self) -> None:
         """Let all that is kept go to the host."""
         self._log.send()
@@ -134,21 +165,31 @@ class TokenMeters(Generic[Name]):
 
     def _each(self, meter: int) -> Iterator[tuple[Name, Sums]]:
         """What a meter has come to, by name."""
-        for names, sums in zip(self._owner[meter][1], self._sums[meter], strict=True):
+        for names, sums in zip(self._owner[meter][1], self._sums[self._lines[meter]], strict=True):
             for name, own in zip(names, sums, strict=False):
                 if name is not None:
                     yield name, own.copy()
         yield from self._noted[meter]
 
     def _fold(self, *, wait: bool) -> None:
-        for passes, keys, values in self._log.arrived(wait=wait):
-            sums = self._sums.reshape(-1, *self._sums.shape[2:])
-            tokens = np.bincount(keys)
-            sums[: len(tokens), :, 0] += tokens[:, None]
-            for place, number, column in self._columns(values):
-                sums[: len(tokens), place, number] += np.bincount(keys, column)
-            self._folded += passes
+        for arrived in self._log.arrived(wait=wait):
+            lines = self._lines_at(arrived)
+            tokens = np.bincount(lines)
+            self._sums[: len(tokens), :, 0] += tokens[:, None]
+            for place, number, column in self._columns(arrived.values):
+                self._sums[: len(tokens), place, number] += np.bincount(lines, column)
+            self._folded += arrived.passes
             self._finish()
+
+    def _lines_at(self, arrived: Arrived) -> IntArray:
+        """Where each token counts."""
+        keys = arrived.keys
+        on_device = keys < 0
+        if not on_device.any():
+            return keys
+        lines = keys.copy()
+        lines[on_device] = self._lines_of[-keys[on_device], arrived.decided[on_device].astype(np.int64)]
+        return lines
 
     def _finish(self) -> None:
         while self._closing and self._closing[0][0] <= self._folded:
@@ -161,6 +202,7 @@ class TokenMeters(Generic[Name]):
             self._finished.move_to_end(owner)
             if len(self._finished) > KEPT_REPORTS:
                 self._finished.popitem(last=False)
+            lines = self._lines.pop(meter)
             del self._owner[meter], self._noted[meter]
-            self._sums[meter] = 0.0
-            self._free.append(meter)
+            self._sums[lines] = 0.0
+            self._free += lines

@@ -61,12 +61,14 @@ class StagingRing:
 class RowUploader(Generic[Content]):
     """Writes table rows: one staged copy and one scatter over all sites for as many rows as fit the staging buffer."""
 
-    def __init__(self, table: Tensor, compose: Callable[[Content], npt.NDArray[Any]]) -> None:
+    def __init__(
+        self, table: Tensor, compose: Callable[[Content], npt.NDArray[Any]], staging_bytes: int | None = None
+    ) -> None:
         """`table` is [S, R, H] on the device, `compose` makes the [S, H] of a row: float32, or bytes for bytes."""
         self._table, self._compose = table, compose
         sites, max_rows, width = table.shape
         row_bytes = 8 + sites * width * table.element_size()  # its number, then its content at every site
-        self._rows_per_send = max(1, min(max_rows, ROW_STAGING_BYTES // row_bytes))
+        self._rows_per_send = max(1, min(max_rows, (staging_bytes or ROW_STAGING_BYTES) // row_bytes))
         self._staging = StagingRing((self._rows_per_send * row_bytes,), torch.uint8, table.device)
         self._arrived = torch.empty(self._rows_per_send * row_bytes, dtype=torch.uint8, device=table.device)
 

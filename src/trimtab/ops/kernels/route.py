@@ -65,7 +65,7 @@ def launch_route(args: RouteOpArgs, count: int) -> None:
     note_launch(route_kernel)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _later(one, other):  # type: ignore[no-untyped-def]
     return tl.maximum(one, other)
 
