@@ -12,8 +12,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from ops_triton import recorded, resource_usage
 
+from trimtab.ops.args import RouteOpArgs
 from trimtab.ops.kernels import route as module
-from trimtab.ops.route import RouteOpArgs, route_args
+from trimtab.ops.route import route_args
 from trimtab.ops.span_buffers import SpanBuffers
 
 KINDS = (torch.int32, torch.int64)

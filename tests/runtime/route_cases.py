@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from spans_model import Engine, Life, due, new_text, random_spans
 
-from trimtab.ops.route import RouteOpArgs, route_args
+from trimtab.ops.args import RouteOpArgs
+from trimtab.ops.route import route_args
 from trimtab.ops.span_buffers import SpanBuffers
 from trimtab.runtime.span_lines import ring_after, span_line
 
@@ -57,7 +58,7 @@ def run(
 ) -> tuple[int, int]:
     """Tokens that were decided, and by atoms. Raises AssertionError at the first record that is not what is due."""
     rng = np.random.default_rng(seed)
-    device = Device(rng, gate_words=int(rng.integers(0, 3)) * 9, kinds=kinds)
+    device = Device(rng, gate_words=int(rng.integers(0, 3)), kinds=kinds)
     engine = Engine(rng, device.new, device.join, device.leave, MOST)
     decided = by_atoms = 0
     for parts in engine.passes(passes):

@@ -43,13 +43,13 @@ def says(atom: IdSet | Between, text: list[int], prompt: int) -> bool:
 
 def random_spans(rng: np.random.Generator, prompt: int) -> Spans:
     """Any runs, in prompt and answer, of any programs; up to four atoms."""
-    atoms = tuple(random_atom(rng) for _ in range(rng.integers(0, 5) * (rng.random() < 0.8)))
+    atoms = tuple(random_atom(rng) for _ in range(rng.integers(1, 5) * (rng.random() < 0.8)))
     prompts, answers = (int(rng.integers(1, 5)) for _ in range(2))
     phases = (*[Phase.PREFILL] * prompts, *[Phase.DECODE] * answers)
     own, others = range(prompts), range(prompts, prompts + answers)
     choices = [(int(rng.choice(own)),) for _ in range(3)]
     decided = [tuple(map(int, rng.choice(others, 2 ** len(atoms)))) for _ in range(3)]
-    choices += [one if rng.random() < 0.7 else one[:1] for one in decided]
+    choices += [one if rng.random() < 0.85 else one[:1] for one in decided]
     starts = sorted({0, prompt, *map(int, rng.integers(1, prompt + 40, rng.integers(0, 9)))})
     kinds = [int(rng.integers(0, 3)) + 3 * (start >= prompt) for start in starts]
     return Spans(prompt, tuple(starts), tuple(kinds), tuple(choices), phases, atoms)

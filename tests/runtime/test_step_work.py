@@ -95,10 +95,10 @@ def test_what_a_pass_in_inference_mode_left_is_read_outside_of_it() -> None:
         log.keep(np.zeros(3, np.int64), left[:3])
     log.keep(np.ones(1, np.int64), left[3:])
     log.send()
-    ((passes, keys, numbers),) = log.arrived(wait=True)
-    assert passes == 2
-    assert keys.tolist() == [0, 0, 0, 1]
-    assert numbers.tolist() == left.tolist()
+    (arrived,) = log.arrived(wait=True)
+    assert arrived.passes == 2
+    assert arrived.keys.tolist() == [0, 0, 0, 1]
+    assert arrived.values.tolist() == left.tolist()
 
 
 def test_what_gates_decide_is_counted_alike_over_any_number_of_passes() -> None:

@@ -131,6 +131,26 @@ class SlotOpArgs(NamedTuple):
     slot_corrections: Tensor  # [K, T] float32, written: c of each slot, before they are mixed
 
 
+class RouteOpArgs(NamedTuple):
+    """What `trimtab.ops.route` reads and writes; it is no operator, since no graph holds it.
+
+    What is per token may be longer than the pass has tokens. All from `head` on are those of `SpanBuffers`.
+    """
+
+    token_words: Tensor  # [T, 8] int64: the records of all tokens; of those with a line all but it is written
+    gate_words: Tensor  # [T, W] int64: their gate records, written likewise; W is 0 without gates
+    positions: Tensor  # [T] int32 or int64: those of one request ascend by one
+    token_ids: Tensor  # [T] int32 or int64; with [0] no request of the batch has atoms
+    head: Tensor
+    choices: Tensor
+    tokens: Tensor
+    gates: Tensor
+    atoms: Tensor
+    runs: Tensor
+    rings: Tensor  # written
+    decided: Tensor  # written
+
+
 def check_steering_args(args: SteeringOpArgs) -> None:
     """Raise ValueError for shapes that a kernel would read out of bounds. Looks at no size that varies per call."""
     if args.hidden_states.dim() != 2:

@@ -14,34 +14,17 @@ This is the reference, and the way to the kernel (`kernels.route`), which does t
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.ops import variants
+from trimtab.ops.args import RouteOpArgs
 from trimtab.ops.library import has_triton
 from trimtab.ops.span_buffers import ATOM_HEAD, BETWEEN, ID_RANGES, LENGTH, RING, RUN_KIND, SEQUENCES, SpanBuffers
 
 SLOT_WORD = 1  # of a token's record: the line of its request's spans, 0 for none
 STEERED_WORDS = (0, 2, 4, 6)  # row, its gate, token scale, decode mask
-
-
-class RouteOpArgs(NamedTuple):
-    """What `route` reads and writes, for N tokens of a pass; all that is per token may be longer."""
-
-    token_words: Tensor  # [T, 8] int64: the records of all tokens; of those with a line all but it is written
-    gate_words: Tensor  # [T, W] int64: their gate records, written likewise; W is 0 without gates
-    positions: Tensor  # [T] int32 or int64: those of one request ascend by one
-    token_ids: Tensor  # [T] int32 or int64; with [0] no request of the batch has atoms
-    head: Tensor  # this and all that follows: see `SpanBuffers`
-    choices: Tensor
-    tokens: Tensor
-    gates: Tensor
-    atoms: Tensor
-    runs: Tensor
-    rings: Tensor  # written
-    decided: Tensor  # written
 
 
 def route_args(

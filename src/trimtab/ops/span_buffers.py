@@ -25,7 +25,7 @@ MOST_DRAFTS = RING - LENGTH + 1
 RUN_KIND = 32
 """A run is one number: where it begins times this, plus its kind."""
 
-LAST_START = 2**26 - 1  # what then fits int32; no model has such positions
+POSITIONS_BELOW = 2**26  # at which runs begin: what then fits int32
 
 ID_SET, BETWEEN = 0, 1  # what an atom is
 ATOM_HEAD = 16

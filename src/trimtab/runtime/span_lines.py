@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.ops.span_buffers import ATOM_HEAD, BETWEEN, HEAD, ID_SET, LAST_START, LENGTH, RING, RUN_KIND, SEQUENCES
+from trimtab.ops.span_buffers import ATOM_HEAD, BETWEEN, HEAD, ID_SET, LENGTH, RING, RUN_KIND, SEQUENCES
 from trimtab.program.spans import Between, IdSet, Spans
 
 Ids = npt.NDArray[np.int64]
@@ -15,7 +15,6 @@ def span_line(record: np.dtype[np.void], spans: Spans, tokens: npt.NDArray[np.in
     """The line [1] of `spans`; `tokens` [P, 8] are the token records of its programs. Gate records are left 0."""
     line = np.zeros(1, record)
     runs = [start * RUN_KIND + kind for start, kind in zip(spans.starts, spans.kinds, strict=True)]
-    runs = [run for run in runs if run <= LAST_START * RUN_KIND]
     stride = 1 << (len(runs) - 1).bit_length() - 1 if len(runs) > 1 else 0
     line["head"] = spans.prompt_length, len(runs), len(spans.atoms), stride
     assert len(HEAD) == line["head"].shape[1]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import SteeringError
-from trimtab.ops.route import RouteOpArgs, route_args, warmup_route_kernel
+from trimtab.ops.args import RouteOpArgs
+from trimtab.ops.route import route_args, warmup_route_kernel
 from trimtab.ops.span_buffers import SpanBuffers
 from trimtab.program.spans import Spans
 from trimtab.runtime.span_lines import ring_after, span_line

@@ -8,8 +8,8 @@ first token of each block takes the request's tokens in it.
 import triton
 import triton.language as tl
 
+from trimtab.ops.args import RouteOpArgs
 from trimtab.ops.kernels.launch import on_device
-from trimtab.ops.route import RouteOpArgs
 from trimtab.ops.span_buffers import (
     ATOM_HEAD,
     ATOM_WORDS,
