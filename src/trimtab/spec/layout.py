@@ -44,9 +44,12 @@ def laid_out(selections: Sequence[Selected], prompt_length: int) -> Layout:
             starts.append(start)
             of_runs.append(kind)
 
-    for start, mask in _runs([one.prompt for one in selections], prompt_length):
-        add(start, (place(Phase.PREFILL, _members(mask, len(selections))),))
     choices: dict[int, tuple[int, ...]] = {}
+    for start, mask in _runs([one.prompt for one in selections], prompt_length):
+        if mask not in choices:
+            choices[mask] = (place(Phase.PREFILL, _members(mask, len(selections))),)
+        add(start, choices[mask])
+    choices = {}
     parts = [one.kept.answer for one in selections] + [one.excluded.answer for one in selections]
     for start, mask in _runs(parts, OPEN):
         if mask not in choices:

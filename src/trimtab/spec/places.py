@@ -11,13 +11,14 @@ from pydantic import PlainValidator, WithJsonSchema
 
 from trimtab.errors import SteeringError
 from trimtab.program.spans import LONGEST_SEQUENCE
-from trimtab.spec.base import Model, below, keys_are_text
+from trimtab.spec.base import Model, keys_are_text
+from trimtab.spec.faults import join
 from trimtab.wording import shown, with_suggestions
 
 LARGEST_POSITION = 1 << 24
 LARGEST_ID = (1 << 31) - 1
-MOST_PLACES = 4096  # of one list; and tokens of one
-MOST_TEXTS = 64  # texts and roles of one list: each is looked for in the prompt
+MOST_PLACES = 4096  # of one list, and of one request; and tokens of one list
+MOST_TEXTS = 64  # texts and roles of one request: each is looked for in the prompt
 LONGEST_TEXT = 1 << 16  # characters
 
 T = TypeVar("T")
@@ -117,10 +118,7 @@ def _places(value: Any, what: str, read: Callable[[Any], Place]) -> tuple[Place,
     given = _listed(value, MOST_PLACES, what)
     if all(one is None or isinstance(one, (int, np.integer)) for one in given):
         raise SteeringError("", f"got {shown(value)}, want a list of ranges, [[from, to], ...]")
-    found = _each(given, read)
-    if (texts := sum(not isinstance(place, Range) for place in found)) > MOST_TEXTS:
-        raise SteeringError("", f"has {texts} texts and roles, at most {MOST_TEXTS} are allowed")
-    return found
+    return _each(given, read)
 
 
 def _place(value: Any) -> Place:
@@ -154,6 +152,8 @@ def _range_of_answer(value: Any) -> Range:
 def _range(value: Any, what: str) -> Range:
     if len(value) != 2:
         raise SteeringError("", f"got {shown(value)}, want two numbers, [from, to]")
+    if type(value[0]) is type(value[1]) is int and 0 <= value[0] < value[1] <= LARGEST_POSITION:
+        return Range(*value)  # at once, since a request may have thousands
 
     def end(one: Any) -> int | None:
         return None if one is None else _whole(one, -LARGEST_POSITION, LARGEST_POSITION, what)
@@ -192,7 +192,8 @@ def _listed(value: Any, most: int, what: str) -> list[Any] | tuple[Any, ...]:
 
 def _each(values: Iterable[Any], read: Callable[[Any], T]) -> tuple[T, ...]:
     found: list[T] = []
-    for index, one in enumerate(values):
-        with below(f"[{index}]"):
-            found.append(read(one))
+    try:
+        found.extend(map(read, values))
+    except SteeringError as error:
+        raise SteeringError(join(f"[{len(found)}]", error.field), error.message) from None
     return tuple(found)

@@ -4,6 +4,7 @@ Engines make one `PromptTokens` for each prompt that they are to steer by `where
 intervention asks for texts, roles, special tokens or tags.
 """
 
+import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.program.spans import LONGEST_SEQUENCE, IdSet
+from trimtab.program.spans import LONGEST_SEQUENCE, MOST_RUNS, IdSet
 from trimtab.spec.chat_text import spoken
 from trimtab.spec.intervals import Intervals, joined, where_true
 from trimtab.spec.places import TokenRun
@@ -64,12 +65,15 @@ class PromptTokens:
             said = f"{shown(text)} is not in the prompt, whose {self.length} tokens read {shown(self.text.text)}"
             raise SteeringError("text", said)
         if isinstance(occurrence, str):
-            return joined(map(self._tokens_of, places))
+            if len(places) > MOST_RUNS:
+                said = f"{shown(text)} stands in the prompt {len(places)} times: that is more than {MOST_RUNS} runs"
+                raise SteeringError("text", said)
+            return self._tokens_of(places)
         if not -len(places) <= occurrence < len(places):
             times = "once" if len(places) == 1 else f"{len(places)} times"
             said = f"got {occurrence}, but the prompt holds {shown(text)} {times}: the first is 0, the last -1"
             raise SteeringError("occurrence", said)
-        return joined([self._tokens_of(places[occurrence])])
+        return self._tokens_of([places[occurrence]])
 
     def spoken(self, role: str, *, last: bool) -> Intervals:
         """The tokens of what the messages of a role say. Raises `SteeringError` where they cannot be found."""
@@ -77,7 +81,7 @@ class PromptTokens:
             raise SteeringError("role", 'needs a chat, whose messages have roles: give ranges or {"text": ...} instead')
         own = self.vocabulary.render if hasattr(self.tokenizer, "apply_chat_template") else None
         found = spoken(self.text.text, self.messages, role, last=last, render=self.render or own)
-        return joined(map(self._tokens_of, found))
+        return self._tokens_of(found)
 
     def holding(self, some: IdSet) -> Intervals:
         """The positions of tokens of a set."""
@@ -148,15 +152,10 @@ class PromptTokens:
 
     def _found(self, text: str) -> list[tuple[int, int]]:
         """The characters of each place of a text, which do not overlap."""
-        places: list[tuple[int, int]] = []
-        at = 0
-        while (place := self.text.text.find(text, at)) >= 0:
-            at = place + len(text)
-            places.append((place, at))
-        return places
+        return [place.span() for place in re.finditer(re.escape(text), self.text.text)]
 
-    def _tokens_of(self, characters: tuple[int, int]) -> tuple[int, int]:
-        return self.text.tokens(*characters)
+    def _tokens_of(self, places: Sequence[tuple[int, int]]) -> Intervals:
+        return joined(self.text.tokens(places))
 
     def _within_vocabulary(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         self.tokens()

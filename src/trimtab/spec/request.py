@@ -22,6 +22,7 @@ from trimtab.spec.base import Model, below, keys_are_text
 from trimtab.spec.kinds import KINDS, Step
 from trimtab.spec.kinds.intervention import Vectors
 from trimtab.spec.made import Items, Made
+from trimtab.spec.places import MOST_PLACES, MOST_TEXTS, Range
 from trimtab.spec.unplaced import Unplaced
 from trimtab.vectors.inline import MAX_INLINE_BYTES
 from trimtab.vectors.probe import Probe
@@ -70,6 +71,17 @@ class Steering(Model):
         if total > MAX_INLINE_BYTES:
             limit = f"at most {MAX_INLINE_BYTES} may come with a request; register the vectors instead"
             raise SteeringError("interventions", f"the inline vectors take {total} bytes in float32: {limit}")
+        return self
+
+    @model_validator(mode="after")
+    def _places_are_not_too_many(self) -> Self:
+        wheres = [step.where for step in self.interventions if step.where is not None]
+        places = [place for where in wheres for place in where.all_places]
+        texts = sum(not isinstance(place, Range) for place in places)
+        for what, found, most in (("ranges", len(places), MOST_PLACES), ("texts and roles", texts, MOST_TEXTS)):
+            if found > most:
+                said = f"have {found} {what} in all their `where`, at most {most} are served with one request"
+                raise SteeringError("interventions", said)
         return self
 
     @classmethod

@@ -8,7 +8,7 @@ and always right.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,10 +27,12 @@ class TokenText(NamedTuple):
     starts: Positions
     stops: Positions
 
-    def tokens(self, first: int, stop: int) -> tuple[int, int]:
-        """The tokens that hold any of the characters from `first` to before `stop`, of which there is one at least."""
-        begin = int(np.searchsorted(self.stops, first, side="right"))
-        return begin, max(begin, int(np.searchsorted(self.starts, stop, side="left")))
+    def tokens(self, places: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The tokens that hold any of the characters of each place, as intervals; both are half-open."""
+        firsts, stops = np.array(places, np.int64).T
+        begins = np.searchsorted(self.stops, firsts, side="right")
+        ends = np.searchsorted(self.starts, stops, side="left")
+        return zip(begins.tolist(), ends.tolist(), strict=True)
 
 
 class Pieces:

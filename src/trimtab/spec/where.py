@@ -8,7 +8,7 @@ key means is in docs/where.md. Here stands what can be refused by looking at a r
 prompt is in `trimtab.spec.selected`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
@@ -25,7 +25,17 @@ from pydantic import (
 
 from trimtab.errors import SteeringError
 from trimtab.spec.base import Model, keys_are_text
-from trimtab.spec.places import Place, TokenRun, answer_places, prompt_places, single_tokens, token_run
+from trimtab.spec.places import (
+    Place,
+    Range,
+    RolePlace,
+    TextPlace,
+    TokenRun,
+    answer_places,
+    prompt_places,
+    single_tokens,
+    token_run,
+)
 from trimtab.wording import shown, with_suggestions
 
 SectionName = Literal["thinking", "response"]
@@ -111,6 +121,15 @@ class Selection(_Given):
         return self
 
     @property
+    def places(self) -> Iterator[Place]:
+        """All ranges, texts and roles."""
+        for given in (self.prompt, self.answer):
+            if isinstance(given, (Range, TextPlace, RolePlace)):
+                yield given
+            elif given is not None and not isinstance(given, str):
+                yield from given
+
+    @property
     def has_prompt(self) -> bool:
         """Whether it may hold tokens of the prompt."""
         if self.prompt is None and self.answer is None:
@@ -137,6 +156,13 @@ class Where(Selection):
     """The tokens that an intervention acts on: a selection, less another."""
 
     excluded: Annotated[Selection | None, *_read_by(_selection), Field(alias="not")] = None
+
+    @property
+    def all_places(self) -> Iterator[Place]:
+        """Those of `not` too."""
+        yield from self.places
+        if self.excluded is not None:
+            yield from self.excluded.places
 
 
 def _where(value: Any) -> Any:
