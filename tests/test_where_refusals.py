@@ -1,11 +1,13 @@
 """What `where` cannot be is refused where it stands, with what would be right."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import where_tokenizers
 from test_where_model import SITES, VECTORS, acting, unplaced
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
@@ -157,6 +159,7 @@ def test_more_than_engines_hold_is_refused() -> None:
 
 # Interventions that never meet
 
+ROLE = {"role": "system"}
 GATES = GateLimits(1, frozenset({Site(0, HookPoint.POST_BLOCK)}))
 
 
@@ -285,3 +288,18 @@ def test_the_identity_of_a_phase_is_asked_with_a_prompt() -> None:
 def test_phases_beside_a_where_are_places_too() -> None:
     placed = unplaced([{"phase": "prefill"}, {"phase": "decode"}, {}, {"where": {"answer": [[1, 2]]}}]).placed(PROMPT)
     assert acting(placed, [1, 2, 3, 1, 2, 3, 4, 4, 4]) == [{0, 2}] * 6 + [{1, 2}, {1, 2, 3}, {1, 2}]
+
+
+@pytest.mark.parametrize(
+    "where", [IN_PROMPT[0][0], IN_PROMPT[3][0], IN_PROMPT[5][0], IN_PROMPT[8][0], {"prompt": ROLE}]
+)
+def test_a_default_of_a_server_that_selects_nothing_of_a_prompt_does_nothing_there(where: dict[str, Any]) -> None:
+    steps = [{"kind": "add", "vector": f"v{index}", **one} for index, one in enumerate([{"where": where}, {}])]
+    found = Steering.parse({"interventions": steps}).resolve(VECTORS, SITES, defaults=1)
+    assert isinstance(found, Unplaced)
+    placed = found.placed(replace(PROMPT, messages=[], tokenizer=where_tokenizers.MAKERS["bytes_of_gpt"]()))
+    assert acting(placed, [1, 2, 3, 1, 2, 3, 4]) == [{1}] * 7
+    embedded = PromptTokens(6)
+    if where.keys() & {"tokens", "after"}:  # what cannot be known is no nothing
+        with pytest.raises(SteeringError, match="made of embeddings"):
+            found.placed(embedded)

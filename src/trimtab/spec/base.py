@@ -36,4 +36,8 @@ def below(path: str) -> Iterator[None]:
     try:
         yield
     except SteeringError as error:
-        raise SteeringError(join(path, error.field), error.message) from None
+        raise type(error)(join(path, error.field), error.message) from None
+
+
+class NowhereError(SteeringError):
+    """Refuses what selects no token of a prompt or its answer. A server's default may do so, and then does nothing."""

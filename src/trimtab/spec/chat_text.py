@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import SteeringError
+from trimtab.spec.base import NowhereError
 from trimtab.wording import shown, summary
 
 Message = Mapping[str, Any]
@@ -47,7 +48,7 @@ def spoken(
     roles = [str(message.get("role", "")) for message in messages]
     if role not in roles:
         known = summary(list(dict.fromkeys(roles)))
-        raise SteeringError("role", f"no message has the role {shown(role)}; the roles of this chat are {known}")
+        raise NowhereError("role", f"no message has the role {shown(role)}; the roles of this chat are {known}")
     wanted = [index for index, own in enumerate(roles) if own == role][-1 if last else 0 :]
     every = [said for index, message in enumerate(messages) for said in _said(index, message) if said.text]
     mine = [said for said in every if said.message in wanted]
@@ -64,8 +65,8 @@ def spoken(
     return places
 
 
-def _nothing(role: str) -> SteeringError:
-    return SteeringError("role", f"what is said as {shown(role)} is no text, or an empty one: nothing is selected")
+def _nothing(role: str) -> NowhereError:
+    return NowhereError("role", f"what is said as {shown(role)} is no text, or an empty one: nothing is selected")
 
 
 def _not_there(said: Said, role: str) -> SteeringError:

@@ -21,9 +21,12 @@ class Layout(NamedTuple):
     programs: tuple[Together, ...]
 
 
-def laid_out(selections: Sequence[Selected], prompt_length: int) -> Layout:
-    """The runs of a request with these interventions. Raises `SteeringError` for more than engines hold, and at the
-    place of an intervention that the answer's tokens could never have act."""
+def laid_out(selections: Sequence[Selected], prompt_length: int, defaults: int = 0) -> Layout:
+    """The runs of a request with these interventions, of which the first `defaults` are a server's.
+
+    Raises `SteeringError` for more than engines hold, and at the place of an intervention of the request that no token
+    of an answer could make act.
+    """
     atoms = tuple(dict.fromkeys(atom for one in selections for atom in one.atoms))
     _check("conditions on the answer's tokens (`section`, `after`, `until`, `tokens`, ...)", len(atoms), MOST_ATOMS)
     deciders = [(_decider(one.kept, atoms), _decider(one.excluded, atoms)) for one in selections]
@@ -59,7 +62,7 @@ def laid_out(selections: Sequence[Selected], prompt_length: int) -> Layout:
             every = tuple(found.get(number, some) for number in range(1 << len(atoms)))
             choices[mask] = (some,) if len(set(every)) == 1 else every
         add(prompt_length + start, choices[mask])
-    for index in range(len(selections)):
+    for index in range(defaults, len(selections)):
         if index not in acting:
             said = "selects nothing: no token of any answer can be all that it asks for"
             raise SteeringError(f"interventions[{index}].where", said)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from trimtab.errors import SteeringError
 from trimtab.program.spans import LONGEST_SEQUENCE, MOST_RUNS, IdSet
+from trimtab.spec.base import NowhereError
 from trimtab.spec.chat_text import spoken
 from trimtab.spec.intervals import Intervals, joined, where_true
 from trimtab.spec.places import TokenRun
@@ -63,7 +64,7 @@ class PromptTokens:
         places = self._found(text) or self._found(unicodedata.normalize("NFC", text))
         if not places:
             said = f"{shown(text)} is not in the prompt, whose {self.length} tokens read {shown(self.text.text)}"
-            raise SteeringError("text", said)
+            raise NowhereError("text", said)
         if isinstance(occurrence, str):
             if len(places) > MOST_RUNS:
                 said = f"{shown(text)} stands in the prompt {len(places)} times: that is more than {MOST_RUNS} runs"
@@ -72,7 +73,7 @@ class PromptTokens:
         if not -len(places) <= occurrence < len(places):
             times = "once" if len(places) == 1 else f"{len(places)} times"
             said = f"got {occurrence}, but the prompt holds {shown(text)} {times}: the first is 0, the last -1"
-            raise SteeringError("occurrence", said)
+            raise NowhereError("occurrence", said)
         return self._tokens_of([places[occurrence]])
 
     def spoken(self, role: str, *, last: bool) -> Intervals:

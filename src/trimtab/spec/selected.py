@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from trimtab.errors import SteeringError
 from trimtab.program.spans import MOST_ID_RANGES, MOST_SEQUENCES, Atom, Between, IdSet
-from trimtab.spec.base import below
+from trimtab.spec.base import NowhereError, below
 from trimtab.spec.intervals import EVERYTHING, OPEN, Intervals, common, joined, less, of_numbers
 from trimtab.spec.places import Place, Range, TextPlace
 from trimtab.spec.prompt_tokens import PromptTokens
@@ -47,6 +47,7 @@ class Selected:
 
 
 NOTHING = Part((), ())
+NOWHERE = Selected((), NOTHING, NOTHING)
 
 
 def selected(where: Where, prompt: PromptTokens) -> Selected:
@@ -67,7 +68,7 @@ def selected(where: Where, prompt: PromptTokens) -> Selected:
     if not (excluded.says and common(left.answer, excluded.answer)):
         excluded = NOTHING
     if not (left.prompt or left.answer):
-        raise SteeringError("not", f"leaves nothing: {_told(prompt)}, and all that is selected is taken off")
+        raise NowhereError("not", f"leaves nothing: {_told(prompt)}, and all that is selected is taken off")
     return Selected(left.prompt, left, excluded)
 
 
@@ -193,15 +194,15 @@ def _check_ranges(some: IdSet) -> None:
         raise SteeringError("", f"{said}: give fewer, or select them in the prompt alone")
 
 
-def _empty(where: Where, prompt: PromptTokens) -> SteeringError:
+def _empty(where: Where, prompt: PromptTokens) -> NowhereError:
     """The fault of a selection of nothing, at the key that is to blame."""
     told = _told(prompt)
     if not _of_prompt(where, prompt):
         ranges = where.prompt if isinstance(where.prompt, tuple) else ()
         given = ", ".join(str(place) for place in ranges[:4] if isinstance(place, Range))
-        return SteeringError("prompt", f"selects nothing: {told}, and none of them lies in {given}")
+        return NowhereError("prompt", f"selects nothing: {told}, and none of them lies in {given}")
     key = "tokens" if where.tokens is not None else "special_tokens"
-    return SteeringError(key, f"selects nothing: {told}, and none of those that are selected is such a token")
+    return NowhereError(key, f"selects nothing: {told}, and none of those that are selected is such a token")
 
 
 def _told(prompt: PromptTokens) -> str:

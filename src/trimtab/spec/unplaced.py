@@ -15,13 +15,13 @@ from trimtab.program.joint_gate import Condition
 from trimtab.program.programs import distinct
 from trimtab.sites import ModelSites, Site
 from trimtab.spec import where as spoken
-from trimtab.spec.base import below
+from trimtab.spec.base import NowhereError, below
 from trimtab.spec.intervals import OPEN
 from trimtab.spec.kinds import Step
 from trimtab.spec.layout import laid_out
 from trimtab.spec.made import Made
 from trimtab.spec.prompt_tokens import PromptTokens
-from trimtab.spec.selected import Selected, selected
+from trimtab.spec.selected import NOWHERE, Selected, selected
 
 _OF_PHASE = {
     "all": spoken.Where(),
@@ -34,7 +34,8 @@ _OF_PHASE = {
 class Unplaced:
     """A spec of which some interventions say `where` they act, with every name resolved, for an engine of `model`.
 
-    Raises `SteeringError` for an intervention that the engine could not serve by itself.
+    The first `defaults` of them are a server's: where one selects nothing of a prompt, it does nothing there. Raises
+    `SteeringError` for an intervention that the engine could not serve by itself.
     """
 
     made: Made
@@ -52,11 +53,8 @@ class Unplaced:
         Raises `SteeringError` at the field of a `where` that this prompt cannot have, for interventions that clash
         where they meet in it, and for more runs or programs than engines hold.
         """
-        selections: list[Selected] = []
-        for index, step in enumerate(self.made.steps):
-            with below(f"interventions[{index}].where"):
-                selections.append(selected(where_of(step), prompt))
-        spans, together = laid_out(selections, prompt.length)
+        selections = [self._selected(index, prompt) for index in range(len(self.made.steps))]
+        spans, together = laid_out(selections, prompt.length, self.defaults)
         programs = tuple(map(self._program, together))
         told = zip(self.asked, selections, strict=True)
         asked = tuple(_told(one, chosen) for one, chosen in told)
@@ -96,6 +94,15 @@ class Unplaced:
             said = json.dumps(where_of(step).model_dump(mode="json"), sort_keys=True).encode()
             whole.update(bytes.fromhex(program.identity) + b"\0" + hashlib.sha256(said).digest())
         return whole.hexdigest()
+
+    def _selected(self, index: int, prompt: PromptTokens) -> Selected:
+        try:
+            with below(f"interventions[{index}].where"):
+                return selected(where_of(self.made.steps[index]), prompt)
+        except NowhereError:
+            if index < self.defaults:
+                return NOWHERE
+            raise
 
     def _program(self, together: tuple[int, ...]) -> PhaseProgram:
         program = self.made.program(together)
