@@ -44,8 +44,9 @@ def monitor(layer=1, hook="post_block", **options):
     return {"probe": str(path)} | numbers, {"probe": probe} | numbers
 
 
-def mixed_specs():
-    """Unsteered, steered in either phase or both, at, before and after the monitor's site; one behind a gate."""
+def mixed_specs(slotted=range(4)):
+    """Unsteered, steered in either phase or both, at, before and after the monitor's site; one behind a gate. Slots in
+    those layers alone that are `slotted`."""
     gate = {"probe": {"post_block": {"0": np.random.default_rng(5).standard_normal(HIDDEN).round(4).tolist()}}}
     gated = random_spec(31, layers=[1, 2], strength=1.5)["interventions"]
     gated[0]["gate"] = gate | {"threshold": 0.0, "sharpness": 0.2}
@@ -54,9 +55,9 @@ def mixed_specs():
         {"interventions": [*gated, *random_spec(32, layers=[2, 3], strength=1.5)["interventions"]]},
         random_spec(33, hooks=HOOKS, layers=[0, 1, 2], strength=0.7),
         slot_specs()[1],
-        {"interventions": [slot("clamp", 34, [0, 1, 2], hooks=HOOKS, value=4.0), slot("ablate", 35, [1, 2])]},
-        {"interventions": [*gated, {**slot("scale", 36, [1, 3], factor=-3.0), "gate": gated[0]["gate"]}]},
-        slot_specs()[3],
+        {"interventions": [slot("clamp", 34, slotted[:3], hooks=HOOKS, value=4.0), slot("ablate", 35, [1, 2])]},
+        {"interventions": [*gated, {**slot("scale", 36, slotted[1::2], factor=-3.0), "gate": gated[0]["gate"]}]},
+        {"interventions": [slot("swap", 44, slotted[::3], to=slot("swap", 45, slotted[::3])["vector"])]},
     ]
 
 
@@ -64,8 +65,12 @@ def main(mode, requests):
     folder, model = tiny_model()
     setting, ours = monitor()
     settings = SLOTS | {"slots": 2, "monitor": setting, "hook_points": HOOKS, "probe_layers": [0]}
+    slotted = range(4)
+    if mode == "compiled":  # at six sites, not at twelve
+        slotted = range(1, 3)
+        settings["slot_layers"] = list(slotted)
     prompts = random_prompts([3 + (7 * i) % 61 for i in range(requests)])
-    specs = [mixed_specs()[i % 14] for i in range(requests)]
+    specs = [mixed_specs(slotted)[i % 14] for i in range(requests)]
     counts = [8 + i % 7 for i in range(requests)]
     expected = oracle(model, prompts, specs, counts, monitor=ours)
     unmonitored = oracle(model, prompts, specs, counts)
