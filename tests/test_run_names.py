@@ -7,7 +7,8 @@ import pytest
 
 from trimtab.program import EMPTY, PhaseProgram, ResolvedSteering, Spans, Term
 from trimtab.program.counting import received, steered_tokens
-from trimtab.program.run_names import named_runs
+from trimtab.program.run_names import NamedRuns
+from trimtab.program.run_names import named_runs as runs_of
 from trimtab.program.spans import Atom, Between, IdSet
 from trimtab.sites import HookPoint, Phase, Site
 from trimtab.vectors.vector import SteeringVector
@@ -16,6 +17,10 @@ P, D = Phase.PREFILL, Phase.DECODE
 VECTOR = SteeringVector({Site(0, HookPoint.POST_BLOCK): [1.0, 2.0]})
 ONE, TWO = (PhaseProgram.of([Term(VECTOR, scale)]) for scale in (1.0, 2.0))
 THINKING = Between(opens=((7, 8),), closes=((9,),), looks_back=True)
+
+
+def named_runs(spans: Spans, identities: list[str], phase: Phase | None = None) -> NamedRuns:
+    return runs_of(spans, [(identity, False) for identity in identities], phase)
 
 
 def of_answer(choice: tuple[int, ...], *atoms: Atom, prompt: int = 4) -> Spans:

@@ -9,7 +9,7 @@
     NUMBERS = [[[[layer, hook], ...], [bias, numbers of the response ...]], ...], None for all sites of its direction
     DIRECTION = [[vector index, weight, whether at unit length], ...], a sum, or [..., form]
     GATE = [vector index of its probe, threshold, sharpness (0 = hard), invert, label ("" = none)],
-           or ["all" | "any", [GATE of one probe, ...]]
+           or ["all" | "any", [GATE of one probe, ...]], or [[layer, hook], width, [rate, offset, length]], a schedule
     VECTOR = {"name": str, "digest": bytes, "layers": [int, ...] | None}                   a registered vector,
            | {..., "hooks": [hook, ...]}                                                   at these hook points
            | {..., "part": [layer, hook, whether before]}                                  on one side of a site
@@ -32,16 +32,18 @@ from trimtab.program.joint_gate import MOST_MEMBERS, Condition, Join, JointGate,
 from trimtab.program.programs import PhaseProgram, Term
 from trimtab.program.resolved import SPANS, ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate, VectorReference
+from trimtab.program.schedules import Schedule
 from trimtab.program.slots import Slot
 from trimtab.program.wire_slots import decode_direction, decode_slot, encode_slot, form_told
 from trimtab.program.wire_spans import decode_spans, encode_spans
-from trimtab.program.wire_values import check_keys, index_of, list_of, number_of, parts_of, truth_of
+from trimtab.program.wire_values import check_keys, index_of, list_of, number_of, parts_of, site_of, truth_of
 from trimtab.program.wire_vectors import Known, decode_vector, encode_vector
 from trimtab.sites import MOST_SLOTS_OF_PHASE
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown
 
 VERSION = 5
+GATES_READ = 1024  # more than interventions can have; one that is a schedule says little and has a vector's numbers
 LONGEST_LABEL = 200  # characters, as of the names that a spec may have
 SLOTS_READ = 2 * MOST_SLOTS_OF_PHASE  # of a program, whose slots are split where a monitor begins
 KEYS = frozenset({"version", "vectors", "gates", "directions", "slots", "programs", "acting", "spans"})
@@ -69,6 +71,8 @@ def encode(steering: ResolvedSteering, held: Container[bytes] | None = None, *, 
     def gate_told(gate: Condition) -> list[Any]:
         if isinstance(gate, JointGate):
             return [gate.join.value, [gate_told(member) for member in gate.members]]
+        if gate.schedule is not None:
+            return [[gate.site.layer, gate.site.hook.value], gate.probe.hidden_size, list(gate.schedule)]
         return [place(gate.probe, gate.reference), gate.threshold, gate.sharpness, gate.invert, gate.label]
 
     encoded = [gate_told(gate) for gate in steering.gates]
@@ -113,6 +117,8 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     ]
     if len({vector.hidden_size for vector, _ in vectors}) > 1:
         raise SteeringError("wire.vectors", "the vectors have different widths")
+    if (count := len(entries["gates"])) > GATES_READ:
+        raise SteeringError("wire.gates", f"has {count} items, at most {GATES_READ} are read")
     gates = [_decode_condition(entry, f"wire.gates[{i}]", vectors) for i, entry in enumerate(entries["gates"])]
     ways = [decode_direction(entry, f"wire.directions[{i}]", vectors) for i, entry in enumerate(entries["directions"])]
     slots = [decode_slot(entry, f"wire.slots[{i}]", ways, gates) for i, entry in enumerate(entries["slots"])]
@@ -133,7 +139,10 @@ def decode(wire: Any, vectors_by_digest: Mapping[bytes, SteeringVector]) -> Reso
     for i, found in enumerate(read):
         first = read.index(found)  # mostly all are alike, and then one object
         programs.append(programs[first] if first < i else _program(found, f"wire.programs[{i}]", vectors, gates, slots))
-    return ResolvedSteering(tuple(programs), spans=spans)
+    try:
+        return ResolvedSteering(tuple(programs), spans=spans)
+    except ValueError as error:
+        raise SteeringError("wire.programs", str(error)) from None
 
 
 def _decode_condition(entry: Any, path: str, vectors: list[Known]) -> Condition:
@@ -152,6 +161,8 @@ def _decode_condition(entry: Any, path: str, vectors: list[Known]) -> Condition:
 
 
 def _decode_gate(entry: Any, path: str, vectors: list[Known]) -> ResolvedGate:
+    if isinstance(entry, (list, tuple)) and len(entry) == 3:
+        return _decode_clock(list(entry), path, vectors)
     parts = parts_of(entry, path, "vector index", "threshold", "sharpness", "invert", "label")
     index, threshold, sharpness, invert, label = parts
     probe, reference = vectors[index_of(index, len(vectors), "vectors", f"{path}[0]")]
@@ -163,6 +174,17 @@ def _decode_gate(entry: Any, path: str, vectors: list[Known]) -> ResolvedGate:
         return ResolvedGate.of(probe, threshold, sharpness or None, invert, reference, label)
     except SteeringError as error:
         raise SteeringError(path, f"{error.field}: {error.message}") from None
+
+
+def _decode_clock(parts: list[Any], path: str, vectors: list[Known]) -> ResolvedGate:
+    site, width = site_of(parts[0], f"{path}[0]"), parts[1]
+    if type(width) is not int or width not in {vector.hidden_size for vector, _ in vectors[:1]}:
+        raise SteeringError(f"{path}[1]", f"got {shown(width)}, want the width of the vectors")
+    numbers = parts_of(parts[2], f"{path}[2]", "rate", "offset", "length")
+    schedule = Schedule(*(number_of(number, f"{path}[2][{i}]") for i, number in enumerate(numbers)))
+    if fault := schedule.fault:
+        raise SteeringError(f"{path}[2]", fault)
+    return ResolvedGate.clock(schedule, site, width)
 
 
 Terms = list[tuple[int, float, int | None]]  # places of vectors, scales, and places of gates

@@ -19,6 +19,7 @@ from functools import cached_property
 
 from trimtab.errors import SteeringError
 from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.program.schedules import Schedule
 from trimtab.sites import GateLimits, Site, site_order
 from trimtab.wording import summary
 
@@ -42,7 +43,9 @@ class JointGate:
     """Several different gates whose factors are joined to one. Build it with `joined`, which knows the order."""
 
     join: Join
-    members: tuple[ResolvedGate, ...]  # at least two, by site and then by digest
+    members: tuple[
+        ResolvedGate, ...
+    ]  # at least two, by site and then by digest; a clock last, by which all is multiplied
 
     @property
     def site(self) -> Site:
@@ -88,14 +91,43 @@ def joined(join: Join, members: Sequence[ResolvedGate]) -> Condition:
         if (known := seen.setdefault(member.digest, member)) is not member:
             raise SteeringError(member.path, f"equals {known.path or 'another one'}: leave one of them out")
     ordered = sorted(members, key=lambda member: (site_order(member.site), member.digest))
-    return ordered[0] if len(ordered) == 1 else JointGate(join, tuple(ordered))
+    *others, last = sorted(ordered, key=lambda member: member.schedule is not None)
+    if not others:
+        return last
+    if others[-1].schedule is not None:
+        raise SteeringError("", "has two schedules")
+    if last.schedule is not None and last.site != others[-1].site:
+        raise SteeringError("", f"has a schedule at {last.site}, and the last probe is read at {others[-1].site}")
+    one = last.schedule is not None and len(others) == 1
+    return JointGate(Join.ALL if one else join, (*others, last))
+
+
+def scheduled(gate: Condition | None, schedule: Schedule, site: Site, width: int) -> Condition:
+    """`gate` whose factor is multiplied by that of the schedule; without a gate, the schedule from `site` on."""
+    clock = ResolvedGate.clock(schedule, site if gate is None else gate.site, width)
+    if gate is None:
+        return clock
+    return joined(gate.join if isinstance(gate, JointGate) else Join.ALL, [*gate.members, clock])
+
+
+def schedule_of(gate: Condition | None) -> Schedule | None:
+    """The schedule that multiplies the factor of a gate, if any does."""
+    return None if gate is None else gate.members[-1].schedule
+
+
+def is_clock(gate: Condition | None) -> bool:
+    """Whether a gate is a schedule and nothing else."""
+    return isinstance(gate, ResolvedGate) and gate.schedule is not None
 
 
 def lanes(gate: Condition) -> list[tuple[ResolvedGate, float]]:
     """The lanes of a gate: of each its own gate, and how it is joined to the lane before it (`Join.code`, or 0)."""
     if isinstance(gate, ResolvedGate):
         return [(gate, 0.0)]
-    return [(member, gate.join.code if place else 0.0) for place, member in enumerate(gate.members)]
+    codes = [gate.join.code if member.schedule is None else Join.ALL.code for member in gate.members]
+    return [
+        (member, code if place else 0.0) for place, (member, code) in enumerate(zip(gate.members, codes, strict=True))
+    ]
 
 
 def check_gate(gate: Condition, sites: Iterable[Site], width: int) -> None:
@@ -129,6 +161,8 @@ def check_served(gate: Condition, sites: Iterable[Site], limits: GateLimits) -> 
     """
     if limits.monitor is not None and gate.digest == limits.monitor.digest:
         return
+    if is_clock(gate) and not limits.count:
+        return  # rows have schedules of their own; what needs more is refused by the number of its gates
     if not limits.count:
         raise SteeringError("", "this engine serves no gates: leave the gate out")
     where = tuple(sites)

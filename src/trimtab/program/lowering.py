@@ -12,10 +12,11 @@ must know which rows a request will hold asks `contents_of`.
 from collections.abc import Sequence, Set
 from typing import NamedTuple
 
-from trimtab.program.joint_gate import JointGate
+from trimtab.program.joint_gate import JointGate, schedule_of
 from trimtab.program.programs import GatedProgram, PhaseProgram
 from trimtab.program.resolved import ResolvedSteering
 from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.program.schedules import Schedule
 from trimtab.sites import Phase, Site, site_order
 
 SMALLEST_SHARE = 2.0**-16
@@ -28,6 +29,7 @@ class Placed(NamedTuple):
     row: PhaseProgram  # what its `terms` add is the content of the phase's row
     probes: tuple[ResolvedGate, ...]  # of that row, in forward order; at most one per site
     gated: tuple[GatedProgram, ...]  # those that have a lane, and a row, of their own
+    schedule: Schedule | None = None  # by which the whole row is multiplied
 
 
 class Contents(NamedTuple):
@@ -40,9 +42,18 @@ class Contents(NamedTuple):
 def placed(steering: ResolvedSteering, *, lowers: bool) -> tuple[Placed, ...]:
     """Where the sums of each program go in an engine that lowers gates of decode tokens, or does not."""
     return tuple(
-        lowered(program) if lowers and phase == Phase.DECODE else Placed(program, (), program.gated)
+        _scheduled(program)
+        or (lowered(program) if lowers and phase == Phase.DECODE else Placed(program, (), program.gated))
         for phase, program in zip(steering.phases, steering.programs, strict=True)
     )
+
+
+def _scheduled(program: PhaseProgram) -> Placed | None:
+    """Where the sums of a program go of which the device multiplies the row, and no lane has to."""
+    if (item := program.scheduled_row) is None:
+        return None
+    others = tuple(one for one in program.gated if one is not item)
+    return Placed(item.total, (), others, schedule_of(item.gate))
 
 
 def contents_of(steering: ResolvedSteering, *, lowers: bool) -> Contents:
@@ -72,7 +83,7 @@ def lowered(decode: PhaseProgram) -> Placed:
     steered = {site for term in decode.terms for site in term.vector.sites}
     for item in decode.gated:
         gate = item.gate
-        if isinstance(gate, JointGate) or gate.hard or gate.invert:
+        if isinstance(gate, JointGate) or gate.hard or gate.invert or gate.schedule is not None:
             continue
         if item.total.sites != (gate.site,) or gate.site in steered:
             continue

@@ -8,6 +8,7 @@ receipts, meters, checks) is that of gates.
 from collections.abc import Iterator
 from dataclasses import replace
 
+from trimtab.program.joint_gate import Condition, is_clock, schedule_of, scheduled
 from trimtab.program.programs import PhaseProgram, Term
 from trimtab.program.ranges import MIN_VALUE
 from trimtab.program.resolved import ResolvedSteering
@@ -77,29 +78,42 @@ def _named(steering: ResolvedSteering) -> set[bytes | None]:
 def reaches(steering: ResolvedSteering, site: Site) -> bool:
     """Whether something is done to decode tokens at `site` or later that stands behind no gate."""
     programs = steering.programs_of(Phase.DECODE)
-    last = [term.sites[-1] for program in programs for term in program.terms]
-    last += [slot.sites[-1] for program in programs for slot in program.slots if slot.gate is None and _may_wait(slot)]
+    last = [term.sites[-1] for program in programs for term in program.all_terms if _waits(term.gate)]
+    last += [slot.sites[-1] for program in programs for slot in program.slots if _waits(slot.gate) and _may_wait(slot)]
     return any(site_order(one) >= site_order(site) for one in last)
 
 
 def monitor_of(steering: ResolvedSteering) -> str:
     """Hex digest of the monitor that stands before what decode tokens receive; "" if none does."""
-    gates = (item.gate for program in steering.programs_of(Phase.DECODE) for item in program.gated)
+    gates = (
+        one for program in steering.programs_of(Phase.DECODE) for item in program.gated for one in item.gate.members
+    )
     return next((gate.digest.hex() for gate in gates if gate.label == MONITOR_LABEL), "")
 
 
 def _parts(term: Term, monitor: ResolvedGate) -> Iterator[Term]:
-    if term.gate is not None:
+    if not _waits(term.gate):
         yield replace(term, gate=monitor) if term.gate == monitor else term
         return
     for part in (Part(monitor.site, True), Part(monitor.site, False)):
         vector = term.vector.part(part)
         if vector is None or abs(term.scale) * vector.max_abs < MIN_VALUE:  # less than can be computed with
             continue
-        gate, reference = None if part.before else monitor, term.reference
+        gate, reference = term.gate if part.before else _behind(monitor, term.gate), term.reference
         if reference is not None and vector is not term.vector:
             reference = replace(reference, part=part)
         yield Term(vector, term.scale, reference, gate, term.asked_by)
+
+
+def _waits(gate: Condition | None) -> bool:
+    """Whether what stands behind `gate` stands behind the monitor: behind no gate, or a schedule alone."""
+    return gate is None or is_clock(gate)
+
+
+def _behind(monitor: ResolvedGate, clock: Condition | None) -> Condition:
+    """The monitor, times a schedule where there is one."""
+    schedule = schedule_of(clock)
+    return monitor if schedule is None else scheduled(monitor, schedule, monitor.site, monitor.probe.hidden_size)
 
 
 def _may_wait(slot: Slot) -> bool:
@@ -109,11 +123,11 @@ def _may_wait(slot: Slot) -> bool:
 
 def _slot_parts(slot: Slot, monitor: ResolvedGate) -> Iterator[Slot]:
     """The numbers of a slot before and behind the monitor; its directions stay whole, so that both share their rows."""
-    if slot.gate is not None or not _may_wait(slot):
+    if not _waits(slot.gate) or not _may_wait(slot):
         yield replace(slot, gate=monitor) if slot.gate == monitor else slot
         return
     late = [site_order(site) >= site_order(monitor.site) for site in slot.sites]
-    for gate, behind in ((None, False), (monitor, True)):
+    for gate, behind in ((slot.gate, False), (_behind(monitor, slot.gate), True)):
         numbers = tuple(one for one, is_late in zip(slot.numbers, late, strict=True) if is_late is behind)
         if numbers:
             yield replace(slot, numbers=numbers, gate=gate)

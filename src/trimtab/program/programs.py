@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.program.joint_gate import Condition
+from trimtab.program.joint_gate import Condition, is_clock, schedule_of
 from trimtab.program.ranges import MAX_VALUE, fault_of_range, unit_of
 from trimtab.program.resolved_gate import VectorReference
 from trimtab.program.slot_sets import formed
@@ -175,6 +175,18 @@ class PhaseProgram:
         The gates of `gated` have lanes in their order, one for each member, and the last member's has the factor.
         """
         return _lanes(self.slots, self.gated)
+
+    @property
+    def scheduled_row(self) -> "GatedProgram | None":
+        """The first sum behind a schedule alone that the program's own row can hold: where nothing is added, and
+        nothing corrected, at full strength."""
+        clocked = (item for item in self.gated if is_clock(item.gate))
+        return None if self.terms or self.slots else next(clocked, None)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether anything of it follows a schedule."""
+        return any(schedule_of(item.gate) is not None for item in self.gated)
 
     @property
     def lane_count(self) -> int:

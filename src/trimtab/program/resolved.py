@@ -67,6 +67,9 @@ class ResolvedSteering:
         if len(self.programs) != len(self.phases):
             wanted = "one for each of " + ", ".join(Phase) if self.spans is None else f"{len(self.phases)}"
             raise ValueError(f"{len(self.programs)} programs; want {wanted}")
+        for phase, program in zip(self.phases, self.programs, strict=True):
+            if program.is_scheduled and (self.spans is None or phase is not Phase.DECODE):
+                raise ValueError("a schedule is one of tokens of an answer, by spans")
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -104,14 +107,17 @@ class ResolvedSteering:
     @cached_property
     def runs(self) -> NamedRuns:
         """The runs of `spans`, as far as they differ, and what tokens receive in each. Without spans there are none."""
-        return named_runs(self.spans, [program.identity for program in self.programs]) if self.spans else ()
+        return named_runs(self.spans, self._told) if self.spans else ()
+
+    @property
+    def _told(self) -> list[tuple[str, bool]]:
+        return [(program.identity, program.is_scheduled) for program in self.programs]
 
     @cached_property
     def _identities(self) -> dict[Phase, str]:
         assert self.spans is not None, "a program of a phase has its own"
-        identities = [program.identity for program in self.programs]
         first = {Phase.PREFILL: 0, Phase.DECODE: self.spans.prompt_length}
-        return {phase: identity_of(named_runs(self.spans, identities, phase), first[phase]) for phase in Phase}
+        return {phase: identity_of(named_runs(self.spans, self._told, phase), first[phase]) for phase in Phase}
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -149,13 +155,15 @@ class ResolvedSteering:
         own = b"" if limits.monitor is None else limits.monitor.digest
         most = max(
             sum(len(item.gate.members) for item in program.gated if item.gate.digest != own)
+            - (program.scheduled_row is not None)
             for program in self.programs
         )
         if most > limits.count:
             raise SteeringError(
                 field,
                 f"has {most} different gates in one phase; this engine serves {limits.count} per request (its setting "
-                "`gates`). Interventions with equal gates share one; in `all` and `any` each member counts",
+                "`gates`). Interventions with equal gates share one; in `all` and `any` each member counts, and so "
+                "does a `schedule` where more than that acts on one token",
             )
 
     def check_slot_count(self, limits: SlotLimits, field: str) -> None:

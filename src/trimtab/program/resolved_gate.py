@@ -3,6 +3,8 @@
     score = x . probe,   y = sigmoid(sharpness * (score - threshold)),   or (score > threshold) where the gate is hard
     factor = 1 - y where inverted, else y
 
+A gate with a schedule is a clock: its probe is zero, and its factor that of the token's place in the answer.
+
 x is the residual stream at the probe's site before any steering there, so the factor is a function of the token and
 what precedes it, and of the request alone. A probe's bias is part of the threshold.
 """
@@ -16,11 +18,14 @@ from functools import cached_property
 import numpy as np
 
 from trimtab.errors import SteeringError
+from trimtab.program.schedules import Schedule
 from trimtab.sites import HookPoint, Phase, Site
 from trimtab.vectors.vector import Part, SteeringVector
 
 MONITOR_LABEL = "(monitor)"
 """Under which reports tell of an engine's own gate. No name that can be registered has parentheses."""
+
+CLOCK_LABEL = "(schedule)"
 
 MAX_PROBE_VALUE = 65504.0  # scores of any stream that fits a model dtype then stay finite in float32
 MIN_PROBE_VALUE = 2.0**-64  # 5.4e-20: products with such a stream then keep their digits in float32
@@ -54,6 +59,7 @@ class ResolvedGate:
     reference: VectorReference | None = field(default=None, compare=False)
     label: str = field(default="", compare=False)
     path: str = field(default="", compare=False)  # where it stands in a gate of several, for messages
+    schedule: Schedule | None = None
 
     @classmethod
     def of(
@@ -89,6 +95,12 @@ class ResolvedGate:
             raise SteeringError("sharpness", f"got {sharpness}, want {wanted}")
         return cls(probe, rounded, slope, bool(invert), reference, label)
 
+    @classmethod
+    def clock(cls, schedule: Schedule, site: Site, width: int) -> "ResolvedGate":
+        """A gate whose factor is the schedule's, from `site` on, for vectors of `width`."""
+        nothing = SteeringVector({site: np.zeros(width, np.float32)})
+        return cls(nothing, 0.0, 1.0, label=CLOCK_LABEL, schedule=schedule)
+
     @property
     def site(self) -> Site:
         """Where the probe is read."""
@@ -118,7 +130,8 @@ class ResolvedGate:
     def digest(self) -> bytes:
         """SHA-256 (32 bytes) of all that decides: the probe's site and numbers, threshold, sharpness and options."""
         numbers = struct.pack("<ff?", self.threshold, self.sharpness, self.invert)
-        return hashlib.sha256(b"trimtab gate 1\0" + self.probe.digest + numbers).digest()
+        told = b"" if self.schedule is None else b"clock\0" + self.schedule.packed
+        return hashlib.sha256(b"trimtab gate 1\0" + self.probe.digest + numbers + told).digest()
 
 
 def check_monitor(gate: ResolvedGate) -> None:

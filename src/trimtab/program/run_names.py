@@ -2,7 +2,8 @@
 
 A run of one program has that program's identity, or "-" where it does nothing. In a run that is decided by tokens, what
 a token receives follows from the tokens before it, from where the answer begins and from how it is decided: its name is
-a digest of its definition, "#", and how many tokens of the answer lie before it. Neighbours that receive the same are
+a digest of its definition, "#", and how many tokens of the answer lie before it. So it is with a schedule, for which
+the name is that of its program. Neighbours that receive the same are
 one run, and those that tokens decide are so where their definitions are equal.
 """
 
@@ -18,10 +19,10 @@ NOTHING = "-"
 NamedRuns = tuple[tuple[int, str], ...]  # the first position of each, and its name
 
 
-def named_runs(spans: Spans, identities: Sequence[str], phase: Phase | None = None) -> NamedRuns:
-    """The runs of `spans` over programs of these identities, or those of one phase; a first one that receives nothing
-    is left out."""
-    names = [_definition(spans.atoms, [identities[place] or NOTHING for place in choice]) for choice in spans.choices]
+def named_runs(spans: Spans, programs: Sequence[tuple[str, bool]], phase: Phase | None = None) -> NamedRuns:
+    """The runs of `spans`, or those of one phase; a first one that receives nothing is left out. Of each program there
+    is its identity, and whether it follows a schedule."""
+    names = [_name(spans.atoms, [programs[place] for place in choice]) for choice in spans.choices]
     named: list[tuple[int, str]] = []
     last = (NOTHING, False)
     for start, kind in zip(spans.starts, spans.kinds, strict=True):
@@ -50,6 +51,12 @@ def identity_of(runs: NamedRuns, first: int = 0) -> str:
         return name
     told = "".join(f"{start - first}={name}\0" for start, name in runs)
     return hashlib.sha256(b"trimtab spans 1\0" + told.encode()).hexdigest()
+
+
+def _name(atoms: Sequence[Atom], programs: Sequence[tuple[str, bool]]) -> tuple[str, bool]:
+    """The name of what tokens receive that get one of `programs`, and whether it matters where the answer begins."""
+    name, decided = _definition(atoms, [identity or NOTHING for identity, _ in programs])
+    return name, decided or programs[0][1]
 
 
 def _definition(atoms: Sequence[Atom], names: Sequence[str]) -> tuple[str, bool]:
