@@ -303,3 +303,21 @@ def test_a_default_of_a_server_that_selects_nothing_of_a_prompt_does_nothing_the
     if where.keys() & {"tokens", "after"}:  # what cannot be known is no nothing
         with pytest.raises(SteeringError, match="made of embeddings"):
             found.placed(embedded)
+
+
+def test_a_default_of_a_server_leaves_out_what_a_prompt_does_not_have() -> None:
+    tokenizer = where_tokenizers.MAKERS["bytes_of_gpt"]()
+    ids = tokenizer("The film was good")["input_ids"]
+    prompt = PromptTokens(len(ids), ids, tokenizer)
+    here, absent = {"text": "film"}, {"text": "book"}
+
+    def chosen(where: dict[str, Any]) -> Any:
+        steps = [{"kind": "add", "vector": "v0", "where": where}]
+        found = Steering.parse({"interventions": steps}).resolve(VECTORS, SITES, defaults=1)
+        assert isinstance(found, Unplaced)
+        return found.placed(prompt).asked[0].where
+
+    assert chosen({"prompt": [absent, here]}) == chosen({"prompt": here})
+    assert chosen({"prompt": "all", "not": {"prompt": absent}}) == chosen({"prompt": "all"})
+    assert chosen({"prompt": absent, "answer": "all"}) == chosen({"answer": "all"})
+    assert chosen({"prompt": absent}) == ((), (), False)

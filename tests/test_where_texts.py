@@ -296,6 +296,41 @@ def test_a_text_of_the_answer_is_known_alone_and_behind_other_text(kind: str) ->
         assert acts == [first >= behind for first, _ in conversation(tokenizer, text).characters], text
 
 
+CALLED = {300: "[THINK]", 301: "[/THINK]"}
+
+
+class ByteTokens:
+    """A tokenizer that has a byte for each token, reads special tokens as text, and cannot clean up."""
+
+    all_special_ids = (300, 301)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        raw = b"".join(CALLED[one].encode() if one in CALLED else bytes([one]) for one in ids)
+        return raw.decode("utf-8", "replace")
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | bytes]:
+        return [CALLED.get(one, bytes([one % 256])) for one in ids]
+
+    def convert_tokens_to_ids(self, text: str) -> int:
+        return next((token for token, name in CALLED.items() if name == text), 0)
+
+
+def test_a_tokenizer_that_reads_special_tokens_as_text_still_has_them() -> None:
+    tokenizer = ByteTokens()
+    ids = [*tokenizer.encode("é [THINK] "), 300, *tokenizer.encode("é")]
+    prompt = PromptTokens(len(ids), ids, tokenizer)
+    assert unplaced([{"where": {"prompt": {"text": "é", "occurrence": -1}}}]).placed(prompt).asked[0].where == (
+        ((len(ids) - 2, len(ids)),),
+        (),
+        False,
+    )
+    thinking = unplaced([{"where": {"section": "thinking"}}]).placed(prompt)
+    assert acting(thinking, [*ids, 65, 301, 65])[len(ids) :] == [{0}, set(), set()]
+
+
 def test_texts_that_are_not_one_token_are_refused() -> None:
     tokenizer = where_tokenizers.MAKERS["bytes_of_gpt"]()
     ids = tokenizer("The film")["input_ids"]

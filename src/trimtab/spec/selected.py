@@ -12,6 +12,7 @@ from trimtab.spec.intervals import EVERYTHING, OPEN, Intervals, common, joined, 
 from trimtab.spec.places import Place, Range, TextPlace
 from trimtab.spec.prompt_tokens import PromptTokens
 from trimtab.spec.where import Section, Selection, Where
+from trimtab.wording import summary
 
 
 class Saying(NamedTuple):
@@ -50,16 +51,19 @@ NOTHING = Part((), ())
 NOWHERE = Selected((), NOTHING, NOTHING)
 
 
-def selected(where: Where, prompt: PromptTokens) -> Selected:
-    """What `where` selects. Raises `SteeringError` at its fields for what this prompt does not have, and where no token
-    of the prompt or of any answer could be selected."""
-    kept = _part(where, prompt)
+def selected(where: Where, prompt: PromptTokens, *, lenient: bool = False) -> Selected:
+    """What `where` selects.
+
+    Raises `SteeringError` at its fields: `NowhereError` for texts and roles that this prompt does not have, which one
+    that is `lenient` leaves out, and where no token of prompt or answer is selected.
+    """
+    kept = _part(where, prompt, lenient)
     if not (kept.prompt or kept.answer):
-        raise _empty(where, prompt)
+        raise _empty(where, prompt, lenient)
     if where.excluded is None:
         return Selected(kept.prompt, kept, NOTHING)
     with below("not"):
-        excluded = _part(where.excluded, prompt)
+        excluded = _part(where.excluded, prompt, lenient)
     left = kept._replace(prompt=less(kept.prompt, excluded.prompt))
     if not excluded.says:
         left = left._replace(answer=less(kept.answer, excluded.answer))
@@ -72,8 +76,8 @@ def selected(where: Where, prompt: PromptTokens) -> Selected:
     return Selected(left.prompt, left, excluded)
 
 
-def _part(selection: Selection, prompt: PromptTokens) -> Part:
-    in_prompt = _of_prompt(selection, prompt) if selection.has_prompt else ()
+def _part(selection: Selection, prompt: PromptTokens, lenient: bool) -> Part:
+    in_prompt = _of_prompt(selection, prompt, lenient) if selection.has_prompt else ()
     in_answer = _of_answer(selection) if selection.has_answer else ()
     says: list[Saying] = []
     if selection.section is not None:
@@ -81,7 +85,8 @@ def _part(selection: Selection, prompt: PromptTokens) -> Part:
             says.append(_section(selection.section, prompt))
     if selection.after is not None or selection.until is not None:
         says.append(_between(selection, prompt))
-    for saying in (_tokens(selection, prompt, answers=bool(in_answer)), _special(selection, prompt)):
+    answers = bool(in_answer)
+    for saying in (_tokens(selection, prompt, answers), _special(selection, prompt, answers)):
         if saying is not None:
             if in_prompt:
                 members = prompt.holding(saying.atom) if isinstance(saying.atom, IdSet) else ()
@@ -93,17 +98,17 @@ def _part(selection: Selection, prompt: PromptTokens) -> Part:
     return Part(in_prompt, in_answer, tuple(dict.fromkeys(says)) if in_answer else ())
 
 
-def _of_prompt(selection: Selection, prompt: PromptTokens) -> Intervals:
-    given = selection.prompt
-    if given is None or isinstance(given, str):
+def _of_prompt(selection: Selection, prompt: PromptTokens, lenient: bool) -> Intervals:
+    if selection.prompt is None or isinstance(selection.prompt, str):
         return ((0, prompt.length),)
-    if not isinstance(given, tuple) or isinstance(given, Range):
-        with below("prompt"):
-            return joined(_placed(given, prompt))
     found: list[tuple[int, int]] = []
-    for index, place in enumerate(given):
-        with below(f"prompt[{index}]"):
-            found.extend(_placed(place, prompt))
+    for field, place in selection.places_in_prompt:
+        try:
+            with below(field):
+                found.extend(_placed(place, prompt))
+        except NowhereError:
+            if not lenient:
+                raise
     return joined(found)
 
 
@@ -165,7 +170,7 @@ def _between(selection: Selection, prompt: PromptTokens) -> Saying:
     return Saying(Between(opens, closes, is_open=not opens))
 
 
-def _tokens(selection: Selection, prompt: PromptTokens, *, answers: bool) -> Saying | None:
+def _tokens(selection: Selection, prompt: PromptTokens, answers: bool) -> Saying | None:
     if selection.tokens is None:
         return None
     ids: list[int] = []
@@ -179,12 +184,13 @@ def _tokens(selection: Selection, prompt: PromptTokens, *, answers: bool) -> Say
     return Saying(found)
 
 
-def _special(selection: Selection, prompt: PromptTokens) -> Saying | None:
+def _special(selection: Selection, prompt: PromptTokens, answers: bool) -> Saying | None:
     if selection.special_tokens is None:
         return None
     with below("special_tokens"):
         found = prompt.special
-        _check_ranges(found)
+        if answers:
+            _check_ranges(found)
     return Saying(found, selection.special_tokens)
 
 
@@ -194,12 +200,11 @@ def _check_ranges(some: IdSet) -> None:
         raise SteeringError("", f"{said}: give fewer, or select them in the prompt alone")
 
 
-def _empty(where: Where, prompt: PromptTokens) -> NowhereError:
+def _empty(where: Where, prompt: PromptTokens, lenient: bool) -> NowhereError:
     """The fault of a selection of nothing, at the key that is to blame."""
     told = _told(prompt)
-    if not _of_prompt(where, prompt):
-        ranges = where.prompt if isinstance(where.prompt, tuple) else ()
-        given = ", ".join(str(place) for place in ranges[:4] if isinstance(place, Range))
+    if not _of_prompt(where, prompt, lenient):
+        given = summary([place for _, place in where.places_in_prompt if isinstance(place, Range)], 4)
         return NowhereError("prompt", f"selects nothing: {told}, and none of them lies in {given}")
     key = "tokens" if where.tokens is not None else "special_tokens"
     return NowhereError(key, f"selects nothing: {told}, and none of those that are selected is such a token")

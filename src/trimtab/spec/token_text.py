@@ -49,7 +49,7 @@ class Pieces:
                 return False
             for token, name in zip(new, names, strict=True):
                 for read, known in self.ways.items():
-                    known[token] = read(name)
+                    known[token] = read(name) if isinstance(name, str) else name
                 self._known.add(token)  # last, since other threads may look
         return True
 
@@ -72,13 +72,13 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return str(text)
 
 
-def _names(tokenizer: Any, ids: list[int]) -> list[str] | None:
-    """The pieces of the vocabulary, as it writes them; None where it tells none."""
+def _names(tokenizer: Any, ids: list[int]) -> list[str | bytes] | None:
+    """The pieces of the vocabulary, as it writes them or as they are in bytes; None where it tells none."""
     try:
         names = tokenizer.convert_ids_to_tokens(ids)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return None
-    whole = isinstance(names, list) and len(names) == len(ids) and all(isinstance(name, str) for name in names)
+    whole = isinstance(names, list) and len(names) == len(ids) and all(isinstance(name, (str, bytes)) for name in names)
     return names if whole else None
 
 

@@ -96,11 +96,12 @@ class Unplaced:
         return whole.hexdigest()
 
     def _selected(self, index: int, prompt: PromptTokens) -> Selected:
+        by_default = index < self.defaults
         try:
             with below(f"interventions[{index}].where"):
-                return selected(where_of(self.made.steps[index]), prompt)
+                return selected(where_of(self.made.steps[index]), prompt, lenient=by_default)
         except NowhereError:
-            if index < self.defaults:
+            if by_default:
                 return NOWHERE
             raise
 

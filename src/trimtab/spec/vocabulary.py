@@ -51,10 +51,13 @@ class Vocabulary:
         return text_of(self._tokenizer, list(ids), self._known.pieces)
 
     def ids_of(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text that stands alone."""
+        """The tokens of a text that stands alone. What a special token is called is that, also for a tokenizer that
+        reads it as text."""
         known = self._known.ids
         if (found := known.get(text)) is None:
             found = tuple(map(int, self._tokenizer.encode(text, add_special_tokens=False)))
+            if len(found) > 1 and (own := self._special_called(text)) is not None:
+                found = (own,)
             _remember(known, text, found)
         return found
 
@@ -84,6 +87,13 @@ class Vocabulary:
             ids |= {int(token) for token in getattr(self._tokenizer, "all_special_ids", ()) if token is not None}
             self._known.special = IdSet(of_numbers(sorted(ids)))
         return self._known.special
+
+    def _special_called(self, text: str) -> int | None:
+        try:
+            token = self._tokenizer.convert_tokens_to_ids(text)
+        except (AttributeError, KeyError, ValueError):
+            return None
+        return token if isinstance(token, int) and token in self.special and self.names([token]) == [text] else None
 
     def thinking(self) -> tuple[str, str] | None:
         """The tags of its model's thinking, where it has tokens for them."""

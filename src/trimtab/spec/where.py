@@ -121,13 +121,19 @@ class Selection(_Given):
         return self
 
     @property
+    def places_in_prompt(self) -> Iterator[tuple[str, Place]]:
+        """Ranges, texts and roles, with the field at which each stands."""
+        if isinstance(self.prompt, (Range, TextPlace, RolePlace)):
+            yield "prompt", self.prompt
+        elif self.prompt is not None and not isinstance(self.prompt, str):
+            yield from ((f"prompt[{index}]", place) for index, place in enumerate(self.prompt))
+
+    @property
     def places(self) -> Iterator[Place]:
         """All ranges, texts and roles."""
-        for given in (self.prompt, self.answer):
-            if isinstance(given, (Range, TextPlace, RolePlace)):
-                yield given
-            elif given is not None and not isinstance(given, str):
-                yield from given
+        yield from (place for _, place in self.places_in_prompt)
+        if self.answer is not None and not isinstance(self.answer, str):
+            yield from self.answer
 
     @property
     def has_prompt(self) -> bool:
