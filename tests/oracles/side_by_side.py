@@ -43,9 +43,9 @@ def plain() -> list[torch.Tensor]:
     return ours(None)
 
 
-def ours(spec: Mapping[str, Any] | None) -> list[torch.Tensor]:
+def ours(spec: Mapping[str, Any] | None, tokenizer: Any = None) -> list[torch.Tensor]:
     """The logits [STEPS, V] of each prompt under `spec`, generated greedily in one batch."""
-    with SteeredModel(llama()) as steered:
+    with SteeredModel(llama(), tokenizer) as steered:
         out = steered.generate(PROMPTS, spec, max_new_tokens=STEPS, do_sample=False, output_logits=True)
     return [generation.logits for generation in out]
 
@@ -63,8 +63,8 @@ def theirs(generate: Callable[..., Any]) -> list[torch.Tensor]:
     return found
 
 
-def assert_same(spec: Mapping[str, Any], generate: Callable[..., Any]) -> None:
+def assert_same(spec: Mapping[str, Any], generate: Callable[..., Any], tokenizer: Any = None) -> None:
     """Both give the same logits at every step, and not those of the model alone."""
-    for one, other, unsteered in zip(ours(spec), theirs(generate), plain(), strict=True):
+    for one, other, unsteered in zip(ours(spec, tokenizer), theirs(generate), plain(), strict=True):
         torch.testing.assert_close(one, other, atol=3e-5, rtol=3e-5)
         assert (other - unsteered).abs().max() > 0.1

@@ -4,13 +4,14 @@ Its `resid_mid` is left out: it writes to what the norm behind attention reads, 
 """
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from interp_engine import AblateSpec, AddSpec, NormScaledAddSpec, OrthogonalDecompSpec, ProjectionCapSpec, SwapSpec
 from interp_engine import SteeringSpec as Theirs
 from interp_engine.model import EagerModel
-from interp_engine.steer import steer
+from interp_engine.steer import SteerMask, steer
 from side_by_side import Llama, assert_same, direction
 
 POINTS = {"resid_pre": "pre_attn", "resid_post": "post_block"} | {
@@ -47,3 +48,25 @@ def test_a_kind_does_what_the_engine_of_neuronpedia_does(model: Llama, kind: str
 
     to = {"to": everywhere(W)} if kind == "swap" else {}
     assert_same({"interventions": [{**step, **to, "vector": everywhere(V)}]}, generate)
+
+
+@pytest.mark.parametrize(
+    ("generated", "where"),
+    [
+        (True, {"not": {"prompt": "all", "special_tokens": True}}),
+        (False, {"prompt": "all", "special_tokens": False}),
+    ],
+)
+def test_special_tokens_are_left_out_as_there(model: Llama, generated: bool, where: dict[str, Any]) -> None:
+    tokenizer = SimpleNamespace(all_special_ids=[5, 8, 21, 80], added_tokens_decoder={}, decode=lambda *_, **__: "")
+
+    def generate(**inputs: Any) -> Any:
+        engine = EagerModel("llama", hf_model=model, tokenizer=tokenizer)
+        left_out = {"prompt_token_ids": inputs["input_ids"][0], "position_mask": SteerMask.SPECIAL_TOKENS}
+        acts = [Theirs.at(f"resid_post.{layer}", AddSpec(V, -1.5)) for layer in LAYERS]
+        with steer(engine, acts, **left_out, generated=generated):
+            return model.generate(**inputs)
+
+    vector = {"post_block": {str(layer): V.tolist() for layer in LAYERS}}
+    step = {"kind": "add", "vector": vector, "scale": -1.5, "where": where}
+    assert_same({"interventions": [step]}, generate, tokenizer)

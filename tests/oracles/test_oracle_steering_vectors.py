@@ -36,3 +36,24 @@ def test_ablation_takes_out_the_whole_projection_whatever_the_multiplier(model: 
 
 def test_ablation_and_then_addition_sets_a_projection_to_the_length_of_the_vector(model: Llama) -> None:
     assert_same({"interventions": SET}, partial(applied, model, ablation_then_addition_operator(), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "where"),
+    [
+        ({"min_token_index": 1}, {"prompt": [[1, None]], "answer": "all"}),
+        ({"token_indices": [1]}, {"prompt": [[1, 2]]}),
+        ({"token_indices": slice(0, 2)}, {"prompt": [[0, 2]]}),
+    ],
+    ids=str,
+)
+def test_indices_of_tokens_are_positions_where_each_pass_holds_them_all(model: Llama, asked: Any, where: Any) -> None:
+    def generate(**inputs: Any) -> Any:
+        activations = {layer: vector.clone() for layer, vector in VECTORS.items()}
+        patch = SteeringVector(activations, "decoder_block").patch_activations(model, **asked)
+        try:
+            return model.generate(**inputs, use_cache=False)
+        finally:
+            patch.remove()
+
+    assert_same({"interventions": [{**ADD, "where": where}]}, generate)

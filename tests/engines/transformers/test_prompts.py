@@ -34,7 +34,7 @@ def tokenizer() -> Any:
 
 
 def ids_of(prompts: Any, tokenizer: Any) -> list[list[int]]:
-    return encode(prompts, tokenizer, len(tokenizer))
+    return [prompt.ids for prompt in encode(prompts, tokenizer, len(tokenizer))]
 
 
 def test_a_rendered_chat_begins_once(tokenizer: Any) -> None:

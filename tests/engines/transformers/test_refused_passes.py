@@ -58,4 +58,5 @@ def test_a_rendered_prompt_keeps_one_begin_token(adds: int) -> None:
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [1] * adds + [1, 7]}
 
-    assert encode(["<bos>hi"], Tokenizer(bos_token_id=1, bos_token="<bos>", chat_template=None), 96) == [[1, 7]]
+    (prompt,) = encode(["<bos>hi"], Tokenizer(bos_token_id=1, bos_token="<bos>", chat_template=None), 96)
+    assert prompt.ids == [1, 7]

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from trimtab.engines.transformers.prompts import Encoded
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.program import ResolvedSteering
@@ -14,7 +15,8 @@ from trimtab.sites import MOST_SLOTS_EMBEDDED, GateLimits, ModelSites, SlotLimit
 from trimtab.spec import Gate, Steering
 from trimtab.spec.faults import join
 from trimtab.spec.kinds import DECLARED
-from trimtab.spec.unplaced import served_without_places
+from trimtab.spec.prompt_tokens import PromptTokens, Tags
+from trimtab.spec.unplaced import Unplaced
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.stream_norms import StreamNorms
 from trimtab.vectors.vector import SteeringVector
@@ -74,33 +76,88 @@ def resolve_norms(norms: str | Path | SteeringVector | None, hook_map: HookMap) 
     return found
 
 
-def resolve_all(steering: Any, count: int, names: Names, hook_map: HookMap) -> list[ResolvedSteering | None]:
-    """One resolved steering or None for each of `count` prompts. One spec, or None, stands for all of them.
+@dataclass(frozen=True)
+class Reader:
+    """What prompts are read with, where specs name texts, roles, special tokens or a section."""
+
+    tokenizer: Any = None
+    think_tags: Tags | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, think_tags: Any, vocabulary: int) -> Self:
+        """Raises SteeringError for tags that are none."""
+        if think_tags is None:
+            return cls(tokenizer, None, vocabulary)
+        texts = isinstance(think_tags, Sequence) and not isinstance(think_tags, str) and list(think_tags)
+        if not texts or len(texts) != 2 or not all(isinstance(text, str) and text for text in texts):
+            raise SteeringError("think_tags", f"is {think_tags!r}; want two texts, as in ('<think>', '</think>')")
+        return cls(tokenizer, Tags((texts[0],), (texts[1],)), vocabulary)
+
+    def tokens_of(self, prompt: Encoded) -> PromptTokens:
+        """One prompt as `where` looks at it."""
+        return PromptTokens(
+            len(prompt.ids),
+            prompt.ids,
+            self.tokenizer,
+            messages=prompt.messages,
+            tags=self.think_tags,
+            vocabulary_size=self.vocabulary,
+        )
+
+
+def resolve_all(
+    steering: Any, prompts: Sequence[Encoded], names: Names, hook_map: HookMap, reader: Reader
+) -> list[ResolvedSteering | None]:
+    """One resolved steering or None for each of `prompts`. One spec, or None, stands for all of them.
 
     Raises SteeringError naming the place in the caller's input: `steering[2].interventions[0].scale`.
     """
+    count = len(prompts)
     if steering is None:
         return [None] * count
     if isinstance(steering, (str, bytes, Mapping, Steering)):
-        return [_resolve(steering, "", names, hook_map)] * count
+        resolved = _resolve(steering, "", names, hook_map)
+        told = [f" (in prompts[{index}])" * (count > 1) for index in range(count)]
+        return [_placed(resolved, "", names, reader, one, said) for one, said in zip(prompts, told, strict=True)]
     if not isinstance(steering, Sequence):
         raise SteeringError("steering", f"is a {type(steering).__name__}; want a spec, None, or a list of them")
     if len(steering) != count:
         raise SteeringError("steering", f"has {len(steering)} entries for {count} prompts; want one spec or None each")
-    return [
-        None if spec is None else _resolve(spec, f"steering[{index}]", names, hook_map)
-        for index, spec in enumerate(steering)
-    ]
+    found: list[ResolvedSteering | None] = []
+    for index, (spec, prompt) in enumerate(zip(steering, prompts, strict=True)):
+        field = f"steering[{index}]"
+        if spec is None:
+            found.append(None)
+        else:
+            found.append(_placed(_resolve(spec, field, names, hook_map), field, names, reader, prompt))
+    return found
 
 
-def _resolve(spec: Any, prefix: str, names: Names, hook_map: HookMap) -> ResolvedSteering:
+def _resolve(spec: Any, prefix: str, names: Names, hook_map: HookMap) -> ResolvedSteering | Unplaced:
+    """A spec as all prompts have it."""
     try:
         norms = None if names.norms is None else names.norms.by_site
         found = Steering.parse(spec).resolve(names.vectors, names.served_by(hook_map), names.probes, norms=norms)
-        resolved = served_without_places(found)
     except SteeringError as error:
         field = f"{prefix}.{error.field}".strip(".")
         raise SteeringError(field, error.message + _reason(error, hook_map)) from None
+    return found if isinstance(found, Unplaced) else _monitored(found, names)
+
+
+def _placed(
+    resolved: ResolvedSteering | Unplaced, prefix: str, names: Names, reader: Reader, prompt: Encoded, told: str = ""
+) -> ResolvedSteering:
+    """A spec as one prompt has it; `told` says in a refusal which that is, where `prefix` does not."""
+    if not isinstance(resolved, Unplaced):
+        return resolved
+    try:
+        return _monitored(resolved.placed(reader.tokens_of(prompt)), names)
+    except SteeringError as error:
+        raise SteeringError(f"{prefix}.{error.field}".strip("."), error.message + told) from None
+
+
+def _monitored(resolved: ResolvedSteering, names: Names) -> ResolvedSteering:
     return resolved if names.monitor is None else behind(resolved, names.monitor)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trimtab.engines.transformers.options import check_options, effective, end_tokens
+from trimtab.engines.transformers.pass_tokens import PassTokens
 from trimtab.engines.transformers.progress import Progress
 from trimtab.engines.transformers.prompts import PromptBatch
 from trimtab.engines.transformers.results import Outputs
@@ -103,10 +104,14 @@ def generate_steered(
         beams=call.beams,
         guesses=call.guesses,
     )
-    session = None
+    session = tokens = None
+    if any(item is not None and item.spans is not None and item.spans.decided_by_tokens for item in steering):
+        tokens = PassTokens(rewinds=call.beams or call.guesses)
     if any(item is not None for item in steering):
-        session = SteeringSession(hook_map, batch, steering, progress, dtype=model.dtype, homes=homes)
+        session = SteeringSession(hook_map, batch, steering, progress, tokens, dtype=model.dtype, homes=homes)
     with evaluating(model), ExitStack() as stack:
+        if tokens is not None:
+            stack.enter_context(tokens.watching(model))
         first_layer = next(iter(hook_map.decoder))
         stack.enter_context(progress.watching(first_layer, None if session is None else session.begin))
         if session is not None:

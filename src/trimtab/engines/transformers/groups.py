@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,14 @@ from trimtab.runtime import GateUse, SteeringRuntime
 from trimtab.sites import Site
 
 IntArray = npt.NDArray[np.int64]
+
+
+class Places(NamedTuple):
+    """Where the tokens of a pass stand, for steering that positions or tokens decide."""
+
+    positions: torch.Tensor  # [tokens] int64, those of padding negative or anything
+    ids: torch.Tensor | None = None  # [tokens] int64, where ids decide
+    before: Sequence[Sequence[int]] | None = None  # per row: all earlier ids, where they may be others than were run
 
 
 def layer_devices(decoder: DecoderLayers) -> dict[int, torch.device]:
@@ -96,6 +104,7 @@ class SiteGroup:
             max_probes=1 + len(set[bytes]().union(*(contents.probes for contents in needed))),
             slots=self._slots,
             slot_sites={site for one in steering if one for slot in one.slots for site in slot.sites},
+            span_requests=rows if any(one is not None and one.spans is not None for one in steering) else 0,
         )
         for site in self.sites:
             buffers.attach(self._holders[site.layer], site)
@@ -103,11 +112,25 @@ class SiteGroup:
         for row, one in enumerate(steering):
             self._runtime.admit(str(row), one)
 
-    def step(self, names: Sequence[str], first: IntArray, counts: IntArray, lengths: IntArray) -> None:
+    def step(
+        self,
+        names: Sequence[str],
+        first: IntArray,
+        counts: IntArray,
+        lengths: IntArray,
+        places: Places | None = None,
+    ) -> None:
         """Route the tokens of the pass that now begins: see `SteeringRuntime.step`. Row r is called str(r)."""
         assert self._runtime is not None
         with _current(self._device):
-            self._runtime.step(names, first, counts, lengths)
+            if places is None:
+                self._runtime.step(names, first, counts, lengths)
+                return
+            for row, before in enumerate(places.before or ()):
+                self._runtime.seed(str(row), before, len(before))
+            ids = None if places.ids is None else places.ids.to(self._device)
+            positions = places.positions.to(self._device)
+            self._runtime.step(names, first, counts, lengths, positions=positions, token_ids=ids)
 
     def steer(self, site: Site, value: torch.Tensor) -> torch.Tensor:
         """`value` [..., H], steered, on the device that it came from."""

@@ -1,8 +1,7 @@
 """SteeredModel: a Transformers causal LM whose prompts can each be steered differently in one batch."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from inspect import signature
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -10,17 +9,16 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
-from trimtab.engines.transformers.arguments import Names, resolve_all, resolve_monitor, resolve_norms
+from trimtab.engines.transformers.arguments import Names, Reader, resolve_all, resolve_monitor, resolve_norms
 from trimtab.engines.transformers.calls import Call, check_not_compiled, generate_steered
 from trimtab.engines.transformers.groups import layer_devices
 from trimtab.engines.transformers.opening_check import check_places
-from trimtab.engines.transformers.prompts import Prompt, PromptBatch, encode, pad
+from trimtab.engines.transformers.prompts import Prompt, encode, pad
+from trimtab.engines.transformers.reading import decoder_of, read_batch
 from trimtab.engines.transformers.results import Generation
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import map_hook_points
-from trimtab.instrument.layer_replay import evaluating
 from trimtab.instrument.layers import find_decoder_layers
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.serving.receipt import receipt_of
@@ -55,6 +53,7 @@ class SteeredModel:
         gates: int = 4,
         monitor: Mapping[str, Any] | None = None,
         norms: str | Path | SteeringVector | None = None,
+        think_tags: tuple[str, str] | None = None,
     ) -> None:
         """Find and prove the hook points of `model`, a Transformers causal LM (see docs/hook-points.md).
 
@@ -62,6 +61,7 @@ class SteeredModel:
         use, `gates` is how many different gates a phase of one spec may have. `monitor`, written as a gate is, stands
         before all steering of new tokens that is behind no gate, from its probe's site on (see docs/gates.md). `norms`
         is a vector or its file, whose metadata hold norms of this model's stream: for doses of vectors without them.
+        `think_tags`, such as `("<think>", "</think>")`, are the texts between which the model thinks: for `section`.
         The layers may lie on several devices. Raises SteeringError where they cannot be found or are offloaded, where a
         short generation shows that prompt and new tokens cannot be told apart, for a monitor that cannot be one, and
         for norms that are not of this model.
@@ -70,8 +70,9 @@ class SteeredModel:
         self._homes = layer_devices(find_decoder_layers(model))
         self._map = map_hook_points(model)
         self._model, self._tokenizer = model, tokenizer
-        self._decoder = _decoder(model, self._map.decoder.path)
+        self._decoder = decoder_of(model, self._map.decoder.path)
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        self._reader = Reader.of(tokenizer, think_tags, self._vocabulary)
         self._vectors: dict[str, SteeringVector] = {}
         self._probes: dict[str, Probe] = {}
         self._gates = gates
@@ -99,6 +100,7 @@ class SteeredModel:
         gates: int = 4,
         monitor: Mapping[str, Any] | None = None,
         norms: str | Path | SteeringVector | None = None,
+        think_tags: tuple[str, str] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load model and tokenizer with Transformers. `kwargs` go to `AutoModelForCausalLM.from_pretrained`."""
@@ -108,7 +110,16 @@ class SteeredModel:
             shared = {name: kwargs[name] for name in SHARED_WITH_TOKENIZER if name in kwargs}
             tokenizer = AutoTokenizer.from_pretrained(path_or_name, **shared)
         model = AutoModelForCausalLM.from_pretrained(path_or_name, **kwargs)
-        return cls(model, tokenizer, vectors=vectors, probes=probes, gates=gates, monitor=monitor, norms=norms)
+        return cls(
+            model,
+            tokenizer,
+            vectors=vectors,
+            probes=probes,
+            gates=gates,
+            monitor=monitor,
+            norms=norms,
+            think_tags=think_tags,
+        )
 
     @property
     def model(self) -> Any:
@@ -170,18 +181,19 @@ class SteeredModel:
     def generate(
         self, prompts: Sequence[Prompt] | str, steering: Any = None, **generation_kwargs: Any
     ) -> list[Generation]:
-        """Continue `prompts` (strings or lists of token ids), each under its own steering.
+        """Continue `prompts` (strings, lists of token ids, or messages of a chat), each under its own steering.
 
         `steering` is None, one spec for all prompts, or a list with a spec or None for each. A spec is a `Steering`,
-        its plain dict or its JSON string. `generation_kwargs` are those of Transformers' `generate`; sampling, beam
+        its plain dict or its JSON string. What its `where` says of texts and roles is looked for in each prompt; roles
+        need messages. `generation_kwargs` are those of Transformers' `generate`; sampling, beam
         search and `num_return_sequences` work, and the n outputs of a prompt then stand side by side.
         Raises SteeringError for whatever cannot be honoured, naming the place in the input (`options.py` lists all
         options), and where the model runs tokens whose place in its prompt and answer cannot be known.
         """
         self._check_open()
-        rows = encode(prompts, self._tokenizer, self._vocabulary)
-        names = self._names
-        resolved = resolve_all(steering, len(rows), names, self._map)
+        given = encode(prompts, self._tokenizer, self._vocabulary)
+        rows = [prompt.ids for prompt in given]
+        resolved = resolve_all(steering, given, self._names, self._map, self._reader)
         call = Call.of(self._model, self._tokenizer, generation_kwargs)
         filler = self._pad_token(call.pad_token, call.ends)
         batch = pad(rows, "left", filler, self._device)
@@ -191,7 +203,7 @@ class SteeredModel:
 
         results = []
         for index in range(len(outputs)):
-            steered = resolved[index * len(rows) // len(outputs)]
+            source = index * len(rows) // len(outputs)
             tokens = outputs.tokens(index)
             text = "" if self._tokenizer is None else self._tokenizer.decode(tokens, skip_special_tokens=True)
             gates = () if session is None else session.gate_uses(index, len(outputs))
@@ -201,7 +213,9 @@ class SteeredModel:
                 Generation(
                     text,
                     tokens,
-                    receipt_of(steered, prompt, fed + 1, gates=gates, slots=slots),
+                    receipt_of(
+                        resolved[source], prompt, fed + 1, gates=gates, slots=slots, tokens=rows[source] + tokens
+                    ),
                     outputs.per_token("scores", index),
                     outputs.per_token("logits", index),
                 )
@@ -221,14 +235,15 @@ class SteeredModel:
         and with the reason.
         """
         self._check_open()
-        rows = encode(prompts, self._tokenizer, self._vocabulary)
+        rows = [prompt.ids for prompt in encode(prompts, self._tokenizer, self._vocabulary)]
         wanted = [as_site(site) for site in sites]
         if not wanted or batch_size < 1:
             raise SteeringError("sites" if not wanted else "batch_size", "at least one is needed")
         results: list[dict[Site, npt.NDArray[np.float32]]] = []
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            results.extend(self._read(pad(part, "right", self._pad_token(None, frozenset()), self._device), wanted))
+            batch = pad(part, "right", self._pad_token(None, frozenset()), self._device)
+            results.extend(read_batch(self._model, self._decoder, self._map, batch, wanted))
         return results
 
     def close(self) -> None:
@@ -262,28 +277,3 @@ class SteeredModel:
             if token is not None and 0 <= int(token) < self._vocabulary:
                 return int(token)
         return 0
-
-    def _read(self, batch: PromptBatch, sites: list[Site]) -> list[dict[Site, npt.NDArray[np.float32]]]:
-        seen: dict[Site, npt.NDArray[np.float32]] = {}
-
-        def reader(site: Site) -> Callable[[torch.Tensor], None]:
-            def read(value: torch.Tensor) -> None:
-                rows = value.detach().to("cpu", torch.float32).numpy().copy()
-                seen[site] = rows.reshape(*batch.input_ids.shape, -1)
-
-            return read
-
-        with evaluating(self._model), torch.no_grad(), self._map.installed({site: reader(site) for site in sites}):
-            self._decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return [{site: seen[site][row, :length].copy() for site in sites} for row, length in enumerate(batch.lengths)]
-
-
-def _decoder(model: nn.Module, layers_path: str) -> nn.Module:
-    """The smallest part of the model that turns token ids into what its layers return."""
-    path = layers_path
-    while path:
-        path = path.rpartition(".")[0]
-        module = model.get_submodule(path)
-        if "input_ids" in signature(module.forward).parameters:
-            return module
-    return model

@@ -15,6 +15,14 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """The token ids of one prompt, and the messages that they were rendered from, where it was given as a chat."""
+
+    ids: list[int]
+    messages: Sequence[Mapping[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
 class PromptBatch:
     """B prompts padded to width W. Row b holds `lengths[b]` tokens after (left padding) or before the rest."""
 
@@ -32,8 +40,8 @@ class PromptBatch:
         return self.width - self.lengths
 
 
-def encode(prompts: Any, tokenizer: Any, vocabulary: int) -> list[list[int]]:
-    """Token ids of each prompt: strings go through the tokenizer as it is configured, ids are taken as given.
+def encode(prompts: Any, tokenizer: Any, vocabulary: int) -> list[Encoded]:
+    """Each prompt as token ids: strings go through the tokenizer as it is configured, ids are taken as given.
 
     `prompts` is one prompt, a list of them, or what a tokenizer returns for either (padding that its mask shows is left
     out). Messages, dictionaries with a `role`, are rendered by the tokenizer's chat template, up to where the answer
@@ -45,15 +53,16 @@ def encode(prompts: Any, tokenizer: Any, vocabulary: int) -> list[list[int]]:
     encoded = []
     for index, prompt in enumerate(listed):
         field = f"prompts[{index}]"
+        messages = prompt if _is_chat(prompt) else None
         if isinstance(prompt, str):
             ids = _encode_text(prompt, tokenizer, field)
-        elif _is_chat(prompt):
-            ids = _encode_chat(prompt, tokenizer, field)
+        elif messages is not None:
+            ids = _encode_chat(messages, tokenizer, field)
         else:
             ids = _token_ids(prompt, field, vocabulary)
         if not ids:
             raise SteeringError(field, "holds no tokens; at least one is needed to start from")
-        encoded.append(ids)
+        encoded.append(Encoded(ids, messages))
     return encoded
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from trimtab.engines.transformers.groups import SiteGroup, slot_form
+from trimtab.engines.transformers.groups import Places, SiteGroup, slot_form
+from trimtab.engines.transformers.pass_tokens import PassTokens
 from trimtab.engines.transformers.progress import Progress
 from trimtab.engines.transformers.prompts import PromptBatch
 from trimtab.errors import SteeringError
@@ -16,7 +17,7 @@ from trimtab.instrument.taps import Transform
 from trimtab.program import ResolvedSteering
 from trimtab.program.counting import SlotUse, summed
 from trimtab.runtime import GateUse
-from trimtab.sites import Phase, Site
+from trimtab.sites import Site
 
 NOT_STEERED = ""  # the request id of padding
 
@@ -24,9 +25,9 @@ NOT_STEERED = ""  # the request id of padding
 class SteeringSession:
     """Steers the forward passes of one batch. `steering[b]` belongs to row b of `batch`: all its beams or samples.
 
-    `progress` says which tokens a pass brings. `homes` says where each layer lives, and so where the buffers of its
-    sites do. What a gate decides at one site acts at others, so a call with gates keeps all its buffers where its first
-    site is.
+    `progress` says which columns a pass brings; `tokens` says which ids, where they decide what is done. `homes` says
+    where each layer lives, and so where the buffers of its sites do. What a gate decides at one site acts at others, so
+    a call with gates keeps all its buffers where its first site is.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class SteeringSession:
         batch: PromptBatch,
         steering: Sequence[ResolvedSteering | None],
         progress: Progress,
+        tokens: PassTokens | None = None,
         *,
         dtype: torch.dtype,
         homes: Mapping[int, torch.device],
     ) -> None:
-        self._map, self._progress, self._prompts = hook_map, progress, len(steering)
+        self._map, self._progress, self._tokens, self._prompts = hook_map, progress, tokens, len(steering)
         copies = progress.rows // len(steering)  # beams or samples of one prompt lie side by side
         self._steering = [item for item in steering for _ in range(copies)]
         self._padding = progress.padding
@@ -47,7 +49,7 @@ class SteeringSession:
         steered = [item for item in steering if item is not None]
         read = {one.site for item in steered for gate in item.gates for one in gate.members}
         self._sites = sorted(read.union(site for item in steered for site in item.sites))
-        gates = max((item.program(phase).lane_count for item in steered for phase in Phase), default=0)
+        gates = max((program.lane_count for item in steered for program in item.programs), default=0)
         places: dict[torch.device, list[Site]] = {}
         for site in self._sites:
             first = self._sites[0] if gates else site
@@ -58,6 +60,7 @@ class SteeringSession:
             for device, sites in places.items()
         ]
         self._names = [name for row in range(progress.rows) for name in (NOT_STEERED, str(row), NOT_STEERED)]
+        self._has_spans = any(item.spans is not None for item in steered)
         self._room = 0  # tokens that the buffers hold
         self._planned: int | None = None  # tokens of the pass under way
         self._reached: Counter[Site] = Counter()  # how often each site was steered in it
@@ -87,8 +90,9 @@ class SteeringSession:
         stop = np.clip(self._progress.ended, start, end)
         first = np.minimum(np.maximum(self._padding, start), stop)
         counts = np.stack([first - start, stop - first, end - stop], axis=1).reshape(-1)
+        places = self._places(start, columns) if self._has_spans else None
         for group in self._groups:
-            group.step(self._names, np.repeat(first - self._padding, 3), counts, self._lengths)
+            group.step(self._names, np.repeat(first - self._padding, 3), counts, self._lengths, places)
         self._planned = rows * columns
         self._reached.clear()
 
@@ -101,6 +105,18 @@ class SteeringSession:
         """What slots did to it, counted as of gates."""
         mine = self._rows_of(output, outputs)
         return [use for group in self._groups for row, use in group.slot_uses() if row in mine]
+
+    def _places(self, start: int, columns: int) -> Places:
+        """The position and the id of each token of the pass. Where rows change places, or tokens are taken back, what
+        the earlier tokens of each row decide is told anew."""
+        where = np.arange(start, start + columns) - self._padding[:, None]
+        if self._tokens is None:
+            return Places(torch.from_numpy(where.reshape(-1)))
+        ids = self._tokens.take(*where.shape).reshape(-1)
+        before = self._tokens.before(start) if self._tokens.rewinds and start else None
+        if before is not None:
+            before = [row[padding:] for row, padding in zip(before, self._padding.tolist(), strict=True)]
+        return Places(torch.from_numpy(where.reshape(-1)), ids, before)
 
     def _rows_of(self, output: int, outputs: int) -> Sequence[int]:
         rows, per_prompt = self._progress.rows, outputs // self._prompts
