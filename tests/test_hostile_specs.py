@@ -32,13 +32,26 @@ def add(**keys: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("key", ["self", "cls", "data", "__class__", "model_config"])
-@pytest.mark.parametrize("place", ["", "interventions[0]", "interventions[0].gate", "interventions[0].gate.any[1]"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "",
+        *(f"interventions[0]{place}" for place in ("", ".gate", ".gate.any[1]", ".where", ".where.not")),
+        *(f"interventions[0].where.{place}" for place in ("prompt", "prompt[1]", "section", "not.section")),
+    ],
+)
 def test_a_key_that_python_uses_itself_is_an_unknown_key_everywhere(key: str, place: str) -> None:
     spec = {
         "": {"interventions": [ADD], key: 1},
         "interventions[0]": add(**{key: 1}),
         "interventions[0].gate": add(gate=GATE | {key: 1}),
         "interventions[0].gate.any[1]": add(gate={"any": [GATE, GATE | {key: 1}]}),
+        "interventions[0].where": add(where={key: 1}),
+        "interventions[0].where.not": add(where={"not": {key: 1}}),
+        "interventions[0].where.prompt": add(where={"prompt": {"text": "x", key: 1}}),
+        "interventions[0].where.prompt[1]": add(where={"prompt": [[0, 1], {"role": "user", key: 1}]}),
+        "interventions[0].where.section": add(where={"section": {"name": "thinking", key: 1}}),
+        "interventions[0].where.not.section": add(where={"not": {"section": {"name": "thinking", key: 1}}}),
     }[place]
     with pytest.raises(SteeringError, match=r"unknown key.*the keys are") as caught:
         Steering.parse(spec)
@@ -50,7 +63,7 @@ def test_a_monitor_described_with_the_key_self_is_refused_as_a_gate_is() -> None
         Gate(**(GATE | {"self": 1}))
 
 
-@pytest.mark.parametrize("spec", [{"interventions": [ADD | {1: 2}]}, add(gate=GATE | {3: 2})])  # type: ignore[dict-item]
+@pytest.mark.parametrize("spec", [{"interventions": [ADD | {1: 2}]}, add(gate=GATE | {3: 2}), add(where={3: 2})])  # type: ignore[dict-item]
 def test_a_key_that_is_no_text_is_refused_within_a_spec_too(spec: Any) -> None:
     with pytest.raises(SteeringError, match="keys are text"):
         Steering.parse(spec)
@@ -75,6 +88,10 @@ def test_a_key_that_is_no_text_is_refused_within_a_spec_too(spec: Any) -> None:
         {"gate": {"any": [GATE, nested(5000)]}},
         {"gate": {"all": [GATE, GATE | {"threshold": nested(5000)}]}},
         {"gate": within_one_another(5000)},
+        *({"where": place} for place in (nested(5000), {"not": nested(5000)}, {"not": {"not": nested(5000)}})),
+        *({"where": {key: nested(5000)}} for key in ("prompt", "answer", "section", "after", "tokens")),
+        *({"where": {"prompt": place}} for place in ([nested(5000)], [[0, nested(5000)]], {"text": nested(5000)})),
+        {"where": {"section": {"name": nested(5000), "start": nested(5000)}}},
     ],
     ids=lambda keys: next(iter(keys)),
 )
