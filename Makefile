@@ -42,7 +42,7 @@ FOLDER := .versions
 VERSIONS := transformers-oldest transformers-newest vllm-oldest vllm-newest
 ON_TRANSFORMERS := tests/engines/transformers tests/instrument tests/demo tests/test_cli.py tests/test_cli_probe.py
 ON_VLLM := $(addprefix tests/engines/vllm/test_,$(addsuffix .py,engine_start parity prefix_cache refusals \
-  compat doors flags vllm_conventions steered_layers server))
+  compat doors placing flags vllm_conventions steered_layers server))
 ON = PYTHONPATH=$(abspath $(FOLDER))/$(@:test-on-%=%) TRIMTAB_TEST_VERSIONS=tests/support/versions/$(@:test-on-%=%).txt
 
 test-versions:

@@ -227,7 +227,7 @@ def test_vllm_is_handed_no_steering_to_copy_and_the_request_that_it_makes_carrie
         self: Any, request_id: Any, prompt: Any, params: Any, supported_tasks: Any, resumable: bool = False
     ) -> Any:
         seen.append(params)
-        return SimpleNamespace(sampling_params=params.clone())
+        return SimpleNamespace(sampling_params=params.clone(), prompt_token_ids=[3], prompt_embeds=None)
 
     monkeypatch.setattr(InputProcessor, "process_inputs", process_inputs)
     plugin.register()

@@ -89,7 +89,7 @@ def app_that(respond: Any, gated: bool = False) -> Any:
 
 def finish(account: Account, prompt: int = 7, new: int = 3) -> None:
     account.begun()
-    account.finished(prompt, new)
+    account.finished(account.admitted, prompt, range(new))
 
 
 def test_a_json_answer_carries_the_receipt_and_its_length_is_right() -> None:
@@ -143,7 +143,7 @@ def test_the_last_event_of_a_stream_carries_the_receipt_and_no_event_waits_for_a
                 passed.append(len(sent))
                 yield b'event: token\ndata: {"number": %d}\n\n' % number
                 yield b": keep-alive\n\n"
-            account.finished(5, 4)
+            account.finished(account.admitted, 5, range(4))
             yield b'data: {"number": 3}\n\n'
             yield b": keep-alive\n\n"
             yield b'event: usage\ndata: {"number": 4}\n\n'
@@ -269,7 +269,7 @@ def test_an_account_adds_up_the_requests_of_its_answer(phase, want) -> None:
     for prompt, new in ((7, 3), (7, 2), (5, 1)):
         account.begun()
         assert not account.complete
-        account.finished(prompt, new)
+        account.finished(account.admitted, prompt, range(new))
     assert account.complete
     assert account.receipt is receipt
     assert tuple(receipt["steered_tokens"].values()) == want

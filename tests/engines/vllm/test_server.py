@@ -5,7 +5,7 @@ The oracle is Transformers with a plain hook on the same weights.
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -284,6 +284,129 @@ def test_bad_steering_is_a_400_that_names_the_field_before_any_stream(client, ca
         "/v1/completions", json={**BODIES["/v1/completions"], "vllm_xargs": {"steering": json.dumps(given)}}
     )
     assert inner.status_code == 400
+
+
+Chosen = Callable[[list[int], int, int], bool]  # of all tokens so far, a position, and where the answer begins
+
+WHERE: dict[str, tuple[dict[str, Any], Chosen]] = {
+    "from the last prompt token on": ({"prompt": [[-1, None]], "answer": "all"}, lambda ids, at, end: at >= end - 1),
+    "the first of the answer": ({"answer": [[0, 3]]}, lambda ids, at, end: end <= at < end + 3),
+    "all but the prompt's last": ({"not": {"prompt": [[-2, None]]}}, lambda ids, at, end: not end - 2 <= at < end),
+    "a text of the prompt": ({"prompt": {"text": "w88 w41"}}, lambda ids, at, end: at in (2, 3)),
+    "some tokens": ({"tokens": [*range(3, 130)]}, lambda ids, at, end: ids[at] < 130),
+    "all but special tokens": ({"special_tokens": False}, lambda ids, at, end: ids[at] > 2),
+}
+
+BY_WORD: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[int], Chosen]]] = {  # by one, and by its id
+    "behind it": (
+        lambda word: {"after": word},
+        lambda word: lambda ids, at, end: word in ids[end:at] and ids[at] != word,
+    ),
+    "before it": (
+        lambda word: {"until": word},
+        lambda word: lambda ids, at, end: at >= end and word not in ids[end : at + 1],
+    ),
+    "in the response": (
+        lambda word: {"section": {"name": "response", "start": "w120", "end": [int(word[1:])]}},
+        lambda word: lambda ids, at, end: word in ids[end:at] and ids[at] not in (word, 120),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("door", DOORS)
+def test_where_is_placed_on_the_prompt_that_each_door_makes(sdk, oracle, door: str, stream: bool):
+    call, ending = DOORS[door]
+    prompt = PROMPT + ending
+    end, plain = len(prompt.split()), oracle.words(prompt, COUNT)
+    added = times(2, JOY)
+
+    def check(places: dict[str, Any], chosen: Chosen) -> None:
+        expected = oracle.words_where(prompt, COUNT, added, lambda ids, at: chosen(ids, at, end))
+        assert expected != plain, places
+        assert call(sdk, {"steering": add(packed(JOY), scale=2, where=places)}, stream=stream).strip() == expected, (
+            places
+        )
+
+    for places, chosen in WHERE.values():
+        check(places, chosen)
+    always = oracle.words(prompt, COUNT, {}, added).split()
+    for name, (places_by, chosen_by) in BY_WORD.items():
+        word = (always if name == "before it" else plain.split())[2]
+        check(places_by(word), chosen_by(int(word[1:])))
+
+
+def test_where_is_placed_on_each_prompt_of_a_body_by_itself(client, oracle):
+    prompts = [PROMPT, "w41 w9", " ".join(PROMPT.split()[::-1])]
+    given = add("calm", scale=2, where={"prompt": [[-2, -1], {"text": "w41"}], "answer": [[1, 3]]})
+    body = {"model": "tiny", "prompt": prompts, "max_tokens": COUNT, "temperature": 1, "top_k": 1, "n": 2}
+    answer = client.post("/v1/completions", json={**body, "steering": given}).json()
+    told = [choice["text"].strip() for choice in answer["choices"]]
+    ranges = []
+    for number, prompt in enumerate(prompts):
+        ids = [int(word[1:]) for word in prompt.split()]
+        end = len(ids)
+        chosen = {at for at in range(end) if ids[at] == 41} | {end - 2, end + 1, end + 2}
+        expected = oracle.words_where(prompt, COUNT, times(2, CALM), lambda ids, at, chosen=chosen: at in chosen)
+        assert told[2 * number : 2 * number + 2] == [expected] * 2
+        ranges.append(chosen)
+    (use,) = answer["steering"]["interventions"]
+    assert [{at for first, stop in one["prompt"] for at in range(first, stop)} for one in use["where"]] == [
+        {at for at in chosen if at < len(prompt.split())} for chosen, prompt in zip(ranges, prompts, strict=True)
+    ]
+    assert [one["answer"] for one in use["where"]] == [[[1, 3]]] * 3
+    assert use["tokens"] == 2 * sum(map(len, ranges))
+
+
+def test_the_roles_of_a_chat_are_found_in_the_prompt_that_the_template_made(client, oracle):
+    messages = [
+        {"role": "system", "content": "w17 w203"}, {"role": "user", "content": "w88 w41"},
+        {"role": "assistant", "content": "w154 w9"}, {"role": "user", "content": [{"type": "text", "text": "w66 w88"}]},
+    ]  # fmt: skip
+    prompt = "w17 w203 w88 w41 w154 w9 w66 w88 w3"
+    body = {"model": "tiny", "messages": messages, "max_tokens": COUNT, "temperature": 0}
+    for role, chosen in (
+        ({"role": "user"}, {2, 3, 6, 7}),
+        ({"role": "user", "turns": "last"}, {6, 7}),
+        ({"role": "assistant"}, {4, 5}),
+    ):
+        expected = oracle.words_where(prompt, COUNT, times(3, FEAR), lambda ids, at, chosen=chosen: at in chosen)
+        given = add(packed(FEAR), scale=3, where={"prompt": role})
+        answer = client.post("/v1/chat/completions", json={**body, "steering": given}).json()
+        assert answer["choices"][0]["message"]["content"].strip() == expected
+    user = {"steering": add(packed(FEAR), scale=3, where={"prompt": {"role": "user"}})}
+    anthropic = {"model": "tiny", "max_tokens": COUNT, "temperature": 0, "system": "w17 w203", "messages": messages[1:]}
+    answer = client.post("/v1/messages", json={**anthropic, **user}).json()
+    expected = oracle.words_where(prompt, COUNT, times(3, FEAR), lambda ids, at: at in {2, 3, 6, 7})
+    assert answer["content"][0]["text"].strip() == expected
+    batch = {**body, "messages": [messages, messages[1:2]], **user}
+    answer = client.post("/v1/chat/completions/batch", json=batch).json()
+    told = [choice["message"]["content"].strip() for choice in answer["choices"]]
+    assert told == [expected, oracle.words_where("w88 w41 w3", COUNT, times(3, FEAR), lambda ids, at: at < 2)]
+
+
+NOWHERE: dict[str, tuple[dict[str, Any], str]] = {
+    "a text that is not there": ({"prompt": {"text": "w99"}}, "steering.interventions[0].where.prompt.text"),
+    "a range behind the prompt": ({"prompt": [[400, 500]]}, "steering.interventions[0].where.prompt"),
+    "a role without a chat": ({"prompt": {"role": "assistant"}}, "steering.interventions[0].where.prompt.role"),
+    "a word of several tokens": ({"tokens": ["w3 w4"]}, "steering.interventions[0].where.tokens"),
+    "tags that nobody knows": ({"section": "thinking"}, "steering.interventions[0].where.section"),
+}
+
+
+@pytest.mark.parametrize("case", NOWHERE)
+def test_a_place_that_a_prompt_does_not_have_is_a_400_before_any_stream(client, case: str):
+    places, field = NOWHERE[case]
+    given = add("calm", where=places)
+    tokens = {"token_ids": [17, 203], "sampling_params": {"max_tokens": 4}}
+    messages = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": PROMPT}]}
+    for path, body in {**BODIES, "/inference/v1/generate": tokens, "/v1/messages": messages}.items():
+        for stream in (False, True):
+            answer = client.post(path, json={**body, "steering": given, "stream": stream})
+            assert (answer.status_code, field in answer.text) == (400, True), (path, stream, answer.text)
+            assert "x-trimtab-steering" not in answer.headers
+    several = {**BODIES["/v1/completions"], "prompt": [PROMPT + " w99", PROMPT], "steering": given, "stream": True}
+    assert client.post("/v1/completions", json=several).status_code == 400
 
 
 def test_steering_given_twice_is_refused(client):

@@ -84,7 +84,8 @@ def test_an_engine_that_falls_idle_holds_no_rows(runtime) -> None:
     runner, settings = Runner(), SimpleNamespace()
     put_on(runner, RUNNER_V2, kept(None, runtime, DriveV2(runner, runtime, settings, 2)))  # type: ignore[arg-type]
     extra = {"steering": Carried(encode(STEERING), STEERING), TICKET: {"answer": "the answer"}}
-    new = SimpleNamespace(req_id="a", sampling_params=SimpleNamespace(extra_args=extra))
+    params = SimpleNamespace(extra_args=extra)
+    new = SimpleNamespace(req_id="a", sampling_params=params, prefill_token_ids=[3, 4], num_computed_tokens=0)
     runner.add_requests(SimpleNamespace(scheduled_new_reqs=[new], num_scheduled_tokens={"a": 2}))
     assert runtime.rows_in_use == 1
     runtime.step(["a"], [0], [2], [1])

@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -64,12 +65,20 @@ class Oracle:
         decode: Mapping[int, np.ndarray] | None = None,
     ) -> str:
         """`count` words after `prompt`; `prefill` and `decode` map a layer to what is added where it ends."""
-        tokens = [int(word[1:]) for word in prompt.split()]
+        first, then = prefill or {}, decode or {}
+        boundary = len(prompt.split())
+        return self._words(prompt, count, lambda layer: self._hook(boundary, first.get(layer), then.get(layer)))
+
+    def words_where(
+        self, prompt: str, count: int, added: Mapping[int, np.ndarray], chosen: Callable[[list[int], int], bool]
+    ) -> str:
+        """The same where `chosen` says, of all tokens so far and the position of one, whether it is steered."""
+        return self._words(prompt, count, lambda layer: self._chosen_hook(added.get(layer), chosen))
+
+    def _words(self, prompt: str, count: int, hook: Callable[[int], Any]) -> str:
+        tokens = self._tokens = [int(word[1:]) for word in prompt.split()]
         boundary = len(tokens)
-        handles = [
-            layer.register_forward_hook(self._hook(boundary, (prefill or {}).get(index), (decode or {}).get(index)))
-            for index, layer in enumerate(self._model.model.layers)
-        ]
+        handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(self._model.model.layers)]
         try:
             for _ in range(count):  # without a KV cache: every position is computed under its own phase, every time
                 with torch.no_grad():
@@ -79,6 +88,16 @@ class Oracle:
             for handle in handles:
                 handle.remove()
         return " ".join(f"w{token}" for token in tokens[boundary:])
+
+    def _chosen_hook(self, added: np.ndarray | None, chosen: Callable[[list[int], int], bool]):
+        def hook(module, args, output):
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            for position in range(hidden.shape[1]):
+                if added is not None and chosen(self._tokens, position):
+                    hidden[:, position] += torch.from_numpy(np.asarray(added, dtype=np.float32))
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
 
     @staticmethod
     def _hook(boundary: int, prefill: np.ndarray | None, decode: np.ndarray | None):

@@ -3,6 +3,7 @@
 Called by `patches.core`; each function does nothing for an engine without steering.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
@@ -12,6 +13,7 @@ from trimtab.engines.vllm.settings.config import SteeringSettings, model_sites
 from trimtab.engines.vllm.settings.flags import SETTINGS_KEY, is_configured
 from trimtab.engines.vllm.settings.stamp import stamp_digest, stamped_settings
 from trimtab.errors import SteeringError
+from trimtab.program.spans import Spans
 from trimtab.sites import ModelSites
 
 
@@ -35,6 +37,8 @@ def _checked_params(request: Any, params: Any, settings: SteeringSettings, model
     if getattr(request, "resumable", False):
         raise SteeringError(SETTINGS_KEY, "cannot be combined with resumable requests: where a prompt ends would move")
     read = checked(given, settings, model, recent)
+    if (spans := read.steering.spans) is not None:
+        _check_prompt(spans, request.prompt_token_ids, request.prompt_embeds)
     if read is given:
         return params
     # Callers may use their sampling parameters again: they are not to find our form in them. Only one attribute
@@ -42,6 +46,19 @@ def _checked_params(request: Any, params: Any, settings: SteeringSettings, model
     params = copy(params)
     params.extra_args = {**params.extra_args, SETTINGS_KEY: read}
     return params
+
+
+def _check_prompt(spans: Spans, token_ids: Sequence[int] | None, embeddings: Any) -> None:
+    """Raise `SteeringError` where spans are those of another prompt than the one that they came with."""
+    length = len(embeddings if token_ids is None else token_ids)
+    if spans.prompt_length != length:
+        raise SteeringError(
+            SETTINGS_KEY,
+            f"was placed on a prompt of {spans.prompt_length} tokens and came with one of {length}: give each request "
+            "its spec, not what another one carried",
+        )
+    if spans.decided_by_tokens and embeddings is not None:
+        raise SteeringError(SETTINGS_KEY, "is decided by tokens, and the prompt has embeddings in their place")
 
 
 _UNMARKED = (

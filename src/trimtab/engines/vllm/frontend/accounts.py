@@ -10,12 +10,15 @@ import hashlib
 import re
 import secrets
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.engines.vllm.carried import TICKET, Carried
+from trimtab.engines.vllm.frontend.pending import Pending
 from trimtab.program.counting import steered_tokens
 from trimtab.serving.interventions import tokens_of
 from trimtab.serving.metrics import metrics
+from trimtab.sites import Phase
 
 ACCOUNT_NAME = re.compile("[0-9a-f]{32}")
 
@@ -25,23 +28,18 @@ KEPT_ANSWERS = 4096  # whose gates can be asked for by the id of the answer
 class Account:
     """What is known of one answer. Not for several threads."""
 
-    __slots__ = ("_finished", "_receipt", "_running", "carried", "name")
+    __slots__ = ("_finished", "_last", "_receipt", "_running", "admitted", "gated", "name", "slots")
 
-    def __init__(self, carried: Carried) -> None:
+    def __init__(self, admitted: Carried | Pending) -> None:
         self.name = secrets.token_hex(16)
-        self.carried = carried
+        self.admitted = admitted
+        self.gated = False  # whether the steering has gates
+        self.slots: list[set[tuple[str, str]]] = []  # of each intervention, by phase and digest
         self._receipt: dict[str, Any] | None = None
+        self._last: tuple[Any, Carried] | None = None  # the prompt that was placed last
         self._running = self._finished = 0
-
-    @property
-    def gated(self) -> bool:
-        """Whether the steering has gates."""
-        return bool(self.carried.steering.gates)
-
-    @property
-    def slots(self) -> list[set[tuple[str, str]]]:
-        """The slots of each intervention, by phase and digest."""
-        return self.carried.slots
+        if isinstance(admitted, Carried):
+            self.place(admitted)
 
     @property
     def measured(self) -> bool:
@@ -54,28 +52,64 @@ class Account:
         return self._finished > 0 and not self._running
 
     @property
+    def placed(self) -> bool:
+        """Whether it is known what any prompt of the answer is steered with."""
+        return self._receipt is not None
+
+    @property
     def receipt(self) -> dict[str, Any]:
         """The receipt of the admission, and the tokens of all requests that are finished: the same object always,
-        brought up to date as they finish."""
-        if self._receipt is None:
-            told = self.carried.receipt
-            own = {"steered_tokens": dict(told["steered_tokens"]), "interventions": [*map(dict, told["interventions"])]}
-            self._receipt = {**told, **own}
+        brought up to date as they finish. There is none before a prompt is placed."""
+        assert self._receipt is not None, "no prompt is placed"
         return self._receipt
+
+    def placed_on(self, prompt: Any) -> Carried | None:
+        """What `prompt`, this very object, is steered with, if it was the last that was placed."""
+        return self._last[1] if self._last is not None and self._last[0] is prompt else None
+
+    def place(self, carried: Carried, prompt: Any = None) -> None:
+        """A prompt of the answer is steered with `carried`: where steering says where it acts, each has its own."""
+        self._last = prompt, carried
+        told = carried.receipt
+        self.gated = self.gated or bool(carried.steering.gates)
+        if self._receipt is None:
+            self.slots = [set(own) for own in carried.slots]
+            own = {"steered_tokens": dict(told["steered_tokens"]), "interventions": [*map(dict, told["interventions"])]}
+            self._receipt = {**told, "identity": dict(told["identity"]), **own}
+            return
+        for known, slots in zip(self.slots, carried.slots, strict=True):
+            known |= slots
+        self._add(self._receipt, told)
+
+    def _add(self, receipt: dict[str, Any], told: Mapping[str, Any]) -> None:
+        """Let the receipt of some prompts speak of one more, in whose receipt this is `told`."""
+        if told["identity"] != receipt["identity"]:
+            assert isinstance(self.admitted, Pending), "else every prompt carries the same"
+            receipt["identity"] = {phase.value: self.admitted.unplaced.identity_of_spec for phase in Phase}
+        for key in ("sites", "vectors", "probes"):
+            receipt[key] = [*receipt[key], *(one for one in told[key] if one not in receipt[key])]
+        if "default_left" in told:
+            receipt["default_left"] = min(receipt["default_left"], told["default_left"])
+        for entry, also in zip(receipt["interventions"], told["interventions"], strict=True):
+            before = entry["where"] if isinstance(entry["where"], list) else [entry["where"]]
+            entry["where"] = [*before, also["where"]]
 
     def begun(self) -> None:
         """A request of the answer is on its way to the engine."""
         self._running += 1
 
-    def finished(self, prompt_length: int, new_tokens: int) -> None:
-        """A request of the answer has ended with this many tokens."""
+    def finished(
+        self, carried: Carried, prompt_length: int, answer: Sequence[int], prompt: Sequence[int] | None = None
+    ) -> None:
+        """A request of the answer has ended, which carried this and answered these tokens; `prompt` are its own, None
+        where it had embeddings."""
         self._running -= 1
         self._finished += 1
         counts = self.receipt["steered_tokens"]
-        for phase, number in steered_tokens(self.carried.steering, prompt_length, new_tokens).items():
+        what = carried.steering, prompt_length, len(answer), None if prompt is None else [*prompt, *answer]
+        for phase, number in steered_tokens(*what).items():
             counts[phase.value] += number
-        tokens = tokens_of(self.carried.steering, prompt_length, new_tokens)
-        for told, number in zip(self.receipt["interventions"], tokens, strict=True):
+        for told, number in zip(self.receipt["interventions"], tokens_of(*what), strict=True):
             told["tokens"] += number
             metrics().acted(told["kind"], number)
 

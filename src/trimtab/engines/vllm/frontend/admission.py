@@ -1,14 +1,16 @@
 """Admission: the one validator behind every door through which a request can reach the engine.
 
 `FrontEnd.admit` takes what a caller gave as `steering`, merges the server's default, resolves names, checks it against
-what the engine serves, and returns the form that travels with the request. Nothing here imports vLLM.
+what the engine serves, and returns the form that travels with the request; where the spec says where it acts, that form
+is made for each prompt once it is known. Nothing here imports vLLM.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from trimtab.engines.vllm.carried import Carried, held_bytes
+from trimtab.engines.vllm.frontend.pending import Pending
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import encode
@@ -20,7 +22,7 @@ from trimtab.serving.memo import key_of
 from trimtab.serving.names import check_fixed, check_known
 from trimtab.serving.registry import ProbeRegistry, VectorRegistry
 from trimtab.serving.server_default import ServerDefault, merge
-from trimtab.sites import HookPoint, ModelSites
+from trimtab.sites import HookPoint, ModelSites, Phase
 from trimtab.spec import Steering
 from trimtab.spec.base import Model
 from trimtab.spec.faults import join
@@ -28,13 +30,20 @@ from trimtab.spec.gate import Gate
 from trimtab.spec.joint_gate import AllOf, AnyOf
 from trimtab.spec.kinds import KINDS
 from trimtab.spec.places import RolePlace, TextPlace
-from trimtab.spec.unplaced import served_without_places
+from trimtab.spec.prompt_tokens import PromptTokens
+from trimtab.spec.unplaced import Unplaced
 from trimtab.spec.where import Section, Where
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.stream_norms import StreamNorms
 from trimtab.vectors.vector import SteeringVector
 
 FIELD = "steering"  # the request's field, at every door
+
+DEFAULT = "the server's default spec"  # in messages
+
+Resolved = ResolvedSteering | Unplaced
+
+_Left = Callable[[PromptTokens | None], float | None]
 
 # Labels of the refusal counter: a fixed set, since field paths hold what callers wrote.
 _MODELS: tuple[type[Model], ...] = (Steering, *KINDS, Gate, AllOf, AnyOf, Where, TextPlace, RolePlace, Section)
@@ -79,8 +88,11 @@ class FrontEnd:
         probes: ProbeRegistry | None = None,
         monitor: Monitor | None = None,
         norms: StreamNorms | None = None,
+        drafts: int = 0,
     ) -> None:
+        """`drafts` are the tokens that the engine may guess ahead in one step."""
         self.model = model
+        self._drafts = drafts
         self.norms = norms
         self.monitor = monitor
         self.registry = registry
@@ -90,15 +102,15 @@ class FrontEnd:
         self._held = {vector.digest for vector in self.registry.start.values()}  # what workers have from start
         self._held |= {probe.vector.digest for probe in self.probes.start.values()}
         self._held |= set() if monitor is None else {monitor.gate.probe.digest}
-        self._default_admission: tuple[Catalogue, Carried, ResolvedSteering] | None = None
+        self._default_admission: tuple[Catalogue, Carried | Pending, Resolved] | None = None
         # Admissions of specs that consist of names, and what the names stood for.
-        self._recent: tuple[Catalogue | None, Recent[Carried]] = (None, Recent())
+        self._recent: tuple[Catalogue | None, Recent[Carried | Pending]] = (None, Recent())
         self._last_names = Catalogue({}, {})
         if self.default is not None:
             check_fixed(self.default.spec, self.registry, self.probes)
             self.admit(None, count=False)
 
-    def admit(self, given: Any, *, count: bool = True) -> Carried | None:
+    def admit(self, given: Any, *, count: bool = True) -> Carried | Pending | None:
         """Admit `given`: a `Steering`, a mapping or a JSON string, or None where the request says nothing.
 
         None if there is nothing to add, not even a default. Raises `SteeringError` whose field starts at the request's
@@ -109,19 +121,26 @@ class FrontEnd:
         try:
             admitted = self._admit_default()[0] if given is None else self._admit(given)
         except SteeringError as error:
-            where = f"{FIELD}.{error.field}" if error.field else FIELD
-            self.refuse(error.field, count=count)
-            raise SteeringError(where, error.message) from error
-        if count and self._observer is not None:
-            self._observer.steered()
+            raise self._refusal(error, count=count) from error
+        if count and not isinstance(admitted, Pending):
+            self.steered()
         return admitted
+
+    def steered(self) -> None:
+        """Count a request whose steering is no more refused."""
+        if self._observer is not None:
+            self._observer.steered()
+
+    def _refusal(self, error: SteeringError, *, count: bool = True) -> SteeringError:
+        self.refuse(error.field, count=count)
+        return SteeringError(join(FIELD, error.field), error.message)
 
     def refuse(self, field: str, *, count: bool = True) -> None:
         """Count a refusal under the innermost known part of `field`."""
         if count and self._observer is not None:
             self._observer.refused(refusal_reason(field))
 
-    def _admit_default(self) -> tuple[Carried, ResolvedSteering]:
+    def _admit_default(self) -> tuple[Carried | Pending, Resolved]:
         """The default, and what it asks for without the monitor."""
         names = self._names()
         if self._default_admission is None or self._default_admission[0] is not names:
@@ -130,14 +149,14 @@ class FrontEnd:
                 asked = self._resolve(self.default.spec, names, self.default.count)
                 if not asked.sites:
                     raise SteeringError("interventions", "adds nothing: leave the default out, or correct it")
-                admitted = self._carried(asked, 1.0)
+                admitted = self._admitted(asked, lambda _: 1.0, DEFAULT)
             except SteeringError as error:
                 # The operator's spec, not the caller's: say so, with the path in the operator's own file.
-                raise SteeringError("", f"the server's default spec: {error}") from error
+                raise SteeringError("", f"{DEFAULT}: {error}") from error
             self._default_admission = (names, admitted, asked)
         return self._default_admission[1:]
 
-    def _admit(self, given: Any) -> Carried:
+    def _admit(self, given: Any) -> Carried | Pending:
         names = self._names()
         under, recent = self._recent  # read once: admissions run in several threads
         if under is not names:
@@ -146,21 +165,57 @@ class FrontEnd:
         key = given if type(given) is Steering and _names_alone(given) else key_of(given)
         if (known := recent.get(key)) is not None:
             return known
-        admitted = self._admit_anew(Steering.parse(given), names)
-        if not any("data" in vector for vector in admitted["vectors"]):  # content is too much to keep
+        steering = Steering.parse(given)
+        admitted = self._admit_anew(steering, names)
+        if isinstance(admitted, Pending):
+            if _names_alone(steering):
+                alone = (ResolvedSteering((program,) * len(Phase)) for program in admitted.unplaced.alone)
+                recent.put(key, admitted, sum(map(held_bytes, alone)))
+        elif not any("data" in vector for vector in admitted["vectors"]):  # content is too much to keep
             recent.put(key, admitted, held_bytes(admitted.steering))
         return admitted
 
-    def _admit_anew(self, steering: Steering, names: Catalogue) -> Carried:
+    def _admit_anew(self, steering: Steering, names: Catalogue) -> Carried | Pending:
+        own = self._resolve(steering, names)
         if self.default is None:
-            return self._carried(self._resolve(steering, names))
-        _, default = self._admit_default()
-        left = self.default.left_by(steering, lambda part: self._monitored(self._resolve(part, names)), default)
+            return self._admitted(own, lambda _: None)
+        server_default, (_, default) = self.default, self._admit_default()
+
+        def left(prompt: PromptTokens | None) -> float:
+            def resolved(part: Steering) -> ResolvedSteering:
+                asked = own if part is steering else self._resolve(part, names)
+                return self._monitored(_placed(asked, prompt))
+
+            return server_default.left_by(steering, resolved, _placed(default, prompt))
+
+        unplaced = isinstance(own, Unplaced) or isinstance(default, Unplaced)
+        known = None if unplaced else left(None)
+        together = f"together with {DEFAULT}"
         try:
-            together = self._resolve(merge(self.default.spec, steering), names, self.default.count)
-            return self._carried(together, left)
+            asked = self._resolve(merge(self.default.spec, steering), names, self.default.count)
+            return self._admitted(asked, left if known is None else lambda _: known, together)
         except SteeringError as error:
-            raise SteeringError("", f"together with the server's default spec: {error}") from error
+            raise SteeringError("", f"{together}: {error}") from error
+
+    def _admitted(self, asked: Resolved, left: _Left, whose: str = "") -> Carried | Pending:
+        """`asked` in the form that travels, or what makes that of a prompt. `left` says what of the default is left,
+        `whose` spec is at fault where not all of it is the request's."""
+        if isinstance(asked, ResolvedSteering):
+            return self._carried(asked, left(None))
+
+        def place(prompt: PromptTokens) -> Carried:
+            try:
+                default_left = left(prompt)  # first: it tells the request's faults in its own terms
+                try:
+                    return self._carried(asked.placed(prompt), default_left)
+                except SteeringError as error:
+                    if not whose:
+                        raise
+                    raise SteeringError("", f"{whose}: {error}") from error
+            except SteeringError as error:
+                raise self._refusal(error) from error
+
+        return Pending(asked, place)
 
     def _names(self) -> Catalogue:
         """What names stand for now: the same object as long as nothing changes."""
@@ -170,11 +225,22 @@ class FrontEnd:
         self._last_names = names
         return names
 
-    def _resolve(self, steering: Steering, names: Catalogue, defaults: int = 0) -> ResolvedSteering:
+    def _resolve(self, steering: Steering, names: Catalogue, defaults: int = 0) -> Resolved:
         check_known(steering, self.registry, self.probes)
         norms = None if self.norms is None else self.norms.by_site
-        found = steering.resolve(names.vectors, self.model, names.probes, defaults=defaults, norms=norms)
-        return served_without_places(found)
+        return steering.resolve(names.vectors, self.model, names.probes, defaults=defaults, norms=norms)
+
+    def _check_drafts(self, steering: ResolvedSteering) -> None:
+        if steering.spans is None or not steering.spans.decided_by_tokens:
+            return
+        from trimtab.ops.span_buffers import MOST_DRAFTS  # only here: it brings torch along
+
+        if self._drafts > MOST_DRAFTS:
+            raise SteeringError(
+                "interventions",
+                f"are decided by the answer's tokens, of which this engine guesses {self._drafts} at a time; at most "
+                f"{MOST_DRAFTS} are followed: say `where` by positions, or start it with fewer num_speculative_tokens",
+            )
 
     def _monitored(self, asked: ResolvedSteering) -> ResolvedSteering:
         return asked if self.monitor is None else behind(asked, self.monitor.gate)
@@ -182,7 +248,15 @@ class FrontEnd:
     def _carried(self, asked: ResolvedSteering, default_left: float | None = None) -> Carried:
         steering = self._monitored(asked)
         check_room(steering, self.model.room, "")
+        self._check_drafts(steering)
         return Carried(encode(steering, self._held, views=True), steering, default_left)
+
+
+def _placed(asked: Resolved, prompt: PromptTokens | None) -> ResolvedSteering:
+    if isinstance(asked, ResolvedSteering):
+        return asked
+    assert prompt is not None, "what says where it acts waits for a prompt"
+    return asked.placed(prompt)
 
 
 def _parse_default(given: Any) -> ServerDefault:

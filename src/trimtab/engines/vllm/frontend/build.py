@@ -28,6 +28,7 @@ def build_front_end(vllm_config: Any) -> FrontEnd | None:
     model, gate = model_sites(vllm_config, settings), settings.start_monitor
     monitor = Monitor(gate, settings.monitor.describe(gate)) if settings.monitor and gate else None
     served = short_name(str(getattr(vllm_config.model_config, "model", "")))
-    front_end = FrontEnd(model, registry, settings.default, counters, probes, monitor, settings.start_norms)
+    drafts = int(getattr(getattr(vllm_config, "speculative_config", None), "num_speculative_tokens", None) or 0)
+    front_end = FrontEnd(model, registry, settings.default, counters, probes, monitor, settings.start_norms, drafts)
     log_start(front_end, settings, served)
     return front_end

@@ -5,7 +5,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,6 +14,8 @@ from trimtab.engines.vllm.carried import MARK, TICKET, Carried
 from trimtab.engines.vllm.frontend.accounts import Account, Ticket, ticket_in
 from trimtab.engines.vllm.frontend.admission import FIELD, FrontEnd
 from trimtab.engines.vllm.frontend.body import DATA, Body, names_steering
+from trimtab.engines.vllm.frontend.pending import Pending
+from trimtab.engines.vllm.frontend.prompts import is_rendered, prompt_tokens
 from trimtab.errors import SteeringError
 from trimtab.spec.faults import join
 
@@ -131,13 +133,14 @@ def refusal_elsewhere(where: str, place: str) -> SteeringError:
 def admit_http(params: Any, given: Any) -> Any:
     """Sampling parameters with admitted steering in `extra_args`. Raises what vLLM answers with HTTP 400.
 
-    An exchange has one body and one receipt, so it is admitted once, and each of its prompts carries the same.
+    An exchange has one body and one receipt, so it is admitted once, and each of its prompts carries the same, or is
+    placed by itself later on.
     """
     current = exchange.get()
-    if isinstance(given, Carried):
+    if isinstance(given, (Carried, Pending)):
         return params
     if current is not None and current.account is not None:  # names may stand for something else by now
-        carry(params, {FIELD: current.account.carried, TICKET: Ticket(current.account)})
+        carry(params, {FIELD: current.account.admitted, TICKET: Ticket(current.account)})
         return params
     if current is not None and current.path.endswith("/render"):
         # The answer is another server's input, as JSON: check it, and pass on what the caller wrote.
@@ -165,7 +168,7 @@ def admit_params(
     given = (params.extra_args or {}).get(FIELD)
     if front_end is not None and params.extra_args:
         _refuse_misplaced(front_end, params.extra_args)
-    if isinstance(given, Carried):  # admitted before, by a door of the HTTP server
+    if isinstance(given, (Carried, Pending)):  # admitted before, by a door of the HTTP server
         return _without_steering(params), {FIELD: given, TICKET: ticket_in(params.extra_args)}
     if resumable and (given is not None or (front_end is not None and front_end.default is not None)):
         if front_end is not None:
@@ -175,6 +178,44 @@ def admit_params(
     if admitted is None:
         return params, None
     return _without_steering(params), _carried(admitted)
+
+
+def placed_params(processor: Any, prompt: Any, params: Any) -> Any:
+    """Sampling parameters whose steering is placed on `prompt`, if vLLM has rendered it.
+
+    The caller's own object is left as it is. Raises what vLLM answers with HTTP 400.
+    """
+    steering = (getattr(params, "extra_args", None) or {}).get(FIELD)
+    if not (isinstance(steering, Pending) and is_rendered(prompt)):
+        return params
+    placed = copy.copy(params)
+    ids, embeddings = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
+    carry(placed, place(processor, prompt, ids, embeddings, {FIELD: steering, TICKET: ticket_in(params.extra_args)}))
+    return placed
+
+
+def place(
+    processor: Any, prompt: Any, ids: Sequence[int] | None, embeddings: Any, steering: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """What sampling parameters are to carry, placed on the prompt of their request, with these ids or embeddings.
+
+    Raises what vLLM answers with HTTP 400.
+    """
+    if steering is None or not isinstance(pending := steering[FIELD], Pending):
+        return steering
+    ticket = steering[TICKET]
+    carried = None if ticket is None else ticket.account.placed_on(prompt)
+    if carried is None:
+        try:
+            carried = pending.place(prompt_tokens(processor, prompt, ids, embeddings))
+        except SteeringError as error:
+            refuse(error)
+        front_end: FrontEnd | None = getattr(processor, "_trimtab_front_end", None)
+        if front_end is not None and (ticket is None or not ticket.account.placed):
+            front_end.steered()
+        if ticket is not None:
+            ticket.account.place(carried, prompt)
+    return {FIELD: carried, TICKET: ticket}
 
 
 def carry(params: Any, steering: dict[str, Any] | None) -> None:
@@ -189,11 +230,11 @@ def mark(front_end: FrontEnd | None, params: Any) -> None:
         params.extra_args = {**(params.extra_args or {}), MARK: True}
 
 
-def _carried(admitted: Carried) -> dict[str, Any]:
+def _carried(admitted: Carried | Pending) -> dict[str, Any]:
     """The admitted steering of a request, and the ticket to its account: the exchange's, or one of its own."""
     current = exchange.get()
     account = None if current is None else current.account
-    if account is None or account.carried is not admitted:
+    if account is None or account.admitted is not admitted:
         account = Account(admitted)
         if current is not None:
             current.account = account
@@ -211,7 +252,7 @@ def refuse_beam_search(given: Any) -> None:
     refuse(SteeringError("use_beam_search", f"beam search {reason}; leave one of the two out"))
 
 
-def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Carried | None:
+def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Carried | Pending | None:
     if front_end is None:
         if given is None:
             return None

@@ -81,7 +81,11 @@ class _Answer:
 
     async def send(self, message: Any) -> None:
         account = self._current.account
-        if account is None or message["type"] not in ("http.response.start", "http.response.body"):
+        if (
+            account is None
+            or not account.placed
+            or message["type"] not in ("http.response.start", "http.response.body")
+        ):
             await self._send(message)
         elif message["type"] == "http.response.start":
             await self._begin(message, account)

@@ -11,6 +11,7 @@ from typing import Any
 from trimtab.engines.vllm.frontend import requests
 from trimtab.engines.vllm.frontend.accounts import ticket_in
 from trimtab.engines.vllm.frontend.admission import FIELD
+from trimtab.engines.vllm.frontend.prompts import with_chats
 from trimtab.engines.vllm.patches.patching import Patch, patch, require_known
 from trimtab.engines.vllm.settings.flags import is_configured
 from trimtab.errors import SteeringError
@@ -52,11 +53,60 @@ def _admit_each_request(original: Callable[..., Any]) -> Callable[..., Any]:
         front_end = getattr(self, "_trimtab_front_end", None)
         params, steering = requests.admit_params(front_end, params, resumable=resumable)
         request = original(self, request_id, prompt, params, *args, **kwargs)
+        steering = requests.place(self, prompt, request.prompt_token_ids, request.prompt_embeds, steering)
         requests.carry(request.sampling_params, steering)
         requests.mark(front_end, request.sampling_params)
         return request
 
     return process_inputs
+
+
+@patch("vllm.v1.engine.async_llm", "AsyncLLM.generate", "self", "prompt", "sampling_params", "request_id", table=TABLE)
+def _place_before_the_stream(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Why: what says where it acts is refused where a prompt has no such place. A server's handler calls this with the
+    rendered prompt before it answers, and a generator does nothing before it is iterated, which is too late for an HTTP
+    400. Until: vLLM processes a request's inputs before it answers a streaming request.
+    """
+
+    @functools.wraps(original)
+    def generate(self: Any, prompt: Any, sampling_params: Any, request_id: Any, *args: Any, **kwargs: Any) -> Any:
+        params = requests.placed_params(self.input_processor, prompt, sampling_params)
+        return original(self, prompt, params, request_id, *args, **kwargs)
+
+    return generate
+
+
+_RENDERED = ("self", "conversations", "chat_params")
+
+
+@patch("vllm.renderers.base", "BaseRenderer.render_chat", *_RENDERED, table=TABLE)
+def _keep_the_messages(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Why: a role's messages are found in the rendered prompt by what they say, and behind the renderer a prompt is
+    token ids. Until: rendered prompts say which tokens are of which message.
+    """
+
+    @functools.wraps(original)
+    def render_chat(self: Any, conversations: Any, chat_params: Any, *args: Any, **kwargs: Any) -> Any:
+        rendered = original(self, conversations, chat_params, *args, **kwargs)
+        if requests.current_front_end() is not None:
+            with_chats(self, chat_params, *reversed(rendered))
+        return rendered
+
+    return render_chat
+
+
+@patch("vllm.renderers.base", "BaseRenderer.render_chat_async", *_RENDERED, table=TABLE)
+def _keep_the_messages_of_servers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Why: as above; servers render with this one. Until: rendered prompts say which tokens are of which message."""
+
+    @functools.wraps(original)
+    async def render_chat_async(self: Any, conversations: Any, chat_params: Any, *args: Any, **kwargs: Any) -> Any:
+        rendered = await original(self, conversations, chat_params, *args, **kwargs)
+        if requests.current_front_end() is not None:
+            with_chats(self, chat_params, *reversed(rendered))
+        return rendered
+
+    return render_chat_async
 
 
 @patch("vllm.v1.engine.output_processor", "OutputProcessor.add_request", "self", "request", "prompt", table=TABLE)
@@ -72,6 +122,7 @@ def _begin_an_account(original: Callable[..., Any]) -> Callable[..., Any]:
         if ticket is not None:
             ticket.account.begun()
             self.request_states[request.request_id]._trimtab_account = ticket.account
+            self.request_states[request.request_id]._trimtab_carried = request.sampling_params.extra_args[FIELD]
         return result
 
     return add_request
@@ -92,7 +143,8 @@ def _end_an_account(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         account = getattr(self, "_trimtab_account", None)
         if account is not None and finish_reason is not None:
-            account.finished(self.prompt_len, self.detokenizer.num_output_tokens())
+            answer = self.detokenizer.output_token_ids
+            account.finished(self._trimtab_carried, self.prompt_len, answer, self.prompt_token_ids)
         output = original(self, new_token_ids, pooling_output, finish_reason, *args, **kwargs)
         if account is not None and output is not None:
             setattr(output, FIELD, account.receipt)

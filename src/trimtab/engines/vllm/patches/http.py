@@ -5,6 +5,7 @@ here. How a patch is put in, and what happens where it does not fit, is in `patc
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,8 @@ PROTOCOLS = {  # module, class: the request models that vLLM turns into sampling
     "vllm.entrypoints.speech_to_text.transcription.protocol": "TranscriptionRequest",
     "vllm.entrypoints.speech_to_text.translation.protocol": "TranslationRequest",
 }
+
+RESPONSES = "vllm.entrypoints.openai.responses.serving"
 
 TOKENS = "vllm.entrypoints.scale_out.token_in_token_out.serving"
 
@@ -113,6 +116,27 @@ def _admit_tokens(original: Any) -> Any:
         return await original(self, request, raw_request)
 
     return serve_tokens
+
+
+@patch(
+    RESPONSES, "OpenAIServingResponses._generate_with_builtin_tools",
+    "self", "request_id", "engine_input", "sampling_params", "context", table=TABLE,
+)  # fmt: skip
+def _place_responses(original: Any) -> Any:
+    """Why: here the engine's client is called within a generator, which is iterated when the answer has begun; a prompt
+    that has no place for what it is steered with is to be refused before. A later prompt of the same answer, behind a
+    tool's call, is placed when it is known. Until: vLLM processes a request's inputs before it answers a streaming
+    request.
+    """
+
+    @functools.wraps(original)
+    def _generate_with_builtin_tools(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        requests.placed_params(self.engine_client.input_processor, given["engine_input"], given["sampling_params"])
+        return original(self, *args, **kwargs)
+
+    signature = inspect.signature(original)
+    return _generate_with_builtin_tools
 
 
 @patch(MESSAGES, "AnthropicServingMessages.create_messages", *_REQUEST, table=TABLE, need=Need.BY_VERSION)

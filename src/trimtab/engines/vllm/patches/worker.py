@@ -162,7 +162,7 @@ def _plan_the_step(original: Make, steering: Any) -> Make:
 
     def _prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(scheduler_output, num_scheduled_tokens, *args, **kwargs)
-        steering.drive.plan(num_scheduled_tokens)
+        steering.drive.plan(scheduler_output, num_scheduled_tokens)
         return result
 
     return _prepare_inputs

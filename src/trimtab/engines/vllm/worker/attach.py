@@ -56,6 +56,7 @@ def attach(model: nn.Module, vllm_config: Any, settings: SteeringSettings, devic
         row_monitor=wanted.gates.read_sites if settings.row_monitor else False,
         slots=slot_form(wanted.slots),
         slot_sites=wanted.slots.sites,
+        span_requests=int(vllm_config.scheduler_config.max_num_seqs),
     )
     terms = ROWS_ONLY._replace(row_monitor=settings.row_monitor)  # at sites without its tensors it is in no graph
     mode = Emission(traced=settings.backend != "triton", terms=terms, eager=_runs_eagerly(vllm_config))

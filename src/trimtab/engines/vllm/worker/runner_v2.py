@@ -1,16 +1,17 @@
 """Drive the steering runtime from vLLM's V2 model runner (`vllm.v1.worker.gpu.model_runner`).
 
 Requests come and go through `add_requests` and `_remove_request`, preempted ones too. `prepare_inputs` runs once per
-real step; its arguments change from version to version, so only the `InputBatch` that it returns is used. Dummy,
-profile and capture runs build their batches elsewhere.
+real step; its arguments change from version to version, so only the `InputBatch` that it returns is used, whose token
+ids and positions, on the device, are those of the pass. Dummy, profile and capture runs build their batches elsewhere.
 """
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from trimtab.engines.vllm.carried import Decoded, owner_of, steering_of
 from trimtab.engines.vllm.settings.config import SteeringSettings
-from trimtab.engines.vllm.worker.membership import Membership
+from trimtab.engines.vllm.worker.membership import History, Membership
 from trimtab.errors import SteeringError
 from trimtab.runtime import SteeringRuntime
 
@@ -20,6 +21,8 @@ _BATCH_FIELDS = {
     "num_computed_tokens_np",
     "num_scheduled_tokens",
     "num_tokens_after_padding",
+    "input_ids",
+    "positions",
 }
 
 
@@ -45,7 +48,9 @@ class DriveV2:
         for new in scheduler_output.scheduled_new_reqs:
             steering = steering_of(new.sampling_params, self._settings, self._recent)
             owner = owner_of(new.sampling_params, new.req_id)
-            self._members.join(new.req_id, steering, scheduler_output.num_scheduled_tokens, owner)
+            # Of one that comes back from preemption the answer so far counts among the tokens that are prefilled.
+            history = partial(History, new.prefill_token_ids, new.num_computed_tokens)
+            self._members.join(new.req_id, steering, scheduler_output.num_scheduled_tokens, owner, history)
 
     def plan(self, batch: Any) -> None:
         """`batch` is that of the next pass."""
@@ -57,6 +62,8 @@ class DriveV2:
             # A prompt's own length. A request that comes back from preemption prefills its answer so far as well.
             self._runner.req_states.prompt_len.np[batch.idx_mapping_np],
             padded_tokens=batch.num_tokens_after_padding,
+            positions=batch.positions,
+            token_ids=batch.input_ids,
         )
 
 
