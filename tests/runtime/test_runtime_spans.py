@@ -339,3 +339,19 @@ def test_a_probe_of_a_row_stands_before_every_program_of_decode_tokens() -> None
         assert len(set(rows(buffers, 8))) == 2
         thresholds = buffers.row_params[0, buffers.index[:8], 0]
         assert bool((thresholds == 0.25).all()) == bool(probes)
+
+
+def test_sites_rest_at_which_no_program_of_the_batch_acts() -> None:
+    """Which of its programs a token receives is not known to the host, so a site that any needs is awake."""
+    buffers = SteeringBuffers(SITES, hidden_size=8, max_rows=20, max_tokens=16, dtype=torch.float32, span_requests=2)
+    runtime = SteeringRuntime(buffers, max_requests=2)
+    cases = (CASES[0], *(PhaseProgram.of([Term(vector(each, (SITES[each],)), 1.0)]) for each in (0, 2)))
+    runtime.admit("a", ResolvedSteering(cases, spans=SPANS))
+    runtime.admit("plain", PLAIN)
+    for batch, resting in ((["a"], [False, True, False]), (["plain"], [False] * 3), (["b"], [True] * 3)):
+        for position in (4, 5, 9):
+            step(runtime, batch, position)
+            assert [state.resting for state in buffers.states] == resting
+    runtime.release("a")
+    step(runtime, ["a"], 4)
+    assert all(state.resting for state in buffers.states)

@@ -145,6 +145,7 @@ class RouteOpArgs(NamedTuple):
     choices: Tensor
     tokens: Tensor
     gates: Tensor
+    schedules: Tensor
     atoms: Tensor
     runs: Tensor
     rings: Tensor  # written

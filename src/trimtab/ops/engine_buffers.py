@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.ops.args import SlotForm
-from trimtab.ops.gate_buffers import GateBuffers, gate_record
+from trimtab.ops.gate_buffers import GateBuffers
 from trimtab.ops.host import SiteState, set_site_state
 from trimtab.ops.site_buffers import (
     MONITOR_OFF,
@@ -117,8 +117,7 @@ class SteeringBuffers:
 
         self.spans: SpanBuffers | None = None
         if span_requests:
-            gate_bytes = gate_record(gates).itemsize if gates else 0
-            self.spans = SpanBuffers(span_requests, max_tokens=max_tokens, gate_bytes=gate_bytes, device=device)
+            self.spans = SpanBuffers(span_requests, max_tokens=max_tokens, gates=gates, device=device)
 
     def attach(self, module: nn.Module, site: Site) -> None:
         """Register this site's tensors on `module` as non-persistent buffers. Raises KeyError for an unknown site."""

@@ -6,6 +6,10 @@
 
 The token's record and its gates' become those of that program. `trimtab.program.spans` says what runs and atoms are.
 
+A program may have schedules: of its row, whose factor is multiplied by that of the token's place in the answer, and of
+a gate. Such a gate is a clock: it reads nothing, its score is 0, and the threshold that is written for it makes it open
+as far as the schedule says.
+
 An atom between sequences is open behind a token or it is not. What it was behind the tokens of earlier steps is found
 in a ring by position, so a step may begin anywhere in what was computed before: drafts that were rejected, and tokens
 that are computed again, need nothing.
@@ -21,7 +25,19 @@ from torch import Tensor
 from trimtab.ops import variants
 from trimtab.ops.args import RouteOpArgs
 from trimtab.ops.library import has_triton
-from trimtab.ops.span_buffers import ATOM_HEAD, BETWEEN, ID_RANGES, LENGTH, RING, RUN_KIND, SEQUENCES, SpanBuffers
+from trimtab.ops.span_buffers import (
+    ATOM_HEAD,
+    BETWEEN,
+    ID_RANGES,
+    LENGTH,
+    RING,
+    ROW_GATE,
+    RUN_KIND,
+    SEQUENCES,
+    SHUT,
+    SpanBuffers,
+    gate_threshold,
+)
 
 SLOT_WORD = 1  # of a token's record: the line of its request's spans, 0 for none
 STEERED_WORDS = (0, 2, 4, 6)  # row, its gate, token scale, decode mask
@@ -31,9 +47,9 @@ def route_args(
     buffers: SpanBuffers, token_words: Tensor, gate_words: Tensor, positions: Tensor, token_ids: Tensor | None
 ) -> RouteOpArgs:
     """The arguments of `route` for a pass over tokens with these positions and ids."""
-    spans = (buffers.head, buffers.choices, buffers.tokens, buffers.gates, buffers.atoms, buffers.runs)
     ids = positions[:0] if token_ids is None else token_ids
-    return RouteOpArgs(token_words, gate_words, positions, ids, *spans, buffers.rings, buffers.decided)
+    parts = {name: getattr(buffers, name) for name in RouteOpArgs._fields[4:]}
+    return RouteOpArgs(token_words, gate_words, positions, ids, **parts)
 
 
 def route(args: RouteOpArgs, count: int) -> None:
@@ -82,6 +98,24 @@ def route_reference(args: RouteOpArgs, count: int) -> None:
         words[:, word] = routed[:, word]
     gates = args.gate_words[:count]
     gates.copy_(torch.where(mine[:, None], args.gates[slots, programs], gates))
+    scheduled = (mine & (args.head[slots, 4] > 0)).nonzero()[:, 0]
+    if len(scheduled):
+        places = positions - args.head[slots, 0]
+        _follow(args, scheduled, places[scheduled], args.schedules[slots[scheduled], programs[scheduled]])
+
+
+def _follow(args: RouteOpArgs, tokens: Tensor, places: Tensor, schedules: Tensor) -> None:
+    """Let the records of `tokens` [M] follow `schedules` [M, 1 + G, 4], at these places in their answers."""
+    rate, offset, length, is_there = schedules.unbind(-1)
+    place = places.float()[:, None]
+    ramp = ((place + offset) / torch.where(is_there != 0, length, 1.0)).clamp(0.0, 1.0)
+    factors = torch.where(is_there != 0, torch.exp2(rate * place) * ramp, 1.0)
+    args.token_words.view(torch.float32)[tokens, ROW_GATE] *= factors[:, 0]
+    thresholds = ((1.0 - factors) / factors).log().clamp(-SHUT, SHUT)
+    gates = args.gate_words.view(torch.float32)
+    for gate in range(schedules.shape[1] - 1):
+        at = gate_threshold(schedules.shape[1] - 1, gate)
+        gates[tokens, at] = torch.where(is_there[:, 1 + gate] != 0, thresholds[:, 1 + gate], gates[tokens, at])
 
 
 def _kinds(args: RouteOpArgs, slots: Tensor, positions: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.ops.args import GATE_PARAMS
+from trimtab.ops.gate_buffers import gate_record
 from trimtab.ops.site_buffers import TOKEN_BYTES, aligned_record
 
 RING = 64
@@ -36,20 +38,37 @@ word 8 on the length of each sequence."""
 ATOM_WORDS = ATOM_HEAD + max(2 * ID_RANGES, SEQUENCES * LENGTH)
 """The body of an atom are its ranges of ids, half-open, or its sequences, `LENGTH` words each, the last token first."""
 
-HEAD = ("prompt", "runs", "atoms", "stride")
-"""Prompt tokens; runs; atoms; the largest power of two below the number of runs, 0 for one run."""
+HEAD = ("prompt", "runs", "atoms", "stride", "scheduled")
+"""Prompt tokens; runs; atoms; the largest power of two below the number of runs, 0 for one run; whether any program has
+a schedule."""
+
+SCHEDULE = ("rate", "offset", "length", "is_there")
+"""A factor by the place i of a token in the answer: 2^(rate * i) * clip((i + offset) / length, 0, 1)."""
+
+ROW_GATE = 4  # where the factor of its row stands in a token's record, in words of 4 bytes
+SHUT = 1.0e30  # a threshold at which a clock lets nothing through; less this, all
+
+
+def gate_threshold(gates: int, gate: int) -> int:
+    """Where the threshold of a gate stands in a token's record of so many gates, in words of 4 bytes."""
+    fields = gate_record(gates).fields
+    assert fields is not None
+    return int(fields["params"][1]) // 4 + GATE_PARAMS * gate + 1
 
 
 @cache
-def span_record(gate_bytes: int) -> np.dtype[np.void]:
+def span_record(gates: int) -> np.dtype[np.void]:
     """A request's line of `SpanBuffers.slab`: `HEAD`; for each kind of run and number of the atoms the program; for
-    each program what its tokens' records are, and their gate records of `gate_bytes` each; then atoms and runs."""
+    each program what its tokens' records are, their gate records of so many gates, and schedules: of the row, and of
+    each gate; then atoms and runs."""
+    gate_bytes = gate_record(gates).itemsize if gates else 0
     return aligned_record(
         {
             "head": (np.int32, (len(HEAD),)),
             "choices": (np.uint8, (KINDS, NUMBERS)),
             "tokens": (np.int64, (PROGRAMS, TOKEN_BYTES // 8)),
             "gates": (np.int64, (PROGRAMS, gate_bytes // 8)),
+            "schedules": (np.float32, (PROGRAMS, 1 + gates, len(SCHEDULE))),
             "atoms": (np.int32, (ATOMS, ATOM_WORDS)),
             "runs": (np.int32, (RUNS,)),
         }
@@ -61,25 +80,27 @@ class SpanBuffers:
 
     record: np.dtype[np.void]  # of a line
     slab: Tensor  # [1 + R, B] uint8, lines of `span_record`, contiguous
-    head: Tensor  # [1 + R, 4] int32, a view of the slab like those below
+    head: Tensor  # [1 + R, 5] int32, a view of the slab like those below
     choices: Tensor  # [1 + R, KINDS, NUMBERS] uint8
     tokens: Tensor  # [1 + R, PROGRAMS, 8] int64: token records as words
     gates: Tensor  # [1 + R, PROGRAMS, W] int64: gate records as words; W is 0 where the engine has no gates
+    schedules: Tensor  # [1 + R, PROGRAMS, 1 + G, 4] float32
     atoms: Tensor  # [1 + R, ATOMS, ATOM_WORDS] int32
     runs: Tensor  # [1 + R, RUNS] int32: ascending
     rings: Tensor  # [1 + R, 2, RING] int32: of position p at p % RING its id, and the bits of its atoms behind it
     decided: Tensor  # [T] int32: which program each token of a request with spans received in the last pass
 
     def __init__(
-        self, requests: int, *, max_tokens: int, gate_bytes: int = 0, device: torch.device | str | None = None
+        self, requests: int, *, max_tokens: int, gates: int = 0, device: torch.device | str | None = None
     ) -> None:
-        """`gate_bytes` are those of a token's gate record."""
-        self.record = span_record(gate_bytes)
+        """`gates` that a token may have."""
+        self.record = span_record(gates)
         self.slab = torch.zeros(1 + requests, self.record.itemsize, dtype=torch.uint8, device=device)
         self.head = self._part("head", torch.int32)
         self.choices = self._part("choices", torch.uint8)
         self.tokens = self._part("tokens", torch.int64)
         self.gates = self._part("gates", torch.int64)
+        self.schedules = self._part("schedules", torch.float32)
         self.atoms = self._part("atoms", torch.int32)
         self.runs = self._part("runs", torch.int32)
         self.rings = torch.zeros(1 + requests, 2, RING, dtype=torch.int32, device=device)

@@ -23,6 +23,7 @@ from trimtab.runtime.meters import GateMeters
 from trimtab.runtime.monitors import RowMonitors, RowProbes, SiteMonitors, require_row_monitor, row_probes
 from trimtab.runtime.slot_meters import SlotMeters
 from trimtab.runtime.slot_rows import SlotRows
+from trimtab.runtime.span_lines import schedules_of
 from trimtab.runtime.span_tables import SpanTables
 from trimtab.runtime.state_digest import digest_of
 from trimtab.runtime.step_plan import NO_SLOT, RECORD_NAMES, RowUse, StepPlanner, as_ints
@@ -161,7 +162,8 @@ class SteeringRuntime:
             self._slot_meters.open_slots(slot, owner, steering)
         if self._spans is not None and steering.spans is not None:
             gates = None if self._gates is None else self._gates.words_of_programs(slot)
-            self._spans.add(slot, steering.spans, uses, gates, self._rows.sites_of(np.array([use.row for use in uses])))
+            sites = self._rows.sites_of(np.array([use.row for use in uses]))
+            self._spans.add(slot, steering.spans, uses, gates, schedules_of(programs), sites)
             self._spans.seed(slot, tokens or (), upto)
 
     def seed(self, request_id: str, tokens: Sequence[int], upto: int) -> None:

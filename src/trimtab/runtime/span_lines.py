@@ -5,19 +5,38 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.ops.span_buffers import ATOM_HEAD, BETWEEN, HEAD, ID_SET, LENGTH, RING, RUN_KIND, SEQUENCES
+from trimtab.ops.span_buffers import ATOM_HEAD, BETWEEN, ID_SET, LENGTH, RING, RUN_KIND, SEQUENCES
+from trimtab.program.joint_gate import lanes
+from trimtab.program.lowering import Placed
+from trimtab.program.schedules import Schedule
 from trimtab.program.spans import Between, IdSet, Spans
 
 Ids = npt.NDArray[np.int64]
 
 
-def span_line(record: np.dtype[np.void], spans: Spans, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.void]:
+Schedules = Sequence[Sequence[Schedule | None]]
+"""Of each program the schedule of its row, then those of its gates' lanes."""
+
+
+def schedules_of(programs: Sequence[Placed]) -> Schedules:
+    """Those that the sums of `programs` follow."""
+    return [
+        [program.schedule, *(gate.schedule for item in program.gated for gate, _ in lanes(item.gate))]
+        for program in programs
+    ]
+
+
+def span_line(
+    record: np.dtype[np.void], spans: Spans, tokens: npt.NDArray[np.int64], schedules: Schedules = ()
+) -> npt.NDArray[np.void]:
     """The line [1] of `spans`; `tokens` [P, 8] are the token records of its programs. Gate records are left 0."""
     line = np.zeros(1, record)
     runs = [start * RUN_KIND + kind for start, kind in zip(spans.starts, spans.kinds, strict=True)]
     stride = 1 << (len(runs) - 1).bit_length() - 1 if len(runs) > 1 else 0
-    line["head"] = spans.prompt_length, len(runs), len(spans.atoms), stride
-    assert len(HEAD) == line["head"].shape[1]
+    for own, followed in zip(line["schedules"][0], schedules, strict=False):
+        for numbers, schedule in zip(own, followed, strict=False):
+            numbers[:] = (0.0, 0.0, 0.0, 0.0) if schedule is None else (*schedule, 1.0)
+    line["head"] = spans.prompt_length, len(runs), len(spans.atoms), stride, line["schedules"].any()
     for kind, choice in enumerate(spans.choices):
         line["choices"][0, kind, : len(choice)] = choice
         if len(choice) == 1:

@@ -18,7 +18,7 @@ from trimtab.ops.args import RouteOpArgs
 from trimtab.ops.route import route_args, warmup_route_kernel
 from trimtab.ops.span_buffers import SpanBuffers
 from trimtab.program.spans import Spans
-from trimtab.runtime.span_lines import ring_after, span_line
+from trimtab.runtime.span_lines import Schedules, ring_after, span_line
 from trimtab.runtime.step_plan import TOKEN, TOKEN_WORDS, IntArray, RowUse, Words
 from trimtab.runtime.upload import RowUploader
 from trimtab.sites import Phase
@@ -34,6 +34,7 @@ class _Held(NamedTuple):
 
     spans: Spans
     uses: tuple[RowUse, ...]
+    schedules: Schedules
 
 
 class SpanTables:
@@ -58,17 +59,24 @@ class SpanTables:
         self._rings = RowUploader(buffers.rings.view(torch.int64).flatten(1)[None], _words_of, STAGING_BYTES)
 
     def add(
-        self, slot: int, spans: Spans, uses: Sequence[RowUse], gates: Words | None, sites: npt.NDArray[np.bool_]
+        self,
+        slot: int,
+        spans: Spans,
+        uses: Sequence[RowUse],
+        gates: Words | None,
+        schedules: Schedules,
+        sites: npt.NDArray[np.bool_],
     ) -> None:
         """Give `slot`, which has none, the spans of a request whose programs' tokens receive `uses`, with `gates`
-        [P, W], their gate records, if any. They may change at `sites` [S]. `seed` says what it begins behind."""
+        [P, W], their gate records, if any, both by `schedules`. They may change at `sites` [S]. `seed` says what it
+        begins behind."""
         records = np.zeros(len(uses), TOKEN)
         records["index"], records["row_gate"] = zip(*uses, strict=True)
         records["decode_mask"] = [phase is Phase.DECODE for phase in spans.phases]
-        line = span_line(self._buffers.record, spans, records.view(np.int64).reshape(-1, TOKEN_WORDS))
+        line = span_line(self._buffers.record, spans, records.view(np.int64).reshape(-1, TOKEN_WORDS), schedules)
         if gates is not None:
             line["gates"][0, : len(gates)] = gates
-        self._held[slot] = _Held(spans, tuple(uses))
+        self._held[slot] = _Held(spans, tuple(uses), schedules)
         self._has[slot] = True
         self._sites[slot] = sites
         self._by_ids[slot] = spans.decided_by_tokens
@@ -126,7 +134,7 @@ class SpanTables:
     def state(self) -> Iterator[bytes]:
         """The spans of all slots, and what the device has yet to see of them, for digests."""
         for slot, held in self._held.items():
-            yield repr((slot, held.spans, held.uses)).encode()
+            yield repr((slot, held)).encode()
         yield repr(sorted(self._unwritten)).encode()
         for slot, ring in sorted(self._unseeded.items()):
             yield repr(slot).encode() + ring.tobytes()

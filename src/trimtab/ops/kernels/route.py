@@ -5,10 +5,11 @@ where atoms decide, a block at a time and in order, since what an atom has becom
 first token of each block takes the request's tokens in it.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from trimtab.ops.args import RouteOpArgs
+from trimtab.ops.args import GATE_PARAMS, RouteOpArgs
 from trimtab.ops.kernels.launch import on_device
 from trimtab.ops.span_buffers import (
     ATOM_HEAD,
@@ -19,8 +20,11 @@ from trimtab.ops.span_buffers import (
     NUMBERS,
     PROGRAMS,
     RING,
+    ROW_GATE,
     RUN_KIND,
     SEQUENCES,
+    SHUT,
+    gate_threshold,
 )
 from trimtab.ops.variants import note_launch
 
@@ -28,10 +32,15 @@ BLOCK = RING
 """Tokens that a program takes at once. No two of them have one entry of the ring."""
 
 
+REGISTERS = 64
+"""Of a thread. Left to itself the compiler takes 32, and spills."""
+
+
 def launch_route(args: RouteOpArgs, count: int) -> None:
     """Decide about the first `count` tokens."""
     if count == 0:
         return
+    gates = args.schedules.shape[2] - 1
     with on_device(args.token_words):
         route_kernel[(count,)](
             p_token_words=args.token_words,
@@ -42,10 +51,14 @@ def launch_route(args: RouteOpArgs, count: int) -> None:
             p_choices=args.choices,
             p_tokens=args.tokens,
             p_gates=args.gates,
+            p_schedules=args.schedules,
             p_atoms=args.atoms,
             p_runs=args.runs,
             p_rings=args.rings,
             p_decided=args.decided,
+            p_token_floats=args.token_words.view(torch.float32),
+            p_gate_floats=args.gate_words.view(torch.float32),
+            p_row_gates=args.tokens.view(torch.float32),
             count=count,
             bytes_of_line=args.choices.stride(0),
             GATE_WORDS=args.gate_words.shape[1],
@@ -59,8 +72,14 @@ def launch_route(args: RouteOpArgs, count: int) -> None:
             LENGTHS=ATOM_HEAD - SEQUENCES,
             LENGTH=LENGTH,
             BETWEEN=BETWEEN,
+            GATES=gates,
+            ROW_GATE=ROW_GATE,
+            THRESHOLD=gate_threshold(gates, 0) if gates else 0,
+            GATE_PARAMS=GATE_PARAMS,
+            SHUT=SHUT,
             BLOCK=BLOCK,
             num_warps=BLOCK // 32,
+            maxnreg=REGISTERS,
         )
     note_launch(route_kernel)
 
@@ -72,7 +91,7 @@ def _later(one, other):  # type: ignore[no-untyped-def]
 
 @triton.jit(  # type: ignore[untyped-decorator]
     do_not_specialize=["count", "bytes_of_line"],
-    do_not_specialize_on_alignment=["p_gate_words", "p_positions", "p_token_ids", "p_gates"],
+    do_not_specialize_on_alignment=["p_gate_words", "p_gate_floats", "p_positions", "p_token_ids", "p_gates"],
 )
 def route_kernel(  # type: ignore[no-untyped-def]
     p_token_words,
@@ -83,10 +102,14 @@ def route_kernel(  # type: ignore[no-untyped-def]
     p_choices,
     p_tokens,
     p_gates,
+    p_schedules,
     p_atoms,
     p_runs,
     p_rings,
     p_decided,
+    p_token_floats,
+    p_gate_floats,
+    p_row_gates,
     count,
     bytes_of_line,
     GATE_WORDS: tl.constexpr,
@@ -100,6 +123,11 @@ def route_kernel(  # type: ignore[no-untyped-def]
     LENGTHS: tl.constexpr,
     LENGTH: tl.constexpr,
     BETWEEN: tl.constexpr,
+    GATES: tl.constexpr,
+    ROW_GATE: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    GATE_PARAMS: tl.constexpr,
+    SHUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_first = tl.program_id(0)
@@ -112,6 +140,7 @@ def route_kernel(  # type: ignore[no-untyped-def]
         runs = tl.load(p_head + o_line // 4 + 1)
         atoms = tl.load(p_head + o_line // 4 + 2)
         widest = tl.load(p_head + o_line // 4 + 3)
+        scheduled = tl.load(p_head + o_line // 4 + 4)
         if (slot != before) | ((atoms == 0) & (i_first % BLOCK == 0)):
             i_lane = tl.arange(0, BLOCK)
             at_ids = p_rings + slot * (2 * BLOCK)
@@ -197,6 +226,27 @@ def route_kernel(  # type: ignore[no-untyped-def]
                 for word in range(GATE_WORDS):
                     value = tl.load(p_gates + o_line // 8 + program * GATE_WORDS + word, mask=mine, other=0)
                     tl.store(p_gate_words + o_token * GATE_WORDS + word, value, mask=mine)
+                if scheduled != 0:
+                    place = (position - prompt).to(tl.float32)
+                    for part in tl.static_range(1 + GATES):  # the row's, then those of gates
+                        at_schedule = p_schedules + o_line // 4 + (program * (1 + GATES) + part) * 4
+                        follows = mine & (tl.load(at_schedule + 3, mask=mine, other=0.0) != 0.0)
+                        rate = tl.load(at_schedule, mask=follows, other=0.0)
+                        offset = tl.load(at_schedule + 1, mask=follows, other=1.0)
+                        length = tl.load(at_schedule + 2, mask=follows, other=1.0)
+                        ramp = tl.minimum(tl.maximum((place + offset) / length, 0.0), 1.0)
+                        factor = tl.exp2(rate * place) * ramp
+                        if part == 0:
+                            at_gate = p_row_gates + o_line // 4 + program * (2 * TOKEN_WORDS) + ROW_GATE
+                            gate = tl.load(at_gate, mask=follows, other=0.0)
+                            at_token = p_token_floats + o_token * (2 * TOKEN_WORDS) + ROW_GATE
+                            tl.store(at_token, gate * factor, mask=follows)
+                        else:
+                            inner = tl.where((factor > 0.0) & (factor < 1.0), factor, 0.5)
+                            threshold = tl.log((1.0 - inner) / inner)
+                            threshold = tl.where(factor >= 1.0, -SHUT, tl.where(factor > 0.0, threshold, SHUT))
+                            at_threshold = p_gate_floats + o_token * (2 * GATE_WORDS) + THRESHOLD
+                            tl.store(at_threshold + (part - 1) * GATE_PARAMS, threshold, mask=follows)
 
                 i_block += BLOCK
                 more = (atoms > 0) & (tl.sum(mine.to(tl.int32), 0) == BLOCK)
