@@ -8,6 +8,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
+import patched_interpreter  # noqa: F401
 import torch
 from gates_cases import SITES, Oracle, gated_stack
 

@@ -15,6 +15,7 @@ from itertools import product
 from unittest import mock
 
 import numpy as np
+import patched_interpreter  # noqa: F401
 import torch
 from slots_cases import assert_noted, explained, slotted
 

@@ -100,8 +100,9 @@ class Grammar:
             return frozenset(found)
 
         def _advance(partial: set[tuple[int, Features]], part: str) -> Iterator[tuple[int, Features]]:
+            named = part in self._productions
             for end, features in partial:
-                if not _is_name(part):
+                if not named:
                     if end < len(tokens) and tokens[end] == part:
                         yield end + 1, features
                     continue
