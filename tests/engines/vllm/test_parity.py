@@ -69,3 +69,24 @@ def test_preempted_requests_come_back_to_the_same_answer_with_the_prefix_cache_o
     assert outcome["preemptions"] > 0
     assert outcome["preempted"] == []
     assert outcome["after preemption"][0]["rows_in_use"] == 0
+
+
+def test_requests_that_say_where_answer_as_the_embedded_engine_does_chunk_by_chunk(outcome: dict[str, Any]) -> None:
+    assert outcome["where differ"] >= outcome["requests"] // 4
+    assert outcome["where"] == []
+    assert outcome["where again"] == []
+
+
+def test_answers_sent_again_are_placed_as_the_prompt_that_they_are_now(outcome: dict[str, Any]) -> None:
+    assert outcome["where turns"] == []
+
+
+def test_what_tokens_decide_outlasts_preemption_with_the_prefix_cache_on(outcome: dict[str, Any]) -> None:
+    assert outcome["where preemptions"] > 0
+    assert outcome["where preempted"] == []
+
+
+def test_guesses_at_tokens_change_nothing_that_tokens_decide(outcome: dict[str, Any]) -> None:
+    assert 0 < outcome["accepted drafts"] < outcome["drafts"]
+    assert outcome["where guessed"] == []
+    assert outcome["after guesses"][0]["rows_in_use"] == 0

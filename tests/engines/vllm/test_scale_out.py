@@ -21,6 +21,11 @@ def test_ranks_together_answer_as_the_embedded_engine_does(parallel: tuple[str, 
     assert outcome["again"] == []
 
 
+def test_every_rank_knows_the_tokens_that_decide(parallel: tuple[str, dict[str, Any]]) -> None:
+    _, outcome = parallel
+    assert outcome["where"] == []
+
+
 def test_corrections_of_tensor_ranks_count_once_and_those_of_stages_add_up(
     parallel: tuple[str, dict[str, Any]],
 ) -> None:

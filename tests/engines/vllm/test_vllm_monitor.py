@@ -28,6 +28,10 @@ def test_an_answer_sent_again_as_a_prompt_has_its_full_strength(outcome: dict[st
     assert outcome["next turn"] == []
 
 
+def test_requests_that_say_where_stand_behind_it_too(outcome: dict[str, Any]) -> None:
+    assert outcome["where"] == []
+
+
 def test_the_worker_says_that_it_is_on(outcome: dict[str, Any]) -> None:
     (status,) = outcome["status"]
     assert status["runner"] == outcome["case"][:2].lower()

@@ -6,6 +6,7 @@ Arguments: mode ("eager", "compiled"), or "tp" or "pp" for two worker processes;
 import sys
 
 import numpy as np
+import where
 
 from support import (
     HIDDEN,
@@ -87,6 +88,7 @@ def main(mode, requests):
         "next turn": next_turn(llm, model, ours),
         "status": status(llm),
         "roles": roles(llm),
+        **where.alone(llm, model, 7, ours),
     }
     if mode == "eager":
         outcome |= others(folder, model, settings, ours)

@@ -2,6 +2,8 @@
 
 import sys
 
+import where
+
 from support import (
     HOOKS,
     SLOTS,
@@ -38,6 +40,7 @@ def parallel(kind: str, requests: int, mode: str = "eager") -> None:
             "again": differences(generate(llm, prompts, specs), expected),
             "status": status(llm),
             "corrections": corrections(llm, model, random_prompts([9, 5, 14, 6], 9), kinds[-4:], 4),
+            **where.alone(llm, model, 7),
         }
     )
 

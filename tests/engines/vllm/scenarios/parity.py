@@ -2,6 +2,8 @@
 
 import sys
 
+import where
+
 from support import (
     ALL_KINDS,
     SLOTS,
@@ -48,6 +50,7 @@ def main(mode: str, requests: int) -> None:
         llm.reset_prefix_cache()
         outcome["reloaded"] = differences(generate(llm, prompts[:16], specs[:16], counts[:16]), expected[:16])
         outcome |= _preempted(folder, model)
+        outcome |= where.preempted(folder, model, SLOTS) | where.guessed(folder, model, {})
     report(outcome | _slots(folder, model, mode, requests))
 
 
@@ -60,7 +63,7 @@ def _slots(folder, model, mode, requests):
     prompts = random_prompts([5 + (37 * i) % 83 for i in range(requests - 4)] + [150, 190, 97, 130], seed=3)
     expected, plain = oracle(model, prompts, specs), oracle(model, prompts, [None] * requests)
     llm = engine(folder, steering=SLOTS | {"kinds": ALL_KINDS}, mode=mode, max_num_batched_tokens=48, max_num_seqs=8)
-    return {
+    outcome = {
         "slots differ": sum(e != p for e, p in zip(expected, plain, strict=True)),
         "slots": differences(generate(llm, prompts, specs), expected),
         "slots again": differences(generate(llm, prompts, specs), expected),  # prompts now in the prefix cache
@@ -74,6 +77,8 @@ def _slots(folder, model, mode, requests):
             llm, model, random_prompts([5 + (37 * i) % 83 for i in range(15)], 9), kinds[:15], 5
         ),
     }
+    prompts = random_prompts([5 + (29 * i) % 83 for i in range(requests // 2)], seed=4)
+    return outcome | where.placed(llm, model, prompts, where.mixed_specs(model, prompts, kinds))
 
 
 def _refused(llm):
