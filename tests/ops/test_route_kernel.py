@@ -5,6 +5,7 @@ Its numbers are in tests/runtime/test_route.py.
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +13,17 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from ops_triton import recorded, resource_usage
 
+from trimtab.ops import SteeringBuffers, route
 from trimtab.ops.args import RouteOpArgs
 from trimtab.ops.kernels import route as module
 from trimtab.ops.route import route_args
 from trimtab.ops.span_buffers import SpanBuffers
+from trimtab.ops.warmup import late_variants
+from trimtab.program import EMPTY, PhaseProgram, ResolvedSteering, Term
+from trimtab.program.spans import Spans
+from trimtab.runtime import SteeringRuntime
+from trimtab.sites import HookPoint, Phase, Site
+from trimtab.vectors.vector import SteeringVector
 
 KINDS = (torch.int32, torch.int64)
 
@@ -49,6 +57,32 @@ def test_numbers_of_tokens_and_requests_select_no_variant() -> None:
             odd = args._replace(positions=torch.zeros(tokens + 1, dtype=torch.int32)[1:])
             module.launch_route(odd, tokens)
     assert len(kernel.keys) == 1
+
+
+def test_what_a_warm_engine_launches_is_compiled_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(0, HookPoint.POST_BLOCK)
+    vector = SteeringVector({site: np.ones(8, np.float32)})
+    steering = ResolvedSteering(
+        (EMPTY, PhaseProgram.of([Term(vector, 1.0)])),
+        spans=Spans(2, (0, 2), (0, 1), ((0,), (1,)), (Phase.PREFILL, Phase.DECODE)),
+    )
+    monkeypatch.setattr(route, "_launches_kernel", lambda args: True)
+    late = late_variants()
+    for gates in (0, 4):
+        buffers = SteeringBuffers([site], hidden_size=8, max_rows=5, max_tokens=64, dtype=torch.float32, gates=gates,
+                                  max_probes=5, span_requests=2)  # fmt: skip
+        runtime = SteeringRuntime(buffers, max_requests=2)
+        with recorded(module, "route_kernel") as kernel:
+            monkeypatch.setattr(kernel, "__name__", f"route_kernel {gates}")
+            assert runtime.warm_up() == len(kernel.keys) == 2  # with ids, and where nobody asks for them
+            runtime.admit("a", steering)
+            for first, count in ((0, 1), (1, 17), (18, 16), (34, 1)):
+                positions = torch.zeros(64, dtype=torch.int64)[first : first + count]
+                for ids in (None, torch.zeros(64, dtype=torch.int32)[first:]):
+                    runtime.step(["a"], [first], [count], [2], positions=positions, token_ids=ids)
+            assert len(kernel.launches) == 2 + 8
+            assert len(kernel.keys) == 2
+    assert late_variants() == late
 
 
 def test_the_kernel_names_every_tensor_of_its_tuple() -> None:

@@ -57,7 +57,7 @@ def route(args: RouteOpArgs, count: int) -> None:
     ids = len(args.token_ids)
     if not count <= len(args.positions) or (ids and not count <= ids):
         raise ValueError(f"{count} tokens, but {len(args.positions)} positions and {ids} ids")
-    if args.positions.is_cuda and has_triton():
+    if _launches_kernel(args):
         from trimtab.ops.kernels.route import launch_route
 
         launch_route(args, count)
@@ -65,10 +65,14 @@ def route(args: RouteOpArgs, count: int) -> None:
         route_reference(args, count)
 
 
+def _launches_kernel(args: RouteOpArgs) -> bool:
+    return args.positions.is_cuda and has_triton()
+
+
 def warmup_route_kernel(launches: Iterable[RouteOpArgs]) -> int:
     """Launch the kernel with each of these arguments, for one token, which must be nobody's. How many variants that
     compiled; any that appears later is counted by `late_variants`. Without kernels it does nothing."""
-    served = [args for args in launches if args.positions.is_cuda and has_triton()]
+    served = [args for args in launches if _launches_kernel(args)]
     if not served:
         return 0
     from trimtab.ops.kernels.route import route_kernel

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from trimtab.errors import SteeringError
@@ -264,9 +265,9 @@ class SteeringRuntime:
             self._slot_meters.expect_of(self._planner.batch, self._planner.counts)
         self._rest(self._sites_in_use() if len(words) or gated is not None else self._no_site)
 
-    def warm_up(self, positions: Tensor, token_ids: Tensor) -> int:
-        """Compile what `step` launches for requests with spans, given tensors as it will be given. To be called before
-        any request is admitted. Returns how many variants that compiled."""
+    def warm_up(self, positions: torch.dtype = torch.int64, token_ids: torch.dtype = torch.int32) -> int:
+        """Compile what `step` launches for requests with spans, given positions and ids of these types. To be called
+        before any request is admitted. Returns how many variants that compiled."""
         return 0 if self._spans is None else self._spans.warm_up(positions, token_ids)
 
     def before_unplanned_pass(self) -> None:

@@ -126,10 +126,13 @@ class SpanTables:
             raise ValueError("tokens are steered by their ids, and no ids were given")
         return route_args(self._buffers, self._token_words, self._gate_words, positions, token_ids)
 
-    def warm_up(self, positions: Tensor, token_ids: Tensor) -> int:
-        """Launch what decides in passes with such tensors, for one token of nobody. How many variants that compiled."""
-        parts = (self._buffers, self._token_words, self._gate_words, positions)
-        return warmup_route_kernel([route_args(*parts, ids) for ids in (token_ids, None)])
+    def warm_up(self, positions: torch.dtype, token_ids: torch.dtype) -> int:
+        """Launch what decides in passes with such positions and ids, for one token of nobody. How many variants that
+        compiled: where tensors lie selects none."""
+        device = self._token_words.device
+        place, one_id = (torch.zeros(1, dtype=kind, device=device) for kind in (positions, token_ids))
+        parts = (self._buffers, self._token_words, self._gate_words, place)
+        return warmup_route_kernel([route_args(*parts, ids) for ids in (one_id, None)])
 
     def state(self) -> Iterator[bytes]:
         """The spans of all slots, and what the device has yet to see of them, for digests."""

@@ -114,6 +114,8 @@ def before_warm_up(worker: Any) -> None:
     """Before the worker's own warm-up and graph capture, which row 0 leaves unsteered: warm our kernels."""
     steering = _steering(worker)
     warm_up_kernels(worker.vllm_config, steering.attachment)
+    if steering.runtime is not None:
+        steering.runtime.warm_up()  # both runners keep positions as int64 and ids as int32
     require_warm(steering.attachment)
 
 
