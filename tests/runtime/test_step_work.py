@@ -12,11 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trimtab.ops import SteeringBuffers
 from trimtab.program import PhaseProgram, ResolvedSteering, Term
 from trimtab.program.resolved_gate import ResolvedGate
+from trimtab.program.spans import Spans
 from trimtab.runtime import SteeringRuntime, probes_needed, rows_needed
+from trimtab.runtime import runtime as module
 from trimtab.runtime.passes import MOST_PASSES, PassLog
+from trimtab.sites import Phase
 from work import calls
 
 GATES, SUMS = 4, 12
+SPANS = Spans(5, (0, 5), (0, 1), ((0,), (1,)), (Phase.PREFILL, Phase.DECODE))
 PROBES = [vector(100 + seed, SITES[:1]) for seed in range(GATES)]
 
 
@@ -33,7 +37,9 @@ class Operations(TorchDispatchMode):
 class Batch:
     """Requests that decode, each with a vector at its own scale, gates and slots."""
 
-    def __init__(self, requests: int, gates: int = 0, slots: bool = False, max_tokens: int = 8192) -> None:
+    def __init__(
+        self, requests: int, gates: int = 0, slots: bool = False, max_tokens: int = 8192, spans: bool = False
+    ) -> None:
         self.buffers = SteeringBuffers(
             SITES,
             hidden_size=HIDDEN,
@@ -43,6 +49,7 @@ class Batch:
             gates=gates,
             max_probes=probes_needed(requests, gates),
             slots=FORM if slots else None,
+            span_requests=requests,
         )
         self.runtime = SteeringRuntime(self.buffers, max_requests=requests)
         self.names = [f"r{number}" for number in range(requests)]
@@ -50,12 +57,14 @@ class Batch:
             terms = [Term(vector(1), 1.0 + number)]
             terms += [Term(vector(2), 1.0, gate=ResolvedGate.of(probe, 0.0, 1.0)) for probe in PROBES[:gates]]
             both = PhaseProgram.of(terms, [Ask(one, high=float(number)).slot for one in VECTORS[:2]] if slots else [])
-            self.runtime.admit(name, ResolvedSteering((both, both)))
+            self.runtime.admit(name, ResolvedSteering((both, both), spans=SPANS if spans else None))
         self.positions, self.prompts = np.full(requests, 10), np.full(requests, 5)
+        self.on_device = torch.zeros(requests, dtype=torch.int64)
 
     def step(self) -> None:
         self.positions += 1
-        self.runtime.step(self.names, self.positions, np.ones_like(self.positions), self.prompts)
+        self.runtime.step(self.names, self.positions, np.ones_like(self.positions), self.prompts,
+                          positions=self.on_device, token_ids=self.on_device)  # fmt: skip
 
 
 @pytest.mark.parametrize("requests", [1, 32, 256])
@@ -85,6 +94,38 @@ def test_gates_and_slots_add_few_calls_to_a_steady_step_and_as_many_for_256_requ
             made[requests, gates] = calls(batch.step)
     assert made[1, 0] == made[256, 0]
     assert made[1, 4] == made[256, 4] <= made[1, 0] + 40
+
+
+def test_spans_add_a_launch_and_few_calls_to_a_step_and_as_many_for_256_requests_as_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In steady steps, and in those in which two requests have changed places."""
+    launches: list[int] = []
+    monkeypatch.setattr(module, "route", lambda args, count: launches.append(count))
+    made = {}
+    for requests in (2, 256):
+        for spans in (False, True):
+            batch = Batch(requests, 4, slots=True, spans=spans)
+            launches.clear()
+            for steady in (True, False):
+
+                def step(batch: Batch = batch, steady: bool = steady) -> None:
+                    if not steady:
+                        batch.names.reverse()
+                    batch.step()
+
+                for _ in range(3):
+                    step()
+                made[requests, spans, steady] = calls(step)
+                with Operations() as seen:
+                    step()
+                made[requests, spans, steady, "operations"] = seen.count
+            assert launches == [requests] * 10 * spans
+    for steady in (True, False):
+        assert made[2, True, steady] == made[256, True, steady] <= made[256, False, steady] + 40
+        # What was decided is copied for both meters; records of gates that are alike name their slots, so they change.
+        more = made[256, True, steady, "operations"] - made[256, False, steady, "operations"]
+        assert more <= (2 if steady else 3)
 
 
 def test_what_a_pass_in_inference_mode_left_is_read_outside_of_it() -> None:
