@@ -196,7 +196,7 @@ def test_what_an_engine_does_not_serve_is_refused_by_name() -> None:
     with pytest.raises(SteeringError, match=r"interventions\[0\]\.gate: this engine serves no gates"):
         resolved(gate(), model=none)
     three = [gate(threshold=float(n)) for n in range(3)]
-    with pytest.raises(SteeringError, match=r"interventions: has 3 different gates in one phase; .* serves 2"):
+    with pytest.raises(SteeringError, match=r"interventions: has 3 different gates on one token; .* serves 2"):
         resolved(*three)
     few = ModelSites(H, 6, SITES, GateLimits(count=2, probe_sites=frozenset({Site(0, HookPoint.POST_BLOCK)})))
     with pytest.raises(

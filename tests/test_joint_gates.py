@@ -149,7 +149,7 @@ def test_each_member_counts_towards_the_gates_of_a_request() -> None:
     for given in (spec({"all": THREE}, gate()), spec({"all": THREE[:2]}, {"any": THREE[1:]})):
         found = refused(given, three)
         assert found.field == "interventions"
-        assert "has 4 different gates in one phase; this engine serves 3" in found.message
+        assert "has 4 different gates on one token; this engine serves 3" in found.message
         assert "in `all` and `any` each member counts" in found.message
     none = ModelSites(H, 6, SITES)
     assert refused(spec({"all": THREE}), none).field == "interventions[0].gate"

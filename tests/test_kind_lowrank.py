@@ -184,5 +184,5 @@ def test_more_slots_than_can_travel_are_refused_where_they_are_asked_for() -> No
     steps = [{"kind": "lowrank", "read": rows(R, site) * 3, "write": rows(R, site) * 3} for site in sites]
     served = Steering.parse({"interventions": steps[:14]}).resolve({}, model)
     assert len(served.decode.slots) == 126
-    with pytest.raises(SteeringError, match="has 144 slots in one phase, at most 128"):
+    with pytest.raises(SteeringError, match="has 144 slots on one token, at most 128"):
         Steering.parse({"interventions": steps}).resolve({}, model)

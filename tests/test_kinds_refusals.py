@@ -92,7 +92,7 @@ LIMITS: dict[str, tuple[SlotLimits, str, str]] = {
         "acts at post_block:2, where this engine has no slots, which `ablate` needs: they are at post_block:3; narrow "
         "it with `layers`, or start the engine with more --steering-slot-layers",
     ),
-    "fewer slots": (SlotLimits(1, SITES, NAMED), "interventions", "has 2 slots at post_block:2 in one phase"),
+    "fewer slots": (SlotLimits(1, SITES, NAMED), "interventions", "has 2 slots at post_block:2 on one token"),
 }  # fmt: skip
 
 
@@ -214,5 +214,5 @@ def test_too_many_gates_of_slots_are_refused() -> None:
     steps = [{"kind": "ablate", "vector": vector(20 + i), "gate": {"probe": probe, "threshold": i}} for i in range(3)]
     model = replace(MODEL, gates=GateLimits(2, SITES))
     resolve(*steps[:2], model=model)
-    with pytest.raises(SteeringError, match="has 3 different gates in one phase"):
+    with pytest.raises(SteeringError, match="has 3 different gates on one token"):
         resolve(*steps, model=model)

@@ -115,7 +115,7 @@ def test_a_spec_that_uses_up_its_gates_may_stand_behind_a_monitor_too() -> None:
     found = behind(asked(add(), *own), MONITOR)
     assert len(found.decode.gated) == engine.per_token == 3
     found.check_gate_count(engine, "steering")
-    with pytest.raises(SteeringError, match="has 3 different gates in one phase; this engine serves 2"):
+    with pytest.raises(SteeringError, match="has 3 different gates on one token; this engine serves 2"):
         found.check_gate_count(GateLimits(2, SITES), "steering")
 
 

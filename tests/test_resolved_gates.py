@@ -53,7 +53,7 @@ def test_gates_are_counted_in_either_phase() -> None:
     for phases in ((many, few), (few, many)):
         steering = ResolvedSteering(tuple(phases))
         steering.check_gate_count(GateLimits(count=3), "gates")
-        with pytest.raises(SteeringError, match="gates: has 3 different gates in one phase; this engine serves 2"):
+        with pytest.raises(SteeringError, match="gates: has 3 different gates on one token; this engine serves 2"):
             steering.check_gate_count(GateLimits(count=2), "gates")
 
 

@@ -14,7 +14,7 @@ from trimtab.program import ResolvedSteering
 from trimtab.sites import GateLimits, HookPoint, ModelSites, Site, SlotLimits
 from trimtab.spec import Steering
 from trimtab.spec.prompt_tokens import PromptTokens, Tags
-from trimtab.spec.unplaced import Unplaced, served_without_places
+from trimtab.spec.unplaced import Unplaced
 from trimtab.vectors import Probe, SteeringVector
 
 PROMPT = PromptTokens(6, [1, 2, 3, 1, 2, 3], tags=Tags(((7,),), ((8,),)), vocabulary_size=100)
@@ -197,14 +197,14 @@ def test_interventions_that_meet_must_be_servable_together() -> None:
     meeting = {"interventions": [gated(0, {"prompt": [[0, 3]]}), gated(1, {"prompt": [[2, 4]]})]}
     found = Steering.parse(meeting).resolve(VECTORS, sites)
     assert isinstance(found, Unplaced)
-    with pytest.raises(SteeringError, match=r"interventions: has 2 different gates in one phase; this engine serves 1"):
+    with pytest.raises(SteeringError, match=r"interventions: has 2 different gates on one token; this engine serves 1"):
         found.placed(PROMPT)
 
 
 def test_what_no_prompt_can_change_is_refused_without_one() -> None:
     two = {"all": [{"probe": probe(0), "threshold": 0.0}, {"probe": probe(1), "threshold": 0.0}]}
     spec = {"interventions": [{"kind": "add", "vector": "v0", "where": {"answer": "all"}, "gate": two}]}
-    with pytest.raises(SteeringError, match="has 2 different gates in one phase; this engine serves 1"):
+    with pytest.raises(SteeringError, match="has 2 different gates on one token; this engine serves 1"):
         Steering.parse(spec).resolve(VECTORS, ModelSites(8, 1, SITES.sites, gates=GATES))
     clamp = {"kind": "clamp", "vector": "v0", "value": 1.0, "where": {"answer": "all"}}
     with pytest.raises(SteeringError, match=r"interventions\[0\]\.kind: this engine does not serve `clamp`"):
@@ -237,12 +237,6 @@ def test_a_spec_without_where_is_resolved_as_ever() -> None:
     found = Steering.parse({"interventions": [{"kind": "add", "vector": "v0", "where": None}]}).resolve(VECTORS, SITES)
     assert isinstance(found, ResolvedSteering)
     assert found.spans is None
-    assert served_without_places(found) is found
-
-
-def test_engines_that_cannot_place_steering_refuse_it() -> None:
-    with pytest.raises(SteeringError, match=r"interventions\[1\]\.where: this engine does not serve `where` yet"):
-        served_without_places(unplaced([{}, {"where": {"answer": "all"}}]))
 
 
 @pytest.mark.parametrize(
@@ -321,3 +315,14 @@ def test_a_default_of_a_server_leaves_out_what_a_prompt_does_not_have() -> None:
     assert chosen({"prompt": "all", "not": {"prompt": absent}}) == chosen({"prompt": "all"})
     assert chosen({"prompt": absent, "answer": "all"}) == chosen({"answer": "all"})
     assert chosen({"prompt": absent}) == ((), (), False)
+
+
+def test_programs_of_ever_other_prompts_are_not_kept_for_ever() -> None:
+    bits = [[token for token in range(512) if token >> bit & 1] for bit in range(9)]
+    steps = [{"vector": f"v{bit % 8}", "where": {"prompt": "all", "tokens": ids}} for bit, ids in enumerate(bits)]
+    several = unplaced(steps)
+    for first in range(0, 480, 20):
+        ids = [511, *range(first, first + 20)]  # each token receives other interventions
+        placed = several.placed(PromptTokens(len(ids), ids))
+        assert acting(placed, ids) == [{bit for bit in range(9) if token >> bit & 1} for token in ids]
+    assert len(several.made._programs) <= 256

@@ -161,7 +161,7 @@ class ResolvedSteering:
         if most > limits.count:
             raise SteeringError(
                 field,
-                f"has {most} different gates in one phase; this engine serves {limits.count} per request (its setting "
+                f"has {most} different gates on one token; this engine serves {limits.count} per request (its setting "
                 "`gates`). Interventions with equal gates share one; in `all` and `any` each member counts, and so "
                 "does a `schedule` where more than that acts on one token",
             )
@@ -171,10 +171,10 @@ class ResolvedSteering:
         more in all than can travel."""
         for program in self.programs:
             if len(program.slots) > (most := MOST_SLOTS_OF_PHASE):
-                said = f"has {len(program.slots)} slots in one phase, at most {most} are served: leave some out"
+                said = f"has {len(program.slots)} slots on one token, at most {most} are served: leave some out"
                 raise SteeringError(field, said)
             for site, count in counted(program.slots).items():
                 if count > limits.count:
-                    said = f"has {count} slots at {site} in one phase; this engine serves {limits.count} there: "
+                    said = f"has {count} slots at {site} on one token; this engine serves {limits.count} there: "
                     said += f"start it with --steering-slots {count}, or " if count <= limits.most else ""
                     raise SteeringError(field, f"{said}leave interventions out")

@@ -43,7 +43,7 @@ def laid_out(selections: Sequence[Selected], prompt_length: int, defaults: int =
 
     def add(start: int, choice: tuple[int, ...]) -> None:
         kind = kinds.setdefault(choice, len(kinds))
-        if not of_runs or of_runs[-1] != kind or start == prompt_length:
+        if not of_runs or of_runs[-1] != kind:
             starts.append(start)
             of_runs.append(kind)
 

@@ -15,6 +15,8 @@ from trimtab.vectors.vector import SteeringVector
 
 Items = tuple[Term | Slot, ...]
 
+_MOST_KNOWN = 256  # programs of one spec, which may be asked for with ever other prompts
+
 
 @dataclass(frozen=True, eq=False)
 class Made:
@@ -37,6 +39,8 @@ class Made:
                 program = PhaseProgram.of(terms, (item for item in items if isinstance(item, Slot)))
             if self.keep_norm:
                 program = keeping_norm(program, self.keep_norm == "if_grown")
+            if len(self._programs) >= _MOST_KNOWN:
+                self._programs.clear()
             self._programs[together] = program
         return program
 

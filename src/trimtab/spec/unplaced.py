@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from trimtab.errors import SteeringError
 from trimtab.program import Asked, PhaseProgram, ResolvedSteering, Slot, Where
 from trimtab.program.joint_gate import Condition
 from trimtab.program.programs import distinct
@@ -22,6 +21,8 @@ from trimtab.spec.layout import laid_out
 from trimtab.spec.made import Made
 from trimtab.spec.prompt_tokens import PromptTokens
 from trimtab.spec.selected import NOWHERE, Selected, selected
+
+_MOST_CHECKED = 1024  # that are remembered
 
 _OF_PHASE = {
     "all": spoken.Where(),
@@ -112,21 +113,14 @@ class Unplaced:
             alone = ResolvedSteering((program, program))
             alone.check_gate_count(self.model.gates, "interventions")
             alone.check_slot_count(self.model.slots, "interventions")
-            self._checked.add(together)
+            if len(self._checked) < _MOST_CHECKED:
+                self._checked.add(together)
         return program
 
 
 def where_of(step: Step) -> spoken.Where:
     """The `where` of an intervention, or what its `phase` is short for."""
     return _OF_PHASE[step.phase] if step.where is None else step.where
-
-
-def served_without_places(found: ResolvedSteering | Unplaced) -> ResolvedSteering:
-    """For an engine that does not place steering yet: `found`, unless it has a `where`, which is refused."""
-    if isinstance(found, ResolvedSteering):
-        return found
-    first = next(index for index, step in enumerate(found.made.steps) if step.where is not None)
-    raise SteeringError(f"interventions[{first}].where", "this engine does not serve `where` yet: say it by `phase`")
 
 
 def _told(asked: Asked, chosen: Selected) -> Asked:

@@ -307,7 +307,7 @@ def test_probes_are_registered_like_vectors_and_refused_like_them():
         with pytest.raises(SteeringError, match=r"probes\['x'\]: is read at post_block:9: layer 9 does not exist"):
             model.register("x", Probe.at(Site(9, HookPoint.POST_BLOCK), numbers(1)))
         two = [spec["interventions"][0] | {"gate": {"probe": "storm", "threshold": t}} for t in (0.0, 1.0)]
-        with pytest.raises(SteeringError, match="has 2 different gates in one phase; this engine serves 1"):
+        with pytest.raises(SteeringError, match="has 2 different gates on one token; this engine serves 1"):
             model.generate(PROMPTS[:1], {"interventions": two}, max_new_tokens=1)
 
 

@@ -43,7 +43,7 @@ def test_rows_are_given_back(outcome: dict[str, Any]) -> None:
 def test_what_the_engine_does_not_serve_is_refused_by_name(outcome: dict[str, Any]) -> None:
     told = outcome["refusals"]
     assert "interventions[0].gate.probe: no probe can be read at post_block:2 here" in told["probe site"]
-    assert "interventions: has 5 different gates in one phase; this engine serves 4" in told["too many"]
+    assert "interventions: has 5 different gates on one token; this engine serves 4" in told["too many"]
     assert "interventions[0].gate.probe: there is no probe 'joy'; no probe is registered" in told["unknown probe"]
 
 

@@ -17,9 +17,9 @@ from trimtab.engines.transformers.prompts import PromptBatch, pad
 from trimtab.errors import SteeringError
 from trimtab.instrument.hookmap import HookMap
 from trimtab.instrument.layer_replay import evaluating
+from trimtab.program import ResolvedSteering
 from trimtab.sites import HookPoint, Phase, Site
 from trimtab.spec import Steering
-from trimtab.spec.unplaced import served_without_places
 
 PROMPTS = ((1, 2, 3), (4, 5))
 NEW_TOKENS = 3  # of which the first two are run: one pass of prompts, two of new tokens
@@ -57,7 +57,8 @@ def _check(
         {"kind": "add", "vector": {SITE.hook.value: {"0": vectors[phase].tolist()}}, "phase": phase.value}
         for phase in Phase
     ]
-    steering = served_without_places(Steering.parse({"interventions": parts}).resolve({}, hook_map.sites, {}))
+    steering = Steering.parse({"interventions": parts}).resolve({}, hook_map.sites, {})
+    assert isinstance(steering, ResolvedSteering), "phases need no prompt"
     passes: list[torch.Tensor] = []
 
     @contextmanager
