@@ -134,5 +134,7 @@ def test_a_line_is_as_long_as_the_page_says() -> None:
     bare, gated = (span_buffers.span_record(gates).itemsize for gates in (0, 4))
     assert (bare, gated) == (21792, 28448)
     assert SpanBuffers(256, max_tokens=8192, gates=4).nbytes == 257 * (28448 + 512) + 4 * 8192
+    most = [SpanBuffers(1024, max_tokens=8192, gates=gates).nbytes / 2**20 for gates in (0, 4)]
+    assert [*map(round, most)] == [22, 28]  # as docs/serving.md has it
     line = span_line(span_buffers.span_record(0), widest(5), np.zeros((32, 8), np.int64))
     assert line.nbytes == bare

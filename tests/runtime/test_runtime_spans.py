@@ -355,3 +355,26 @@ def test_sites_rest_at_which_no_program_of_the_batch_acts() -> None:
     runtime.release("a")
     step(runtime, ["a"], 4)
     assert all(state.resting for state in buffers.states)
+
+
+def test_gates_of_programs_are_probes_of_their_rows_where_an_engine_lowers_them() -> None:
+    """And a program whose gate stays in a lane, or that has none, has no probe, whoever had its row before."""
+    soft = ResolvedGate.of(vector(98, SITES[:1]), 0.25, 2.0)
+    hard = ResolvedGate.of(vector(97, SITES[:1]), 0.5, None)
+    here = vector(5, SITES[:1])
+    cases = (CASES[0], *(PhaseProgram.of([Term(here, 2.0, gate=gate)]) for gate in (soft, hard)))
+    buffers = SteeringBuffers(SITES, hidden_size=8, max_rows=20, max_tokens=16, dtype=torch.float32, gates=2,
+                              max_probes=9, row_monitor=True, span_requests=2)  # fmt: skip
+    runtime = SteeringRuntime(buffers, max_requests=2, lowers=True)
+    runtime.admit("a", ResolvedSteering(cases, spans=SPANS), owner="a")
+    step(runtime, ["a"], 3, 8)  # a token of the prompt, four by the first program, three by the second
+    thresholds = buffers.row_params[0, buffers.index[:8], 0].tolist()
+    assert thresholds[1:5] == [0.25] * 4
+    assert 0.25 not in thresholds[:1] + thresholds[5:]
+    np.testing.assert_allclose(received(buffers)[1:5, 0], [2.0 * here.block[0]] * 4, rtol=1e-6)
+    assert not received(buffers)[5:8].any()
+    assert buffers.gates is not None
+    assert (buffers.gates.sites[:8, 0] > 0).tolist() == [False] * 5 + [True] * 3
+    buffers.gates.values[:, :8] = 1.0
+    uses = {use.gate: (use.tokens, use.lowered) for use in runtime.gate_report("a")}
+    assert uses == {soft.digest.hex(): (0, 1), hard.digest.hex(): (3, 0)}
