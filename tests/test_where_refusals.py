@@ -104,7 +104,7 @@ IN_PROMPT: list[tuple[dict[str, Any], str, str]] = [
     (
         {"prompt": [[6, None]]},
         ".prompt",
-        "selects nothing: the prompt has 6 tokens, and none of them lies in [6, null]",
+        "selects nothing: the prompt has 6 tokens, at positions from 0, and none of them lies in [6, null]",
     ),
     ({"prompt": [[-9, -6], [10, 20]]}, ".prompt", "none of them lies in [-9, -6], [10, 20]"),
     ({"prompt": [[4, -4]]}, ".prompt", "selects nothing: the prompt has 6 tokens"),

@@ -64,7 +64,7 @@ def laid_out(selections: Sequence[Selected], prompt_length: int, defaults: int =
         add(prompt_length + start, choices[mask])
     for index in range(defaults, len(selections)):
         if index not in acting:
-            said = "selects nothing: no token of any answer can be all that it asks for"
+            said = "selects nothing: no token of any answer can be all that it asks for; leave a key out"
             raise SteeringError(f"interventions[{index}].where", said)
     _check("runs of positions", len(starts), MOST_RUNS)
     _check("programs (sets of interventions that act together, in prompt and answer)", len(programs), MOST_PROGRAMS)

@@ -72,7 +72,7 @@ def selected(where: Where, prompt: PromptTokens, *, lenient: bool = False) -> Se
     if not (excluded.says and common(left.answer, excluded.answer)):
         excluded = NOTHING
     if not (left.prompt or left.answer):
-        raise NowhereError("not", f"leaves nothing: {_told(prompt)}, and all that is selected is taken off")
+        raise NowhereError("not", f"leaves nothing: {_told(prompt)}, and all that the other keys select is taken off")
     return Selected(left.prompt, left, excluded)
 
 
@@ -153,8 +153,8 @@ def _section(section: Section, prompt: PromptTokens) -> Saying:
     begin, end = tags
     for one, other in product(begin, end):
         if one[-len(other) :] == other or other[-len(one) :] == one:
-            said = f"one tag ends with the other, in tokens: start {list(one)}, end {list(other)}; so a token is both"
-            raise SteeringError("", f"{said}: give tags that are told apart")
+            said = f"one tag ends with the other, as tokens: start {list(one)}, end {list(other)}"
+            raise SteeringError("", f"{said}; give tags of which each token is part of one alone")
     thinks = prompt.ends_within(begin, end, opens)
     if section.name == "thinking":
         return Saying(Between(begin, end, is_open=thinks, looks_back=True))
@@ -205,9 +205,9 @@ def _empty(where: Where, prompt: PromptTokens, lenient: bool) -> NowhereError:
     told = _told(prompt)
     if not _of_prompt(where, prompt, lenient):
         given = summary([place for _, place in where.places_in_prompt if isinstance(place, Range)], 4)
-        return NowhereError("prompt", f"selects nothing: {told}, and none of them lies in {given}")
+        return NowhereError("prompt", f"selects nothing: {told}, at positions from 0, and none of them lies in {given}")
     key = "tokens" if where.tokens is not None else "special_tokens"
-    return NowhereError(key, f"selects nothing: {told}, and none of those that are selected is such a token")
+    return NowhereError(key, f"selects nothing: {told}, and none that `prompt` selects is such a one")
 
 
 def _told(prompt: PromptTokens) -> str:
