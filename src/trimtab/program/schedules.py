@@ -38,6 +38,11 @@ class Schedule(NamedTuple):
         return float(2.0 ** (self.rate * token) * min(max((token + self.offset) / self.length, 0.0), 1.0))
 
     @property
+    def is_one(self) -> bool:
+        """Whether the factor is 1 everywhere."""
+        return self.rate == 0.0 and self.offset >= self.length
+
+    @property
     def fault(self) -> str:
         """What is wrong with the numbers; "" if nothing is."""
         if not all(math.isfinite(number) and float(np.float32(number)) == number for number in self):

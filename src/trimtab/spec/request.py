@@ -21,7 +21,7 @@ from trimtab.sites import ModelSites, Phase, Site, SlotLimits, site_order
 from trimtab.spec.base import Model, below, keys_are_text
 from trimtab.spec.kinds import KINDS, Step
 from trimtab.spec.kinds.intervention import Vectors
-from trimtab.spec.made import Items, Made
+from trimtab.spec.made import Items, Made, behind_schedules
 from trimtab.spec.places import MOST_PLACES, MOST_TEXTS, Range
 from trimtab.spec.unplaced import Unplaced
 from trimtab.vectors.inline import MAX_INLINE_BYTES
@@ -109,7 +109,7 @@ class Steering(Model):
     ) -> ResolvedSteering | Unplaced:
         """The programs that an engine serving `model` runs, names being looked up in `vectors` and `probes`.
 
-        Where an intervention says `where` it acts, they wait for a prompt.
+        Where an intervention says `where` it acts, or has a `schedule`, they wait for a prompt.
 
         The first `defaults` of the interventions are those of a server's default: where slots clash, the fault says so.
         `norms` are the stream's median norms, for doses of vectors whose metadata do not have them.
@@ -131,8 +131,9 @@ class Steering(Model):
                 if item.gate is not None:
                     with below(f"interventions[{index}].gate"):
                         check_served(item.gate, item.sites, model.gates)
-        made = Made(self.interventions, lowered, self.keep_norm, vectors, probes or {})
-        if any(step.where is not None for step in self.interventions):
+        timed = behind_schedules(self.interventions, lowered, model.gates)
+        made = Made(self.interventions, lowered, timed, self.keep_norm, vectors, probes or {})
+        if any(step.is_placed for step in self.interventions):
             return Unplaced(made, model, defaults)
         programs = self._programs(made)
         for program in programs:
@@ -154,11 +155,12 @@ class Steering(Model):
         In an engine with a monitor the identity of decode tokens is another: see `trimtab.program.monitor`.
         """
         for index, step in enumerate(self.interventions):
-            if step.where is not None:
+            if step.is_placed:
                 said = "is known with a prompt alone: ask for the identity of what `resolve(...).placed(prompt)` gives"
-                raise SteeringError(f"interventions[{index}].where", said)
+                field = "schedule" if step.where is None else "where"
+                raise SteeringError(f"interventions[{index}].{field}", said)
         lowered = self._lowered(Vectors(vectors or {}, norms or {}), probes)
-        made = Made(self.interventions, lowered, self.keep_norm, vectors or {}, probes or {})
+        made = Made(self.interventions, lowered, lowered, self.keep_norm, vectors or {}, probes or {})
         return self._programs(made)[SPANS.index(Phase(phase))].identity
 
     def _lowered(self, vectors: Vectors, probes: Mapping[str, Probe] | None, defaults: int = 0) -> tuple[Items, ...]:

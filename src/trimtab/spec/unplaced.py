@@ -9,16 +9,16 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from trimtab.program import Asked, PhaseProgram, ResolvedSteering, Slot, Where
+from trimtab.program import EMPTY, Asked, PhaseProgram, ResolvedSteering, Slot, Spans, Where
 from trimtab.program.joint_gate import Condition
 from trimtab.program.programs import distinct
-from trimtab.sites import ModelSites, Site
+from trimtab.sites import ModelSites, Phase, Site
 from trimtab.spec import where as spoken
 from trimtab.spec.base import NowhereError, below
 from trimtab.spec.intervals import OPEN
 from trimtab.spec.kinds import Step
 from trimtab.spec.layout import laid_out
-from trimtab.spec.made import Made
+from trimtab.spec.made import Made, check_clocks
 from trimtab.spec.prompt_tokens import PromptTokens
 from trimtab.spec.selected import NOWHERE, Selected, selected
 
@@ -42,11 +42,12 @@ class Unplaced:
     made: Made
     model: ModelSites
     defaults: int = 0
-    _checked: set[tuple[int, ...]] = field(default_factory=set)
+    _checked: set[tuple[tuple[int, ...], Phase]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        for index in range(len(self.made.steps)):
-            self._program((index,))
+        for index, step in enumerate(self.made.steps):
+            for phase in Phase if step.schedule is not None else (Phase.PREFILL,):
+                self._program((index,), phase)
 
     def placed(self, prompt: PromptTokens) -> ResolvedSteering:
         """The steering of one prompt and its answer.
@@ -56,7 +57,7 @@ class Unplaced:
         """
         selections = [self._selected(index, prompt) for index in range(len(self.made.steps))]
         spans, together = laid_out(selections, prompt.length, self.defaults)
-        programs = tuple(map(self._program, together))
+        programs = tuple(map(self._program, together, spans.phases))
         told = zip(self.asked, selections, strict=True)
         asked = tuple(_told(one, chosen) for one, chosen in told)
         return ResolvedSteering(programs, *self.made.origins(programs), asked, spans=spans)
@@ -68,7 +69,7 @@ class Unplaced:
 
     @cached_property
     def alone(self) -> tuple[PhaseProgram, ...]:
-        """What each intervention does by itself."""
+        """What each intervention does by itself, at full strength."""
         return tuple(self._program((index,)) for index in range(len(self.made.steps)))
 
     @cached_property
@@ -92,7 +93,9 @@ class Unplaced:
         have one; one thing that is said in two ways may have two."""
         whole = hashlib.sha256(b"trimtab unplaced 1\0")
         for step, program in zip(self.made.steps, self.alone, strict=True):
-            said = json.dumps(where_of(step).model_dump(mode="json"), sort_keys=True).encode()
+            schedule = None if step.schedule is None else step.schedule.model_dump(mode="json")
+            told = [where_of(step).model_dump(mode="json"), *([] if schedule is None else [schedule])]
+            said = json.dumps(told, sort_keys=True).encode()
             whole.update(bytes.fromhex(program.identity) + b"\0" + hashlib.sha256(said).digest())
         return whole.hexdigest()
 
@@ -106,16 +109,20 @@ class Unplaced:
                 return NOWHERE
             raise
 
-    def _program(self, together: tuple[int, ...]) -> PhaseProgram:
-        program = self.made.program(together)
-        if together not in self._checked:
+    def _program(self, together: tuple[int, ...], phase: Phase = Phase.PREFILL) -> PhaseProgram:
+        program = self.made.program(together, phase)
+        if (together, phase) not in self._checked:
             self.made.check_kept(program, self.model)
-            alone = ResolvedSteering((program, program))
+            alone = ResolvedSteering((EMPTY, program), spans=_WHOLE_ANSWER)
             alone.check_gate_count(self.model.gates, "interventions")
             alone.check_slot_count(self.model.slots, "interventions")
+            check_clocks(program, self.model.gates)
             if len(self._checked) < _MOST_CHECKED:
-                self._checked.add(together)
+                self._checked.add((together, phase))
         return program
+
+
+_WHOLE_ANSWER = Spans(1, (0, 1), (0, 1), ((0,), (1,)), tuple(Phase))
 
 
 def where_of(step: Step) -> spoken.Where:

@@ -21,6 +21,7 @@ from trimtab.spec.base import Model
 from trimtab.spec.fields import ByLayer, Hooks, Layers, Source
 from trimtab.spec.gate import Gate
 from trimtab.spec.joint_gate import Condition
+from trimtab.spec.schedule import Schedule
 from trimtab.spec.where import WhereField
 from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import summary, with_suggestions
@@ -65,6 +66,7 @@ class Step(Model):
     hooks: Hooks | None = None
     gate: Condition = None
     where: WhereField = None
+    schedule: Schedule | None = None
 
     @model_validator(mode="after")
     def _phase_or_where(self) -> Self:
@@ -73,11 +75,25 @@ class Step(Model):
             raise SteeringError("phase", f"cannot stand beside `where`, which says it as {part}: leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _a_schedule_has_an_answer(self) -> Self:
+        has_answer = self.phase != "prefill" if self.where is None else self.where.has_answer
+        if self.schedule is not None and not has_answer:
+            raise SteeringError("schedule", "is one of tokens of the answer, of which none is selected: leave it out")
+        return self
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it takes a prompt to know what its tokens receive."""
+        return self.where is not None or self.schedule is not None
+
     @model_serializer(mode="wrap")
     def _dumped(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What reads back to it: of `phase` and `where` one."""
         dumped: dict[str, Any] = plain(self)
         dumped.pop("where" if self.where is None else "phase", None)
+        if self.schedule is None:
+            dumped.pop("schedule", None)
         return dumped
 
     @classmethod
