@@ -8,7 +8,14 @@ The factor is that of the token's place in the answer, whichever of its tokens a
 
 from typing import Annotated, Any, Self
 
-from pydantic import PlainValidator, SerializerFunctionWrapHandler, WithJsonSchema, model_serializer, model_validator
+from pydantic import (
+    PlainSerializer,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from trimtab.errors import SteeringError
 from trimtab.program.schedules import LEAST_DECAY, LONGEST_RAMP
@@ -18,7 +25,9 @@ from trimtab.spec.fields import Number
 from trimtab.wording import shown
 
 
-def _ramp(value: Any) -> tuple[int, int]:
+def _ramp(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
     if not isinstance(value, (list, tuple)) or len(value) != 2 or any(type(edge) is not int for edge in value):
         raise SteeringError("", f"got {shown(value)}, want two places of the answer, as [0, 8]")
     first, end = value
@@ -27,11 +36,15 @@ def _ramp(value: Any) -> tuple[int, int]:
     return first, end
 
 
+def _listed(ramp: tuple[int, int] | None) -> Any:
+    return None if ramp is None else list(ramp)
+
+
 class Schedule(Model):
     """A factor of each token of the answer: `decay` to the power of its place, or a `ramp` up to 1."""
 
     decay: Number | None = None
-    ramp: Annotated[tuple[int, int], PlainValidator(_ramp), WithJsonSchema({})] | None = None
+    ramp: Annotated[tuple[int, int] | None, PlainValidator(_ramp), PlainSerializer(_listed), WithJsonSchema({})] = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
