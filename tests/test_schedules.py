@@ -88,6 +88,7 @@ def test_what_a_row_can_hold_alone_has_its_schedule_and_no_lane() -> None:
     assert {found.schedule, *(item.gate.schedule for item in found.gated)} == {FADING, RISING}
     gated = placed(steered(program(fading, Term(W, 1.0, gate=FIRST))), lowers=False)[1]
     assert (gated.schedule, [item.gate for item in gated.gated]) == (FADING, [FIRST])
+    assert (program(fading).lane_count, program(fading, Term(W, 1.0)).lane_count) == (0, 1)
     assert contents_of(steered(program(fading)), lowers=True).probes == frozenset()
     assert contents_of(steered(program(fading)), lowers=True).rows == {V.digest}
 

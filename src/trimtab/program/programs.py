@@ -190,8 +190,8 @@ class PhaseProgram:
 
     @property
     def lane_count(self) -> int:
-        """How many lanes its gates have."""
-        return sum(len(item.gate.members) for item in self.gated)
+        """How many lanes its gates have; the schedule of its row has none."""
+        return sum(len(item.gate.members) for item in self.gated) - (self.scheduled_row is not None)
 
     @property
     def sites(self) -> tuple[Site, ...]:
