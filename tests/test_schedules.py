@@ -10,13 +10,13 @@ import pytest
 from trimtab.errors import SteeringError
 from trimtab.program import EMPTY, PhaseProgram, ResolvedSteering, Spans, Term
 from trimtab.program.codec import decode, encode
-from trimtab.program.joint_gate import Join, JointGate, joined, lanes, schedule_of, scheduled
+from trimtab.program.joint_gate import Join, JointGate, check_served, joined, lanes, schedule_of, scheduled
 from trimtab.program.lowering import contents_of, placed
 from trimtab.program.monitor import behind, monitor_of, reaches
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate
 from trimtab.program.schedules import Schedule
 from trimtab.program.spans import IdSet
-from trimtab.sites import GateLimits, HookPoint, Phase, Site
+from trimtab.sites import GateLimits, HookPoint, OwnGate, Phase, Site
 from trimtab.vectors.vector import SteeringVector
 
 SITES = [Site(layer, HookPoint.POST_BLOCK) for layer in range(4)]
@@ -134,6 +134,21 @@ def test_before_a_monitor_what_fades_goes_on_fading() -> None:
     assert monitored.programs[1] == program(*wanted)
     assert monitor_of(monitored) == MONITOR.digest.hex()
     assert not reaches(monitored, MONITOR.site)
+
+
+def test_behind_a_monitor_a_schedule_counts_as_one_gate_and_is_read_where_the_monitor_is() -> None:
+    own = OwnGate(MONITOR.digest, MONITOR.site)
+    monitored = behind(steered(program(Term(V, 2.0, gate=clock()))), MONITOR)
+    for gate in monitored.gates:
+        check_served(gate, SITES[1:], GateLimits(2, frozenset(SITES[:1]), monitor=own))
+    late = behind(steered(program(Term(W, 2.0, gate=clock()))), MONITOR)
+    late.check_gate_count(GateLimits(1, frozenset(SITES[:1]), monitor=own), "x")
+    with pytest.raises(SteeringError, match="has 1 different gates"):
+        late.check_gate_count(GateLimits(0, monitor=own), "x")
+    both = behind(steered(program(Term(W, 2.0, gate=clock()), Term(W, 1.0))), MONITOR)
+    both.check_gate_count(GateLimits(2, frozenset(SITES[:1]), monitor=own), "x")
+    with pytest.raises(SteeringError, match="has 2 different gates"):
+        both.check_gate_count(GateLimits(1, frozenset(SITES[:1]), monitor=own), "x")
 
 
 STEERING = steered(program(Term(V, 2.0, gate=clock())), program(Term(W, 1.0, gate=clock(RISING, FIRST))))

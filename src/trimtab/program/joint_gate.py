@@ -154,12 +154,19 @@ def _check_member(gate: ResolvedGate, sites: Sequence[Site], width: int) -> None
         raise SteeringError("probe", f"has width {gate.probe.hidden_size}, but its vector has {width}")
 
 
+def is_monitor(gate: Condition, limits: GateLimits) -> bool:
+    """Whether a gate is an engine's own, or that times a schedule."""
+    first, *others = gate.members
+    own = limits.monitor is not None and first.digest == limits.monitor.digest
+    return own and all(member.schedule is not None for member in others)
+
+
 def check_served(gate: Condition, sites: Iterable[Site], limits: GateLimits) -> None:
     """Raise `SteeringError` where an engine with these limits cannot serve `gate` on a vector acting at `sites`.
 
     A gate that is the engine's monitor is served wherever that is read; as a member of another it is one like all.
     """
-    if limits.monitor is not None and gate.digest == limits.monitor.digest:
+    if is_monitor(gate, limits):
         return
     if is_clock(gate) and not limits.count:
         return  # rows have schedules of their own; what needs more is refused by the number of its gates
@@ -172,7 +179,7 @@ def check_served(gate: Condition, sites: Iterable[Site], limits: GateLimits) -> 
 
 
 def _check_member_served(gate: ResolvedGate, sites: Sequence[Site], limits: GateLimits) -> None:
-    if gate.site not in limits.probe_sites:
+    if gate.site not in (limits.probe_sites if gate.schedule is None else limits.read_sites):
         readable = sorted(limits.probe_sites, key=site_order)
         raise SteeringError("probe", f"no probe can be read at {gate.site} here, only at {summary(readable)}")
     if not limits.stages:

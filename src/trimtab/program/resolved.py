@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from trimtab.errors import SteeringError
-from trimtab.program.joint_gate import Condition
+from trimtab.program.joint_gate import Condition, is_monitor
 from trimtab.program.programs import PhaseProgram, Term, distinct, together
 from trimtab.program.run_names import NamedRuns, identity_of, named_runs
 from trimtab.program.slots import Slot, counted
@@ -152,10 +152,8 @@ class ResolvedSteering:
     def check_gate_count(self, limits: GateLimits, field: str) -> None:
         """Raise `SteeringError` at `field` where a phase has more gates than an engine with these limits serves: of
         those made of several each member counts."""
-        own = b"" if limits.monitor is None else limits.monitor.digest
         most = max(
-            sum(len(item.gate.members) for item in program.gated if item.gate.digest != own)
-            - (program.scheduled_row is not None)
+            program.lane_count - any(is_monitor(item.gate, limits) for item in program.gated)
             for program in self.programs
         )
         if most > limits.count:
