@@ -161,7 +161,7 @@ def _decode_condition(entry: Any, path: str, vectors: list[Known]) -> Condition:
 
 
 def _decode_gate(entry: Any, path: str, vectors: list[Known]) -> ResolvedGate:
-    if isinstance(entry, (list, tuple)) and len(entry) == 3:
+    if isinstance(entry, (list, tuple)) and len(entry) == 3 and isinstance(entry[0], (list, tuple)):
         return _decode_clock(list(entry), path, vectors)
     parts = parts_of(entry, path, "vector index", "threshold", "sharpness", "invert", "label")
     index, threshold, sharpness, invert, label = parts
