@@ -1,6 +1,6 @@
 """`schedule` in this engine, against whole sequences without a cache and a plain hook for each place of an answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,17 @@ class Timed:
         return Act(0, lambda x: change(x, strength), lambda ids, n: [i == n + place for i in range(len(ids))])
 
 
+class Monitored(Timed):
+    """One that adds, as a monitor lets through what of it is done to the answer."""
+
+    def _act(self, place: int) -> Act:
+        act = super()._act(place)
+        if place < 0:
+            return act
+        strength = factor(self.schedule, place)
+        return Act(0, lambda x: KINDS["gated"][1](x, strength), act.touched)
+
+
 ROWS: list[tuple[list[int], list[Timed]]] = [
     ([5, 17, 3, 44, 9], [Timed("add", FADING)]),
     ([7, 8], [Timed("add", LATE, (1, 9))]),
@@ -72,13 +83,32 @@ ROWS: list[tuple[list[int], list[Timed]]] = [
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 2}], ids=str)
 def test_each_token_of_an_answer_is_steered_at_the_strength_of_its_place(options: dict[str, Any]) -> None:
     model, layers = built("llama")
-    said, width = Said(ROWS), max(len(prompt) for prompt, _ in ROWS)
+    said = Said(ROWS)
     with SteeredModel(model) as steered, seeing(model, layers) as seen:
         how = {"max_new_tokens": STEPS, "prefix_allowed_tokens_fn": said} | options
         out = steered.generate([prompt for prompt, _ in ROWS], specs(ROWS), **how)
         hidden = seen()
     assert [one.token_ids for one in out] == said.answers
-    for row, ((prompt, steps), answer) in enumerate(zip(ROWS, said.answers, strict=True)):
+    assert_as_hooked(ROWS, hidden)
+
+
+def test_before_a_monitor_what_fades_goes_on_fading() -> None:
+    """It reads behind layer 0, where the interventions act, and leaves prompts alone."""
+    rows = [(prompt, [Timed("add", steps[0].schedule if steps else RISING)]) for prompt, steps in ROWS]
+    model, layers = built("llama")
+    said = Said(rows)
+    with SteeredModel(model, monitor=GATE) as steered, seeing(model, layers) as seen:
+        out = steered.generate(
+            [prompt for prompt, _ in rows], specs(rows), max_new_tokens=STEPS, prefix_allowed_tokens_fn=said
+        )
+        hidden = seen()
+    assert all(one.receipt.monitor for one in out)
+    assert_as_hooked([(prompt, [Monitored(**vars(step)) for step in steps]) for prompt, steps in rows], hidden)
+
+
+def assert_as_hooked(rows: Sequence[tuple[list[int], list[Timed]]], hidden: torch.Tensor) -> None:
+    width = max(len(prompt) for prompt, _ in rows)
+    for row, ((prompt, steps), answer) in enumerate(zip(rows, Said(rows).answers, strict=True)):
         plain, inner = built("llama")
         hooked = Hooked(plain, inner, [act for step in steps for act in step.acts()], len(prompt))
         hooked.run([*prompt, *answer[:-1]])

@@ -20,6 +20,7 @@ from support import (
 )
 
 TOKENS = 12
+FADING = {"decay": 0.85}
 HALF = [*range(4, 130)]  # ids: about every second token is one
 
 
@@ -28,11 +29,14 @@ def where_specs(word, other):
     thinking = {"name": "thinking", "start": [other], "end": [word]}
     one, two = added(31), added(32, layers=[1, 3], strength=2.0)
     places = [
-        [one | {"where": {"prompt": [[-1, None]], "answer": "all"}}],
+        [one | {"where": {"prompt": [[-1, None]], "answer": "all"}, "schedule": FADING}],
         [one | {"where": {"answer": [[0, 3], [5, 6]]}}],
         [one | {"where": {"prompt": [[1, 4], [-3, -1]], "answer": [[2, None]], "not": {"answer": [[4, 5]]}}}, two],
         [one | {"where": {"tokens": HALF}}],
-        [one | {"where": {"after": [word]}}, two | {"where": {"until": [word], "answer": [[1, None]]}}],
+        [
+            one | {"where": {"after": [word]}},
+            two | {"where": {"until": [word], "answer": [[1, None]]}, "schedule": {"ramp": [0, 4]}},
+        ],
         [one | {"where": {"section": thinking}}, two | {"where": {"section": {**thinking, "name": "response"}}}],
         [one | {"where": {"after": [other], "until": [word], "tokens": HALF}}, two | {"phase": "prefill"}],
     ]
@@ -49,9 +53,20 @@ def slots_where(word):
     """Specs of kinds that do more than add, and of gates, that say where."""
     gated = slot_specs()[6]["interventions"][0]
     steps = [
-        [slot("ablate", 41, strength=2.0) | {"where": {"prompt": [[-2, None]], "answer": [[0, 4]]}}],
+        [
+            slot("ablate", 41, strength=2.0)
+            | {"where": {"prompt": [[-2, None]], "answer": [[0, 4]]}, "schedule": FADING}
+        ],
         [slot("clamp", 42, [1, 2], value=7.0) | {"where": {"after": [word]}}, slot("scale", 43, factor=-4.0)],
-        [gated | {"where": {"tokens": HALF}}, slot("clamp", 48, [1, 2], min=5.0) | {"phase": "decode"}],
+        [
+            gated | {"where": {"tokens": HALF}, "schedule": {"ramp": [1, 5]}},
+            slot("clamp", 48, [1, 2], min=5.0) | {"phase": "decode"},
+        ],
+        [
+            added(33) | {"schedule": FADING},
+            added(34) | {"where": {"answer": [[2, 9]]}, "schedule": {"decay": 0.7}},
+            added(35),
+        ],
     ]
     return [{"interventions": some} for some in steps]
 
