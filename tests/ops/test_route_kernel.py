@@ -38,9 +38,9 @@ def arguments(
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("gates", [0, 1, 4])
+@pytest.mark.parametrize("gates", [0, 4])
 def test_the_kernel_compiles_without_spills(gates: int, architecture: int) -> None:
-    for kinds in product(KINDS, KINDS) if architecture == 90 else [KINDS]:
+    for kinds in (KINDS, KINDS[::-1]) if architecture == 90 else [KINDS]:
         with recorded(module, "route_kernel") as kernel:
             module.launch_route(arguments(gates=gates, kinds=kinds), 4)
         usage = resource_usage(kernel.build(kernel.launches[0], architecture))

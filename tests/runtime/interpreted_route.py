@@ -14,9 +14,9 @@ from spans_model import due
 from trimtab.ops.kernels.route import launch_route
 
 if __name__ == "__main__":
-    found = [run(seed, 16, launch_route, (torch.int32, torch.int64)[seed % 2]) for seed in (4, 5, 6, 8)]
+    found = [run(seed, 10, launch_route, (torch.int32, torch.int64)[seed % 2]) for seed in (4, 5, 6, 8)]
     spans, text = widest(5), [3, *range(16, 0, -1), *[50] * 120, *[101] * 16, *range(16, 0, -1), *[7] * 40]
     expected = [due(spans, text, position) for position in range(len(text))]
     assert alone(spans, text, 0, len(text), launch_route) == expected  # in several blocks, begun in the prompt
-    assert min(map(sum, zip(*found, strict=True))) > 100
+    assert min(map(sum, zip(*found, strict=True))) > 50
     print("4 schedules are as due")
