@@ -163,8 +163,11 @@ def seeing(model: Any, layers: Any) -> Any:
     starts: list[int | None] = []
 
     def note(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        starts.append(cache.get_seq_length() if hasattr(cache, "get_seq_length") else None)
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))  # the latter from Transformers 5.24 on
+        try:
+            starts.append(cache.get_seq_length())
+        except (AttributeError, ValueError):
+            starts.append(None)
 
     def see(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passes.append((starts[-1], (args[0] if args else kwargs["hidden_states"]).detach().clone()))

@@ -51,7 +51,7 @@ def test_greedy_answers_are_those_of_whole_sequences_with_hooks(options: dict[st
         assert any(counts)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prefill_chunk_size": 2}], ids=str)
 def test_beams_that_change_places_keep_what_their_own_tokens_decide(options: dict[str, Any]) -> None:
     how = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": STEPS, "do_sample": False}
     prompts = [PROMPT, [7, 8]]

@@ -82,7 +82,7 @@ def test_texts_are_found_in_prompts_of_text_and_of_ids(reader: Any) -> None:
             assert words_of(reader, text, out.receipt.interventions[0].asked.where.prompt) == " sea"
 
 
-@pytest.mark.parametrize("given", ["keyword", "spec"])
+@pytest.mark.parametrize("given", ["keyword", "ids", "spec"])
 def test_think_tags_come_from_the_spec_or_from_the_model_s_keyword(reader: Any, given: str) -> None:
     answer = reader(f"{TAGS[0]}The wind.{TAGS[1]}Yes.").input_ids
     forced = {
@@ -91,7 +91,8 @@ def test_think_tags_come_from_the_spec_or_from_the_model_s_keyword(reader: Any, 
     }
     text = "Is the sea calm?"
     tags = {"name": "thinking", "start": TAGS[0], "end": TAGS[1]}
-    section, keyword = ("thinking", TAGS) if given == "keyword" else (tags, None)
+    ids = [[one] for one in reader.convert_tokens_to_ids(list(TAGS))]
+    section, keyword = {"keyword": ("thinking", TAGS), "ids": ("thinking", ids), "spec": (tags, None)}[given]
     with SteeredModel(FAMILIES["llama"].model(), reader, think_tags=keyword) as steered:
         (out,) = steered.generate([text], spec({"section": section}), **forced)
         (use,) = out.receipt.interventions
@@ -150,7 +151,7 @@ def test_what_needs_a_tokenizer_is_refused_without_one(where: Any, message: str)
         steered.generate([[5, 6, 7]], spec(where), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("tags", ["<think>", ("<think>",), ("<think>", ""), (1, 2), 5], ids=repr)
+@pytest.mark.parametrize("tags", ["ab", ("<think>",), ("<think>", ""), (1, 2), ([1], [-2]), 5], ids=repr)
 def test_think_tags_that_are_none_are_refused_when_a_model_is_opened(tags: Any) -> None:
-    with pytest.raises(SteeringError, match=r"^think_tags: "):
+    with pytest.raises(SteeringError, match=r"^think_tags(\[[01]\](\[0\])?)?: "):
         SteeredModel(FAMILIES["llama"].model(), think_tags=tags)

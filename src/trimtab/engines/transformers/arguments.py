@@ -13,13 +13,16 @@ from trimtab.program.monitor import behind
 from trimtab.program.resolved_gate import MONITOR_LABEL, ResolvedGate, check_monitor
 from trimtab.sites import MOST_SLOTS_EMBEDDED, GateLimits, ModelSites, SlotLimits
 from trimtab.spec import Gate, Steering
+from trimtab.spec.base import below
 from trimtab.spec.faults import join
 from trimtab.spec.kinds import DECLARED
+from trimtab.spec.places import token_run
 from trimtab.spec.prompt_tokens import PromptTokens, Tags
 from trimtab.spec.unplaced import Unplaced
 from trimtab.vectors.probe import Probe
 from trimtab.vectors.stream_norms import StreamNorms
 from trimtab.vectors.vector import SteeringVector
+from trimtab.wording import shown
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,16 @@ class Reader:
 
     @classmethod
     def of(cls, tokenizer: Any, think_tags: Any, vocabulary: int) -> Self:
-        """Raises SteeringError for tags that are none."""
+        """`think_tags` are two, each a text or token ids, or None. Raises SteeringError for what is no tag."""
         if think_tags is None:
             return cls(tokenizer, None, vocabulary)
-        texts = isinstance(think_tags, Sequence) and not isinstance(think_tags, str) and list(think_tags)
-        if not texts or len(texts) != 2 or not all(isinstance(text, str) and text for text in texts):
-            raise SteeringError("think_tags", f"is {think_tags!r}; want two texts, as in ('<think>', '</think>')")
-        return cls(tokenizer, Tags((texts[0],), (texts[1],)), vocabulary)
+        if not isinstance(think_tags, (list, tuple)) or len(think_tags) != 2:
+            raise SteeringError("think_tags", f"got {shown(think_tags)}, want two tags, as in ('<think>', '</think>')")
+        runs = []
+        for index, tag in enumerate(think_tags):
+            with below(f"think_tags[{index}]"):
+                runs.append(token_run(tag))
+        return cls(tokenizer, Tags((runs[0],), (runs[1],)), vocabulary)
 
     def tokens_of(self, prompt: Encoded) -> PromptTokens:
         """One prompt as `where` looks at it."""

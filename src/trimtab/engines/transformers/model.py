@@ -53,7 +53,7 @@ class SteeredModel:
         gates: int = 4,
         monitor: Mapping[str, Any] | None = None,
         norms: str | Path | SteeringVector | None = None,
-        think_tags: tuple[str, str] | None = None,
+        think_tags: Sequence[str | Sequence[int]] | None = None,
     ) -> None:
         """Find and prove the hook points of `model`, a Transformers causal LM (see docs/hook-points.md).
 
@@ -61,7 +61,8 @@ class SteeredModel:
         use, `gates` is how many different gates a phase of one spec may have. `monitor`, written as a gate is, stands
         before all steering of new tokens that is behind no gate, from its probe's site on (see docs/gates.md). `norms`
         is a vector or its file, whose metadata hold norms of this model's stream: for doses of vectors without them.
-        `think_tags`, such as `("<think>", "</think>")`, are the texts between which the model thinks: for `section`.
+        `think_tags`, such as `("<think>", "</think>")`, are texts, or token ids, between which the model thinks: for
+        `section`, where its vocabulary does not tell.
         The layers may lie on several devices. Raises SteeringError where they cannot be found or are offloaded, where a
         short generation shows that prompt and new tokens cannot be told apart, for a monitor that cannot be one, and
         for norms that are not of this model.
@@ -100,7 +101,7 @@ class SteeredModel:
         gates: int = 4,
         monitor: Mapping[str, Any] | None = None,
         norms: str | Path | SteeringVector | None = None,
-        think_tags: tuple[str, str] | None = None,
+        think_tags: Sequence[str | Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load model and tokenizer with Transformers. `kwargs` go to `AutoModelForCausalLM.from_pretrained`."""

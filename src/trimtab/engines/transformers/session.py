@@ -107,13 +107,13 @@ class SteeringSession:
         return [use for group in self._groups for row, use in group.slot_uses() if row in mine]
 
     def _places(self, start: int, columns: int) -> Places:
-        """The position and the id of each token of the pass. Where rows change places, or tokens are taken back, what
-        the earlier tokens of each row decide is told anew."""
+        """The position and the id of each token of the pass. Where rows change places, or tokens are taken back, the
+        tokens before those of an answer are told anew."""
         where = np.arange(start, start + columns) - self._padding[:, None]
         if self._tokens is None:
             return Places(torch.from_numpy(where.reshape(-1)))
         ids = self._tokens.take(*where.shape).reshape(-1)
-        before = self._tokens.before(start) if self._tokens.rewinds and start else None
+        before = self._tokens.before(start) if self._tokens.rewinds and start >= self._progress.width else None
         if before is not None:
             before = [row[padding:] for row, padding in zip(before, self._padding.tolist(), strict=True)]
         return Places(torch.from_numpy(where.reshape(-1)), ids, before)
