@@ -98,6 +98,21 @@ def test_a_prompt_is_decoded_once_and_pieces_are_remembered() -> None:
     assert many - few < 6 * (len(ids) - len(ids) // 10)  # calls for each token, and some for each place of the text
 
 
+def test_tokens_that_the_tokenizer_does_not_know_have_no_text() -> None:
+    """Models have some for images and sounds."""
+    tokenizer = where_tokenizers.MAKERS["bytes_of_gpt"]()
+    known = list(tokenizer("The film was good")["input_ids"])
+    ids = [*known[:2], *[len(tokenizer) + 7] * 200, *known[2:]]
+    steering = unplaced([{"where": {"prompt": {"text": "film"}}}])
+    first = steering.placed(PromptTokens(len(known), known, tokenizer)).asked[0].where
+    work = calls(lambda: steering.placed(PromptTokens(len(ids), ids, tokenizer)))
+    found = steering.placed(PromptTokens(len(ids), ids, tokenizer)).asked[0].where
+    assert first is not None
+    assert found is not None
+    assert found.prompt[0][1] == first.prompt[0][1] + 200
+    assert work < 2000  # none is decoded by itself
+
+
 def test_a_text_that_is_not_there_is_refused() -> None:
     tokenizer = where_tokenizers.MAKERS["bytes_of_gpt"]()
     ids = tokenizer("The film was good, the film was bad.")["input_ids"]

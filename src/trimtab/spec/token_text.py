@@ -9,6 +9,7 @@ and always right.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +50,7 @@ class Pieces:
                 return False
             for token, name in zip(new, names, strict=True):
                 for read, known in self.ways.items():
-                    known[token] = read(name) if isinstance(name, str) else name
+                    known[token] = read(name) if isinstance(name, str) else name or b""
                 self._known.add(token)  # last, since other threads may look
         return True
 
@@ -72,13 +73,20 @@ def _decoded(tokenizer: Any, ids: list[int]) -> str:
     return str(text)
 
 
-def _names(tokenizer: Any, ids: list[int]) -> list[str | bytes] | None:
-    """The pieces of the vocabulary, as it writes them or as they are in bytes; None where it tells none."""
+def _names(tokenizer: Any, ids: list[int]) -> list[str | bytes | None] | None:
+    """The pieces of the vocabulary, as it writes them or as they are in bytes; None where it tells none.
+
+    A token that it does not know, as models have for images, is None too, and decoded to nothing.
+    """
     try:
         names = tokenizer.convert_ids_to_tokens(ids)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         return None
-    whole = isinstance(names, list) and len(names) == len(ids) and all(isinstance(name, (str, bytes)) for name in names)
+    whole = (
+        isinstance(names, list)
+        and len(names) == len(ids)
+        and all(isinstance(name, (str, bytes, NoneType)) for name in names)
+    )
     return names if whole else None
 
 
