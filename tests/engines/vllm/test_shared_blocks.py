@@ -1,10 +1,11 @@
 """Two requests share a cached block if and only if nothing that its KV depends on differs.
 
 The slow model looks at every position by itself. What a token there received is the identity of the program that it
-got. Where the answer's own tokens decide, it is a whole table, by all that could be said of a token, and the position
-at which the answer begins: two requests of different tables, or whose answers begin elsewhere, are apart even if the
-tokens at hand happen to give the same. That is what "needlessly" means here: equal tokens, equal tables, and yet apart.
-"Wrongly" is measured by what tokens really received.
+got; of one that follows a schedule, with the token's place in the answer. Where the answer's own tokens decide, it is a
+whole table, by all that could be said of a token, and the position at which the answer begins: two requests of
+different tables, or whose answers begin elsewhere, are apart even if the tokens at hand happen to give the same. That
+is what "needlessly" means here: equal tokens, equal tables, and yet apart. "Wrongly" is measured by what tokens really
+received.
 
 Requests come in families of one conversation: with prompts of different lengths (an answer that is sent again is part
 of one), cut off early, now and then with another token, and steered in ways that mostly agree.
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 from trimtab.engines.vllm.carried import Carried
 from trimtab.engines.vllm.core.cache_keys import steering_keys
 from trimtab.program import EMPTY, PhaseProgram, ResolvedSteering, Spans, Term
+from trimtab.program.joint_gate import scheduled
+from trimtab.program.schedules import Schedule
 from trimtab.program.spans import Atom, Between, IdSet
 from trimtab.sites import HookPoint, Phase, Site
 from trimtab.vectors.vector import SteeringVector
@@ -30,7 +33,10 @@ from trimtab.vectors.vector import SteeringVector
 PAIRS, FAMILY = 100_000, 46
 
 VECTOR = SteeringVector({Site(0, HookPoint.POST_BLOCK): [1.0, 2.0]})
+SITE = VECTOR.sites[0]
 PROGRAMS = [EMPTY, *(PhaseProgram.of([Term(VECTOR, scale)]) for scale in (1.0, 1.0, 2.0))]  # two are equal
+FADING = len(PROGRAMS)  # one by a schedule: of an answer alone
+PROGRAMS.append(PhaseProgram.of([Term(VECTOR, 1.0, gate=scheduled(None, Schedule.decay(0.9), SITE, 2))]))
 
 OPEN = Between(((7, 8),), ((9,),))
 ATOMS: list[Atom] = [
@@ -57,6 +63,11 @@ class Choice:
         """The program by what each of `ATOMS` says."""
         return self.programs[sum(said[atom] << place for place, atom in enumerate(self.atoms))]
 
+    @property
+    def of_answers(self) -> bool:
+        """Whether it matters where the answer begins."""
+        return isinstance(self.table, tuple) or FADING in self.programs
+
     @cached_property
     def table(self) -> str | tuple[str, ...]:
         """The identities by all that could be said; one where they are all the same."""
@@ -70,7 +81,8 @@ PLAIN = [NOTHING, FIRST, EQUAL, SECOND]
 DECIDED = [
     Choice((0, 1), (0,)), Choice((0, 2), (0,)), Choice((0, 0, 1, 1), (1, 0)), Choice((1, 0), (0,)),
     Choice((1, 2), (0,)), Choice((0, 1), (1,)), Choice((0, 1), (2,)), Choice((0, 1), (3,)), Choice((0, 1), (4,)),
-    Choice((0, 1), (5,)), Choice((0, 1, 3, 3), (0, 2)), Choice((0, 3, 1, 3), (2, 0)), Choice((0, 1, 1, 0), (0, 3)),
+    Choice((0, 1), (5,)), Choice((FADING,)), Choice((0, FADING), (0,)), Choice((0, 1, 3, 3), (0, 2)),
+    Choice((0, 3, 1, 3), (2, 0)), Choice((0, 1, 1, 0), (0, 3)),
 ]  # fmt: skip
 
 
@@ -131,7 +143,7 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def first_decided(request: Asked) -> int:
-    return next((p for p in range(len(request.tokens)) if isinstance(request.choice(p).table, tuple)), 1 << 30)
+    return next((p for p in range(len(request.tokens)) if request.choice(p).of_answers), 1 << 30)
 
 
 def hashed(request: Asked, block: int) -> list[Any]:
@@ -144,18 +156,21 @@ def hashed(request: Asked, block: int) -> list[Any]:
 
 def defined(request: Asked, block: int) -> list[Any]:
     """What the KV of each position is said to depend on."""
-    tables = [request.choice(position).table for position in range(len(request.tokens))]
-    begins = [request.prompt if isinstance(table, tuple) else None for table in tables]
-    return list(zip(request.tokens, tables, begins, strict=True))
+    choices = [request.choice(position) for position in range(len(request.tokens))]
+    told = [(choice.table, request.prompt if choice.of_answers else None) for choice in choices]
+    return list(zip(request.tokens, told, strict=True))
 
 
 def received(request: Asked, block: int) -> list[Any]:
     """What it really depends on."""
     said = zip(*(say(atom, request) for atom in ATOMS), strict=True)
     chosen = [request.choice(position).of(one) for position, one in enumerate(said)]
-    return [(token, PROGRAMS[place].identity) for token, place in zip(request.tokens, chosen, strict=True)]
+    places = (position - request.prompt if place == FADING else None for position, place in enumerate(chosen))
+    identities = (PROGRAMS[place].identity for place in chosen)
+    return list(zip(request.tokens, identities, places, strict=True))
 
 
+TOO_EARLY = (FADING, Phase.PREFILL)
 VIEWS = hashed, defined, received
 
 
@@ -216,7 +231,7 @@ def by_phase(prompt: int, tokens: tuple[int, ...], generator: random.Random) -> 
 def spanned(prompt: int, tokens: tuple[int, ...], runs: dict[int, Choice], generator: random.Random) -> Asked:
     """A request of these runs, written in a random one of the ways in which they can be."""
     ordered = sorted(runs.items())
-    cut = {start: choice for start, choice in ordered if start >= prompt or not choice.atoms}
+    cut = {start: choice for start, choice in ordered if start >= prompt or not choice.of_answers}
     before = [choice for start, choice in sorted(cut.items()) if start <= prompt]
     cut.setdefault(0, NOTHING)
     cut.setdefault(prompt, before[-1] if before else NOTHING)
@@ -225,7 +240,7 @@ def spanned(prompt: int, tokens: tuple[int, ...], runs: dict[int, Choice], gener
     generator.shuffle(atoms)
     if len(atoms) > 4:
         return spanned(prompt, tokens, {0: FIRST}, generator)
-    places = [(place, phase) for place in range(len(PROGRAMS)) for phase in Phase]
+    places = [(place, phase) for place in range(len(PROGRAMS)) for phase in Phase if (place, phase) != TOO_EARLY]
     generator.shuffle(places)
     choices: list[tuple[int, ...]] = []
     for start, choice in sorted(cut.items()):
