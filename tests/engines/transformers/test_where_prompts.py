@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 from families import FAMILIES
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from trimtab.demo import model_path
 from trimtab.engines.transformers import SteeredModel
 from trimtab.errors import SteeringError
 
@@ -155,3 +156,24 @@ def test_what_needs_a_tokenizer_is_refused_without_one(where: Any, message: str)
 def test_think_tags_that_are_none_are_refused_when_a_model_is_opened(tags: Any) -> None:
     with pytest.raises(SteeringError, match=r"^think_tags(\[[01]\](\[0\])?)?: "):
         SteeredModel(FAMILIES["llama"].model(), think_tags=tags)
+
+
+def test_a_row_that_a_stop_string_ends_is_counted_up_to_its_end() -> None:
+    """Its padding is the very token that both rows are steered at."""
+    words = AutoTokenizer.from_pretrained(model_path())
+    film, end = words.convert_tokens_to_ids(["\u0120film", "<eos>"])  # U+0120 is a space
+    texts = [" the film the film the film the film", " the film the good the film the film"]
+    answers = [words(text, add_special_tokens=False).input_ids for text in texts]
+    prompt = words("The film").input_ids
+    with SteeredModel(FAMILIES["llama"].model(vocab_size=len(words)), words) as steered:
+        out = steered.generate(
+            [prompt] * 2,
+            spec({"answer": "all", "tokens": [" film"]}),
+            max_new_tokens=8,
+            stop_strings=["good"],
+            eos_token_id=end,
+            pad_token_id=film,
+            prefix_allowed_tokens_fn=lambda row, ids: [answers[row][len(ids) - len(prompt)]],
+        )
+    assert [one.token_ids for one in out] == [answers[0], answers[1][:4]]
+    assert [one.receipt.interventions[0].tokens for one in out] == [3, 1]  # the last token of each is never run
