@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,42 @@ from test_where_model import acting, unplaced
 from trimtab.program import spans
 from trimtab.spec import Steering, places
 from trimtab.spec.prompt_tokens import PromptTokens
+from trimtab.spec.schedule import Schedule
 from trimtab.spec.where import Where
 
 PAGE = (Path(__file__).parent.parent / "docs" / "where.md").read_text()
 FENCED = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
-INLINE = [
-    " ".join(code.split()) for code in re.findall(r"`(\{[^`]*\})`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
-]
+INLINE = re.findall(r"`(\{[^`]*\})`", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL))
+LETTERS = {"[...]": "[1]", "[a, b]": "[0, 8]", ": d}": ": 0.5}"}  # what the page leaves open
+
+
+def values(code: str) -> Iterator[Any]:
+    """The JSON values that stand one after the other."""
+    for letters, number in LETTERS.items():
+        code = code.replace(letters, number)
+    while code := code.strip():
+        value, end = json.JSONDecoder().raw_decode(code)
+        yield value
+        code = code[end:]
 
 
 def read(given: dict[str, Any]) -> None:
     if "interventions" in given:
         Steering.parse(given)
+    elif "kind" in given:
+        Steering.parse({"interventions": [given]})
     elif given.keys() & {"text", "role"}:
         Where(prompt=given)
+    elif given.keys() & {"decay", "ramp"}:
+        Schedule(**given)
     else:
         Where(**given)
 
 
 @pytest.mark.parametrize("code", [*FENCED, *INLINE])
 def test_every_example_of_the_page_can_be_said(code: str) -> None:
-    read(json.loads(re.sub(r"\[\.\.\.\]", "[1]", code)))
+    for given in values(code):
+        read(given)
 
 
 def test_the_page_has_examples() -> None:
