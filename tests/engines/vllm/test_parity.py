@@ -86,6 +86,11 @@ def test_what_tokens_decide_outlasts_preemption_with_the_prefix_cache_on(outcome
     assert outcome["where preempted"] == []
 
 
+def test_what_tokens_decide_goes_on_where_an_answer_is_found_in_the_prefix_cache(outcome: dict[str, Any]) -> None:
+    assert sum(hit > 26 for hit in outcome["hits"]) >= 7  # prompts are no longer
+    assert outcome["where thrown out"] == []
+
+
 def test_guesses_at_tokens_change_nothing_that_tokens_decide(outcome: dict[str, Any]) -> None:
     assert 0 < outcome["accepted drafts"] < outcome["drafts"]
     assert outcome["where guessed"] == []

@@ -46,6 +46,7 @@ def main(mode: str, requests: int) -> None:
         "unmeasured": unmeasured,
     }
     if mode == "eager":
+        outcome |= where.thrown_out(llm, model)
         llm.collective_rpc("reload_weights")
         llm.reset_prefix_cache()
         outcome["reloaded"] = differences(generate(llm, prompts[:16], specs[:16], counts[:16]), expected[:16])

@@ -3,6 +3,8 @@
 The oracle is the embedded engine, which runs one pass per token and has no cache between requests.
 """
 
+import os
+
 from guesses import make_guessing_possible
 
 from support import (
@@ -112,14 +114,62 @@ def preempted(folder, model, settings):
     }
 
 
+def thrown_out(llm, model):
+    """Requests that are all thrown out again and again, and find most of their answers in the prefix cache."""
+    prompts = random_prompts([20 + i for i in range(7)], seed=10)
+    plain = oracle(model, prompts, [None] * 7, 70)
+    specs = [where_specs(answer[5], answer[9])[i] for i, answer in enumerate(plain)]
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    schedule, forget, steps, hits = scheduler.schedule, scheduler.kv_cache_manager.reset_prefix_cache, [], []
+
+    def throwing_out(*args, **kwargs):
+        steps.append(None)
+        if thrown := len(steps) % 19 == 0:
+            scheduler.kv_cache_manager.reset_prefix_cache = lambda: True  # what was computed is kept
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+            scheduler.kv_cache_manager.reset_prefix_cache = forget
+        output = schedule(*args, **kwargs)
+        if thrown:
+            hits.extend(_computed(output))
+        return output
+
+    scheduler.schedule = throwing_out
+    try:
+        found = generate(llm, prompts, specs, 70)
+    finally:
+        scheduler.schedule = schedule
+    return {"where thrown out": differences(found, oracle(model, prompts, specs, 70)), "hits": hits}
+
+
+def _computed(output):
+    """How many tokens of each request that comes back, or comes as new, were found."""
+    cached = output.scheduled_cached_reqs
+    again = [
+        n for name, n in zip(cached.req_ids, cached.num_computed_tokens, strict=True) if name in cached.resumed_req_ids
+    ]
+    return again + [new.num_computed_tokens for new in output.scheduled_new_reqs]
+
+
 def guessed(folder, model, settings):
-    """Answers that an n-gram speculator guesses at, several tokens a step, without asynchronous scheduling."""
+    """Answers that an n-gram speculator guesses at, several tokens a step.
+
+    V2's guesses on the device, with asynchronous scheduling: the host does not know which were right, hence where a
+    step begins, when it plans. V1's does so with CUDA alone.
+    """
+    behind = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     prompts = [prompt * 3 for prompt in random_prompts([9 + i for i in range(14)], seed=8)]
     plain = oracle(model, prompts, [None] * 14, 24)
     specs = [where_specs(answer[4], answer[9])[i % 7] for i, answer in enumerate(plain)]
-    guesses = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    guesses = {
+        "method": "ngram_gpu" if behind else "ngram",
+        "num_speculative_tokens": 4,
+        "prompt_lookup_max": 2,
+        "prompt_lookup_min": 1,
+    }
     make_guessing_possible()
-    llm = engine(folder, steering=settings, speculative_config=guesses, async_scheduling=False, disable_log_stats=False)
+    llm = engine(
+        folder, steering=settings, speculative_config=guesses, async_scheduling=behind, disable_log_stats=False
+    )
     found = generate(llm, prompts, specs, 24)
     counts = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     return {
