@@ -12,6 +12,7 @@ from trimtab.program.run_names import named_runs as runs_of
 from trimtab.program.spans import Atom, Between, IdSet
 from trimtab.sites import HookPoint, Phase, Site
 from trimtab.vectors.vector import SteeringVector
+from work import calls
 
 P, D = Phase.PREFILL, Phase.DECODE
 VECTOR = SteeringVector({Site(0, HookPoint.POST_BLOCK): [1.0, 2.0]})
@@ -95,6 +96,14 @@ def test_each_position_is_counted_under_what_it_received() -> None:
         assert received(steering, prompt, answer, tokens) == [found[place] for place in range(3)]
         assert [*spans.decided(tokens, first=prompt)] == [*spans.decided(tokens)][prompt:]
         assert steered_tokens(steering, prompt, answer, tokens) == {P: prompt, D: found[2]}
+
+
+def test_long_answers_are_counted_all_at_once() -> None:
+    """A server counts where it serves everyone: no work in Python for each token."""
+    tokens = [7, 8, 9, 3] * 8192
+    spans = Spans(4, (0, 4), (0, 1), ((0,), (1, 2, 1, 2)), (P, D, D), (THINKING, IdSet(((3, 4),))))
+    steering = ResolvedSteering((ONE, EMPTY, TWO), spans=spans)
+    assert calls(lambda: received(steering, 4, len(tokens) - 3, tokens)) < 1000
 
 
 def test_counting_asks_for_the_tokens_that_decide() -> None:

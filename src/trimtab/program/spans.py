@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
+
 from trimtab.sites import Phase
 from trimtab.wording import summary
 
@@ -25,6 +28,8 @@ MOST_SEQUENCES = 4  # that open, or close
 LONGEST_SEQUENCE = 16  # tokens
 POSITIONS_BELOW = 1 << 26  # at which runs begin: engines hold a position and a kind in one int32
 IDS_BELOW = 1 << 31
+
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -98,27 +103,20 @@ class Spans:
             if start < end:
                 yield start, min(stop, end), self.choices[kind]
 
-    def decided(self, tokens: Sequence[int], first: int = 0) -> Iterator[int]:
+    def decided(self, tokens: Sequence[int], first: int = 0) -> IntArray:
         """The program of each of `tokens` but those before `first`, which is at most the length of the prompt.
 
-        They are a whole prompt and what was answered so far.
+        They are a whole prompt and what was answered so far. Computed for all at once: servers count long answers so.
         """
-        states = [atom.is_open if isinstance(atom, Between) else False for atom in self.atoms]
-        for position in range(first, len(tokens)):
-            number = 0
-            if position >= self.prompt_length:
-                for place, atom in enumerate(self.atoms):
-                    if isinstance(atom, IdSet):
-                        said = tokens[position] in atom
-                    else:
-                        begin = 0 if atom.looks_back else self.prompt_length
-                        closes = _ends(tokens, position, atom.closes, begin)
-                        opens = not closes and _ends(tokens, position, atom.opens, begin)
-                        said = states[place] and not (opens or closes)
-                        states[place] = (states[place] or opens) and not closes
-                    number |= said << place
-            choice = self.programs_at(position)
-            yield choice[number] if len(choice) > 1 else choice[0]
+        ids = np.asarray(tokens, np.int64)
+        numbers = np.zeros(len(ids), np.int64)
+        for place, atom in enumerate(self.atoms):
+            said = _within(ids, atom) if isinstance(atom, IdSet) else _open_at(ids, atom, self.prompt_length)
+            numbers[self.prompt_length :] |= said[self.prompt_length :].astype(np.int64) << place
+        decided = np.empty(len(ids), np.int64)
+        for start, stop, choice in self.runs(len(ids)):
+            decided[start:stop] = np.asarray(choice)[numbers[start:stop]] if len(choice) > 1 else choice[0]
+        return decided[first:]
 
     @cached_property
     def used(self) -> frozenset[int]:
@@ -186,10 +184,33 @@ def _atom_fault(atom: Atom) -> str:
     return ""
 
 
-def _ends(tokens: Sequence[int], position: int, sequences: Sequence[Sequence[int]], first: int) -> bool:
-    """Whether one of `sequences` ends at `position` and begins at `first` or later."""
-    starts = (position + 1 - len(one) for one in sequences)
-    return any(
-        start >= first and tuple(tokens[start : position + 1]) == tuple(one)
-        for start, one in zip(starts, sequences, strict=True)
-    )
+def _within(ids: IntArray, atom: IdSet) -> npt.NDArray[np.bool_]:
+    """[N]: which of `ids` [N] lie in the ranges of `atom`."""
+    begin, stop = np.asarray(atom.ranges, np.int64).T
+    place = np.searchsorted(begin, ids, side="right") - 1
+    within: npt.NDArray[np.bool_] = (place >= 0) & (ids < stop[place])
+    return within
+
+
+def _open_at(ids: IntArray, atom: Between, prompt_length: int) -> npt.NDArray[np.bool_]:
+    """[N]: for each token of an answer whether it is open there and the token itself neither opens nor closes."""
+    first = 0 if atom.looks_back else prompt_length
+    closes = _ending(ids, atom.closes, first)
+    opens = _ending(ids, atom.opens, first) & ~closes
+    said = opens | closes
+    said[:prompt_length] = False  # how the answer begins, `is_open` says
+    last = np.maximum.accumulate(np.where(said, np.arange(len(ids)), -1))  # the token that decided it
+    return np.where(last < 0, atom.is_open, opens[last]) & ~said
+
+
+def _ending(ids: IntArray, sequences: Sequence[Sequence[int]], first: int) -> npt.NDArray[np.bool_]:
+    """[N]: at which places one of `sequences` ends that begins at `first` or later."""
+    found = np.zeros(len(ids), np.bool_)
+    for sequence in sequences:
+        starts = len(ids) - len(sequence) + 1 - first
+        if starts > 0:
+            matches = np.ones(starts, np.bool_)
+            for offset, token in enumerate(sequence, first):
+                matches &= ids[offset : offset + starts] == token
+            found[first + len(sequence) - 1 :] |= matches
+    return found
