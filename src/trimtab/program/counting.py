@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
+import numpy as np
+
 from trimtab.program import ResolvedSteering
 from trimtab.sites import Phase
 
@@ -34,8 +36,8 @@ def received(
     if any(len(choice) > 1 for _, _, choice in runs):
         if tokens is None or len(tokens) < end:
             raise ValueError(f"tokens of an answer of {new_tokens} decide what they receive, and are not given")
-        for place in spans.decided(tokens[:end], first=spans.prompt_length):
-            counts[place] += 1
+        found = np.bincount(spans.decided(tokens[:end], first=spans.prompt_length), minlength=len(counts))
+        counts = found.tolist()
         end = spans.prompt_length
     for start, stop, choice in runs:
         stop = min(stop, prompt_length if start < spans.prompt_length else end)
