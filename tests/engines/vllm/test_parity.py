@@ -3,6 +3,7 @@
 Plain rows and slots are compiled by Inductor in the test of compile caches, and beside a monitor in its scenario.
 """
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -92,6 +93,9 @@ def test_what_tokens_decide_goes_on_where_an_answer_is_found_in_the_prefix_cache
 
 
 def test_guesses_at_tokens_change_nothing_that_tokens_decide(outcome: dict[str, Any]) -> None:
+    if version("vllm") < "0.32":  # V2 has no such speculator
+        assert "drafts" not in outcome
+        return
     assert 0 < outcome["accepted drafts"] < outcome["drafts"]
     assert outcome["where guessed"] == []
     assert outcome["after guesses"][0]["rows_in_use"] == 0

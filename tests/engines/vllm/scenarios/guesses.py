@@ -8,11 +8,17 @@ import sys
 from types import ModuleType
 
 import torch
+import vllm
 
 KERNEL = "rejection_greedy_sample_kernel_impl"
 SCHEMA = f"{KERNEL}(Tensor(a!) out, Tensor ends, Tensor guesses, Tensor own, Tensor after, Tensor? _, int most) -> ()"
 
 _libraries = []
+
+
+def can_guess():
+    """Whether both runners of this vLLM have such a speculator: V2 has none before 0.32."""
+    return tuple(map(int, vllm.__version__.split(".")[:2])) >= (0, 32)
 
 
 def make_guessing_possible():
