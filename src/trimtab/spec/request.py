@@ -30,6 +30,8 @@ from trimtab.vectors.vector import SteeringVector
 from trimtab.wording import shown, summary
 
 MAX_INTERVENTIONS = 16
+OF_AN_INTERVENTION = frozenset(name for kind in KINDS for name in kind.model_fields)
+"""Keys that an intervention of some kind may have."""
 MAX_JSON_CHARACTERS = 96 << 20  # the numbers of MAX_INLINE_BYTES in decimal digits
 
 
@@ -61,6 +63,15 @@ class Steering(Model):
 
     interventions: Annotated[tuple[Annotated[Step, _ByKind()], ...], Field(min_length=1, max_length=MAX_INTERVENTIONS)]
     keep_norm: Annotated[Literal[False, True, "if_grown"], BeforeValidator(_kept)] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_interventions_are_in_them(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            for key in given:
+                if key in OF_AN_INTERVENTION:
+                    raise SteeringError(key, "belongs into an intervention: give it to each of `interventions`")
+        return given
 
     @model_validator(mode="after")
     def _inline_content_is_not_too_large(self) -> Self:

@@ -1,5 +1,6 @@
 """What stands before each route, on an application of our own: one parse, and no answer that ignores what was asked."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ from fastapi.testclient import TestClient
 from trimtab.engines.vllm.frontend import requests
 from trimtab.engines.vllm.http import routes
 from trimtab.engines.vllm.http.before_routes import guard_routes
+from trimtab.engines.vllm.patches.http import PROTOCOLS
 
 pytestmark = pytest.mark.vllm
 
@@ -106,6 +108,48 @@ def test_a_body_is_parsed_once_for_us_and_the_route(monkeypatch: pytest.MonkeyPa
 )
 def test_a_door_refuses_what_it_would_ignore(front_end: FrontEnd, body: dict[str, Any], place: str) -> None:
     refused(application().post("/v1/completions", json=body), place)
+
+
+@pytest.mark.parametrize("key", sorted(requests.KEYS_WITHIN - {"interventions"}))
+@pytest.mark.parametrize("route", ["/v1/completions", "/inference/v1/generate"])
+def test_a_key_of_a_spec_beside_it_is_refused_with_where_it_belongs(route: str, key: str) -> None:
+    home = "`steering`" if key == "keep_norm" else "an intervention, in `steering.interventions`"
+    answer = application().post(route, json={"prompt": "a", key: {"answer": "all"}, "steering": SPEC})
+    refused(answer, key, f"`{key}` belongs into {home}")
+    for ignored in ({key: None, "steering": SPEC}, {key: 1}, {key: 1, "steering": None}):
+        assert application().post(route, json=ignored).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "place"),
+    [
+        ("/v1/completions", {"vllm_xargs": {"steering": SPEC, "where": {}}}, "vllm_xargs.where"),
+        ("/v1/completions", {"vllm_xargs": {"steering": SPEC}, "where": {}}, "where"),
+        (
+            "/inference/v1/generate",
+            {"sampling_params": {"extra_args": {"steering": SPEC, "phase": "decode"}}},
+            "sampling_params.extra_args.phase",
+        ),
+        (
+            "/inference/v1/generate",
+            {"sampling_params": {"extra_args": {"steering": SPEC}, "gate": {}}},
+            "sampling_params.gate",
+        ),
+    ],
+)
+def test_a_key_beside_a_spec_is_refused_wherever_the_spec_stands(route: str, body: dict[str, Any], place: str) -> None:
+    refused(application().post(route, json=body), place, "belongs into")
+
+
+def test_other_plugins_may_have_their_own_names_where_the_spec_is_not() -> None:
+    body = {"steering": SPEC, "vllm_xargs": {"scale": 2, "where": "there"}, "metadata": {"kind": "test"}}
+    assert application().post("/v1/completions", json=body).json()["given"] == SPEC
+
+
+@pytest.mark.parametrize(("module", "name"), PROTOCOLS.items())
+def test_no_request_of_this_vllm_has_a_field_by_a_name_within_specs(module: str, name: str) -> None:
+    model = getattr(importlib.import_module(module), name)
+    assert not requests.KEYS_WITHIN & set(model.model_fields)
 
 
 def test_the_token_route_reads_one_place_more() -> None:

@@ -68,6 +68,13 @@ class Step(Model):
     where: WhereField = None
     schedule: Schedule | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _what_keeps_the_norm_is_the_request(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "keep_norm" in given:
+            raise SteeringError("keep_norm", "belongs to all of a request: give it beside `interventions`")
+        return given
+
     @model_validator(mode="after")
     def _phase_or_where(self) -> Self:
         if self.where is not None and "phase" in self.model_fields_set:

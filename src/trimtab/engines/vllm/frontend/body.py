@@ -119,6 +119,13 @@ class Body:
                     elif key not in data and not (key == "input" and isinstance(value, dict)):
                         todo.append((inside, self._opened(key, value), named or OWN_NAMES.get(key, ""), doubled))
 
+    def holders(self, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The objects on the way to what `asks` found at `place`, from the body on, each with its own place."""
+        node, here = self.value, ""
+        for key in place.split("."):
+            yield here, node
+            node, here = self._opened(key, node[key]), join(here, key)
+
     def key_given_twice(self, node: Any) -> str | None:
         """A key that some object within `node` repeats; None if there is none."""
         todo = [node] if self._repeated else []

@@ -18,6 +18,7 @@ from trimtab.engines.vllm.frontend.pending import Pending
 from trimtab.engines.vllm.frontend.prompts import is_rendered, prompt_tokens
 from trimtab.errors import SteeringError
 from trimtab.spec.faults import join
+from trimtab.spec.request import OF_AN_INTERVENTION, Steering
 
 
 class Exchange:
@@ -42,6 +43,9 @@ exchange: ContextVar[Exchange | None] = ContextVar("trimtab_exchange", default=N
 OFF = "steering is off in this engine; start it with --enable-steering"
 
 PLACES = frozenset({FIELD, f"vllm_xargs.{FIELD}"})  # in a body, where a spec may stand
+
+# Keys of a spec, which no request of vLLM has: beside a spec they mean it.
+KEYS_WITHIN = OF_AN_INTERVENTION | Steering.model_fields.keys()
 
 _OURS = (FIELD, TICKET, MARK)  # what `extra_args` hold for our own use
 
@@ -78,8 +82,8 @@ def given_by(request: Any) -> Any:
 def spec_in(body: Body, places: frozenset[str] = PLACES) -> Any:
     """What a body says as `steering` in one of `places`; None if it asks for none.
 
-    Raises `SteeringError` where it asks elsewhere, by another name or twice, and for an object in the spec that repeats
-    a key.
+    Raises `SteeringError` where it asks elsewhere, by another name or twice, for an object in the spec that repeats a
+    key, and for a key of a spec that stands beside it.
     """
     off = current_front_end() is None
     given: dict[str, Any] = {}
@@ -92,6 +96,7 @@ def spec_in(body: Body, places: frozenset[str] = PLACES) -> Any:
             raise _refused("place", place, _where_it_belongs(place, places))
         if (key := body.key_given_twice(value)) is not None:
             raise _refused("twice", place, f"the key {key!r:.80} is given twice in one object")
+        _refuse_strays(body, place)
         given[place] = value
     return next(iter(given.values()), None)
 
@@ -108,6 +113,17 @@ def refuse_all(body: Body, where: str) -> None:
     """Raise `SteeringError` if a body asks for steering, `where` nothing is steered."""
     for ask in body.asks(ours_alone=current_front_end() is None):
         raise refusal_elsewhere(where, ask.place)
+
+
+def _refuse_strays(body: Body, place: str) -> None:
+    """Raise `SteeringError` where a key of a spec stands beside the spec at `place`, where no one reads it."""
+    for holder, fields in body.holders(place):
+        for key in sorted(KEYS_WITHIN & fields.keys()):
+            if fields[key] is not None:
+                home = f"`{FIELD}`" if key in Steering.model_fields else f"an intervention, in `{FIELD}.interventions`"
+                said = f"would be ignored here: `{key}` belongs into {home}"
+                more = f"; if another plugin reads it here, give `{FIELD}` at the top of the body" if holder else ""
+                raise _refused("place", join(holder, key), said + more)
 
 
 def _where_it_belongs(place: str, places: frozenset[str]) -> str:
