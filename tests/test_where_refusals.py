@@ -293,10 +293,8 @@ def test_a_default_of_a_server_that_selects_nothing_of_a_prompt_does_nothing_the
     assert isinstance(found, Unplaced)
     placed = found.placed(replace(PROMPT, messages=[], tokenizer=where_tokenizers.MAKERS["bytes_of_gpt"]()))
     assert acting(placed, [1, 2, 3, 1, 2, 3, 4]) == [{1}] * 7
-    embedded = PromptTokens(6)
-    if where.keys() & {"tokens", "after"}:  # what cannot be known is no nothing
-        with pytest.raises(SteeringError, match="made of embeddings"):
-            found.placed(embedded)
+    if where.keys() & {"tokens", "after"}:
+        assert acting(found.placed(PromptTokens(6)), [0] * 7) == [{1}] * 7  # of embeddings
 
 
 def test_a_default_of_a_server_leaves_out_what_a_prompt_does_not_have() -> None:

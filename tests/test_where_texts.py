@@ -303,8 +303,8 @@ def test_a_text_of_the_answer_is_known_alone_and_behind_other_text(kind: str) ->
     """Its tokens differ there, for many tokenizers."""
     tokenizer = where_tokenizers.MAKERS[kind]()
     ids = tokenizer("The film", add_special_tokens=False)["input_ids"]
-    steering = unplaced([{"where": {"after": "good"}}]).placed(PromptTokens(len(ids), ids, tokenizer))
-    for text in ("good, bad", "was good, bad", "was\ngood, bad"):
+    steering = unplaced([{"where": {"after": "user"}}]).placed(PromptTokens(len(ids), ids, tokenizer))
+    for text in ("user, bad", "was user, bad", "was\nuser, bad"):
         answer = tokenizer(text, add_special_tokens=False)["input_ids"]
         acts = [bool(one) for one in acting(steering, [*ids, *answer])][len(ids) :]
         behind = len(text) - len(", bad")

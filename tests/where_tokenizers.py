@@ -5,7 +5,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import trimtab
@@ -34,6 +44,21 @@ def bytes_of_gpt() -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet))
     return _fast(tokenizer)
+
+
+def lines_of_gpt() -> Any:
+    """Byte-level pieces, in which signs and the lines' ends behind them are one token, and no tags are."""
+    tokenizer = Tokenizer(models.BPE())
+    parts = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = pre_tokenizers.Split(Regex(parts), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tokenizer.decoder = decoders.ByteLevel()
+    lines = [*LINES, *["<think>\nplan\n</think>\n\nDone.\n\nAnswer:\n42 (yes) <a>b"] * 8]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet))
+    tokenizer.add_special_tokens([AddedToken(one, special=True) for one in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def sentences_of_llama() -> Any:
@@ -89,7 +114,5 @@ def of_the_demo() -> Any:
     return AutoTokenizer.from_pretrained(Path(trimtab.__file__).parent / "demo" / "model")
 
 
-MAKERS: dict[str, Callable[[], Any]] = {
-    maker.__name__: cache(maker)
-    for maker in (bytes_of_gpt, sentences_of_llama, sentences_of_gemma, metaspace, word_pieces, of_the_demo)
-}
+_EVERY = (bytes_of_gpt, lines_of_gpt, sentences_of_llama, sentences_of_gemma, metaspace, word_pieces, of_the_demo)
+MAKERS: dict[str, Callable[[], Any]] = {maker.__name__: cache(maker) for maker in _EVERY}

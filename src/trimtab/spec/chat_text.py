@@ -8,10 +8,10 @@ believed where there is one way only to find them all.
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.errors import SteeringError
 from trimtab.spec.base import NowhereError
 from trimtab.wording import shown, summary
 
@@ -44,7 +44,7 @@ class Said:
 def spoken(
     text: str, messages: Sequence[Message], role: str, *, last: bool, render: Render | None = None
 ) -> list[Characters]:
-    """What messages of `role` say, or the last of them, in the `text` of a prompt. Raises `SteeringError`."""
+    """What messages of `role` say, or the last of them, in the `text` of a prompt. Raises `NowhereError`."""
     roles = [str(message.get("role", "")) for message in messages]
     if role not in roles:
         known = summary(list(dict.fromkeys(roles)))
@@ -65,13 +65,30 @@ def spoken(
     return places
 
 
+def begin_of_reply(text: str, messages: Sequence[Message], render: Render | None = None) -> int:
+    """From which character of the `text` of a prompt on stands what follows the last message that is not the
+    assistant's: what a template writes for an answer to begin, and an answer that is begun. 0 where nothing tells."""
+    to_model = [index for index, message in enumerate(messages) if message.get("role") != "assistant"]
+    every = [said for index, message in enumerate(messages) for said in _said(index, message) if said.text]
+    last = next((said for said in reversed(every) if said.message == to_model[-1]), None) if to_model else None
+    if last is None:
+        return 0
+    mark = _marks([last], text)[last]
+    if render is not None:
+        with suppress(Exception):  # a template is a program that others wrote, and may refuse marks as it likes
+            _, found, behind = render(_marked(messages, {last: mark})).rpartition(mark)
+            if found and text.endswith(behind):
+                return len(text) - len(behind)
+    return _forward(text, every).get(last, (0, 0))[1]
+
+
 def _nothing(role: str) -> NowhereError:
     return NowhereError("role", f"what is said as {shown(role)} is no text, or an empty one: nothing is selected")
 
 
-def _not_there(said: Said, role: str) -> SteeringError:
+def _not_there(said: Said, role: str) -> NowhereError:
     where = f"messages[{said.message}]"
-    return SteeringError(
+    return NowhereError(
         "role",
         f"what {where} says as {shown(role)} cannot be found in the prompt, whose template or truncation changed it: "
         'select it by ranges, or by {"text": ...}',
@@ -174,7 +191,7 @@ def _by_order(text: str, every: Sequence[Said], mine: Sequence[Said]) -> dict[Sa
     first, last = _forward(text, every), _backward(text, every)
     for said in mine:
         if said in first and said in last and first[said] != last[said]:
-            raise SteeringError(
+            raise NowhereError(
                 "role",
                 f"what messages[{said.message}] says, {shown(said.text)}, stands in the prompt more than once, and "
                 'what the template wrote cannot be told from it: select it by {"text": ..., "occurrence": ...}',

@@ -17,12 +17,14 @@ import numpy.typing as npt
 from trimtab.errors import SteeringError
 from trimtab.program.spans import LONGEST_SEQUENCE, MOST_RUNS, IdSet
 from trimtab.spec.base import NowhereError
-from trimtab.spec.chat_text import spoken
+from trimtab.spec.chat_text import Render, begin_of_reply, spoken
 from trimtab.spec.intervals import Intervals, joined, where_true
 from trimtab.spec.places import TokenRun
 from trimtab.spec.token_text import TokenText
 from trimtab.spec.vocabulary import Vocabulary
 from trimtab.wording import shown
+
+_NEVER = (-1, -1)
 
 
 class Tags(NamedTuple):
@@ -79,9 +81,8 @@ class PromptTokens:
     def spoken(self, role: str, *, last: bool) -> Intervals:
         """The tokens of what the messages of a role say. Raises `SteeringError` where they cannot be found."""
         if self.messages is None:
-            raise SteeringError("role", 'needs a chat, whose messages have roles: give ranges or {"text": ...} instead')
-        own = self.vocabulary.render if hasattr(self.tokenizer, "apply_chat_template") else None
-        found = spoken(self.text.text, self.messages, role, last=last, render=self.render or own)
+            raise NowhereError("role", 'needs a chat, whose messages have roles: give ranges or {"text": ...} instead')
+        found = spoken(self.text.text, self.messages, role, last=last, render=self._renders)
         return self._tokens_of(found)
 
     def holding(self, some: IdSet) -> Intervals:
@@ -97,7 +98,8 @@ class PromptTokens:
     def runs_of(self, run: TokenRun) -> tuple[tuple[int, ...], ...]:
         """The ids of a run of tokens; of a text in each form that it is written in.
 
-        Raises `SteeringError` for a text of too many tokens, or of none, and for ids that the model does not have.
+        Raises `SteeringError` for a text of too many tokens, or of none, for one that a token can hide from those who
+        watch for these runs, and for ids that the model does not have.
         """
         if not isinstance(run, str):
             return (self._within_vocabulary(run),)
@@ -105,6 +107,8 @@ class PromptTokens:
         for ids in forms or ((),):
             if not 0 < len(ids) <= LONGEST_SEQUENCE:
                 raise SteeringError("", f"{shown(run)} is {len(ids)} tokens, want 1 to {LONGEST_SEQUENCE}")
+        if fault := self.vocabulary.fault_of(run):
+            raise SteeringError("", f"{shown(run)} could be missed in an answer: {fault}; give ids of tokens instead")
         return forms
 
     def id_of(self, token: int | str) -> int:
@@ -127,10 +131,42 @@ class PromptTokens:
         said = 'no tags are known by which this model marks its thinking: give them, as {"name": "thinking", "start": '
         raise SteeringError("", said + '"<think>", "end": "</think>"}')
 
-    def ends_within(self, starts: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], otherwise: bool) -> bool:
-        """Whether the last of some runs of tokens that the prompt holds is one of `starts`."""
-        last = [max((_last(self.tokens(), run) for run in some), default=-1) for some in (starts, ends)]
-        return otherwise if max(last) < 0 else last[0] > last[1]
+    def ends_within(self, starts: Sequence[TokenRun], ends: Sequence[TokenRun], otherwise: bool) -> bool:
+        """Whether the last of some tags that the prompt holds is one of `starts`.
+
+        Of a chat that counts which stands behind what was last said to the model.
+        """
+        last = [max(map(self._end_of, some), default=_NEVER) for some in (starts, ends)]
+        if max(last) == _NEVER or max(last)[0] < self._reply:
+            return otherwise
+        return last[0] > last[1]
+
+    def _end_of(self, tag: TokenRun) -> tuple[int, int]:
+        """The token that completes a tag for the last time, and the character behind it; _NEVER where none does.
+
+        A text is looked for as such, since a tokenizer may have joined it with what stands beside it.
+        """
+        if isinstance(tag, str) and not self.vocabulary.is_added(tag):
+            if not (places := self._found(tag) or self._found(unicodedata.normalize("NFC", tag))):
+                return _NEVER
+            _, behind = places[-1]
+            ((_, stop),) = self.text.tokens([(behind - 1, behind)])
+            return stop - 1, behind
+        token = _last(self.tokens(), self.vocabulary.ids_of(tag) if isinstance(tag, str) else tag)
+        return (token, 0) if token >= 0 else _NEVER
+
+    @cached_property
+    def _reply(self) -> int:
+        """The first token behind what was last said to the model, in a chat; 0 where there is none."""
+        if self.messages is None or self.tokenizer is None:
+            return 0
+        begin = begin_of_reply(self.text.text, self.messages, self._renders)
+        return int(np.searchsorted(self.text.starts, begin, side="left"))
+
+    @property
+    def _renders(self) -> Render | None:
+        own = self.vocabulary.render if hasattr(self.tokenizer, "apply_chat_template") else None
+        return self.render or own
 
     @cached_property
     def text(self) -> TokenText:
@@ -148,7 +184,7 @@ class PromptTokens:
     @cached_property
     def _array(self) -> npt.NDArray[np.int64]:
         if self.ids is None:
-            raise SteeringError("", "needs tokens, and this prompt is made of embeddings: give ranges of positions")
+            raise NowhereError("", "needs tokens, and this prompt is made of embeddings: give ranges of positions")
         return np.asarray(self.ids, np.int64)
 
     def _found(self, text: str) -> list[tuple[int, int]]:

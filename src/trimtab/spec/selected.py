@@ -155,7 +155,7 @@ def _section(section: Section, prompt: PromptTokens) -> Saying:
         if one[-len(other) :] == other or other[-len(one) :] == one:
             said = f"one tag ends with the other, as tokens: start {list(one)}, end {list(other)}"
             raise SteeringError("", f"{said}; give tags of which none ends with the other")
-    thinks = prompt.ends_within(begin, end, opens)
+    thinks = prompt.ends_within(starts, ends, opens)
     if section.name == "thinking":
         return Saying(Between(begin, end, is_open=thinks, looks_back=True))
     return Saying(Between(end, begin, is_open=not thinks, looks_back=True))

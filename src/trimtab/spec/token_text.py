@@ -121,6 +121,17 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTE = _byte_of_character()
+_CHARACTER = {byte: character for character, byte in _BYTE.items()}
+
+
+def byte_level_name(text: str) -> str:
+    """A text as a byte-level vocabulary writes it."""
+    return "".join(_CHARACTER[byte] for byte in text.encode("utf-8", "surrogatepass"))
+
+
+def byte_level_text(name: str) -> str:
+    """What a part of such a piece reads; characters that it does not have as a whole are lost."""
+    return _of_bytes(name).decode("utf-8", "replace")
 
 
 def _of_bytes(name: str) -> bytes:
@@ -129,6 +140,11 @@ def _of_bytes(name: str) -> bytes:
         return bytes([_BYTE[character] for character in name])
     except KeyError:
         return name.encode("utf-8", "surrogatepass")
+
+
+def is_escaped_byte(name: str) -> bool:
+    """Whether a piece of the vocabulary is a byte to which it falls back."""
+    return _ESCAPED.fullmatch(name) is not None
 
 
 def _of_sentences(name: str) -> bytes:

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from trimtab.errors import SteeringError
 from trimtab.program.spans import IdSet
+from trimtab.spec.hiding import changed_by, hidden_by
 from trimtab.spec.intervals import of_numbers
-from trimtab.spec.token_text import Pieces, TokenText, text_of
+from trimtab.spec.token_text import Pieces, TokenText, is_escaped_byte, text_of
+from trimtab.wording import shown
 
 T = TypeVar("T")
 
@@ -28,6 +31,8 @@ class _Known:
         self.special: IdSet | None = None
         self.ids: dict[str, tuple[int, ...]] = {}
         self.forms: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self.names: tuple[str, ...] | None = None
+        self.faults: dict[str, str] = {}
 
 
 _KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
@@ -78,6 +83,37 @@ class Vocabulary:
             _remember(known, text, found)
         return found
 
+    def fault_of(self, text: str) -> str:
+        """Why those who watch an answer for the `forms_of` a text may not see that it is there; "" if they will.
+
+        What is one added token is cut out before anything is joined, so that only a longer one of its kind hides it.
+        Raises `SteeringError` where the tokenizer does not tell its vocabulary.
+        """
+        known = self._known.faults
+        if (found := known.get(text)) is None:
+            forms = self.forms_of(text)
+            names = tuple(self._added) if self.is_added(text) else self._names
+            if (hider := hidden_by(text, names, self.ids_of, forms)) is not None:
+                found = f"{shown(hider)} is one token, which holds a part of it and more"
+            elif any(self._unknown in form for form in forms):
+                found = "it has characters for which the tokenizer has no token"
+            elif (beside := changed_by(text, self.ids_of, forms, self._unknown)) is not None:
+                found = f"{shown(beside)} has other tokens in its place"
+            _remember(known, text, found := found or "")
+        return found
+
+    @property
+    def _unknown(self) -> int | None:
+        """The token that stands for what has none."""
+        return getattr(self._tokenizer, "unk_token_id", None)
+
+    def is_added(self, text: str) -> bool:
+        """Whether a text is an added token, or a special one."""
+        ids = self.ids_of(text)
+        if len(ids) != 1:
+            return False
+        return self._added.get(text) == ids[0] or (ids[0] in self.special and self.names(ids) == [text])
+
     @property
     def special(self) -> IdSet:
         """Its special tokens: those that have a part to play, and those that were added as such."""
@@ -87,6 +123,23 @@ class Vocabulary:
             ids |= {int(token) for token in getattr(self._tokenizer, "all_special_ids", ()) if token is not None}
             self._known.special = IdSet(of_numbers(sorted(ids)))
         return self._known.special
+
+    @property
+    def _added(self) -> dict[str, int]:
+        """The added tokens that are found anywhere, by their text."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", None) or {}
+        return {str(one): int(token) for token, one in added.items() if not getattr(one, "single_word", False)}
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """What its tokens are called, but for special ones and single bytes: those are in no text of several."""
+        if self._known.names is None:
+            if (vocabulary := getattr(self._tokenizer, "get_vocab", None)) is None:
+                raise SteeringError("", "this tokenizer does not tell which tokens it has: give ids of tokens")
+            some = vocabulary().items()
+            names = (name for name, token in some if token not in self.special and not is_escaped_byte(name))
+            self._known.names = tuple(names)
+        return self._known.names
 
     def _special_called(self, text: str) -> int | None:
         try:
@@ -117,5 +170,7 @@ def _ends(run: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def _remember(known: dict[str, T], text: str, found: T) -> None:
-    if len(known) < _MOST_TEXTS and len(text) <= _LONGEST:
+    if len(text) <= _LONGEST:
+        if len(known) >= _MOST_TEXTS:
+            known.clear()  # at once, since other threads may look
         known[text] = found
