@@ -52,11 +52,24 @@ FORMS: list[tuple[Any, str, str]] = [
     ({"prompt": {"text": "a", "occurrence": True}}, ".prompt.occurrence", "got True, want a whole number"),
     ({"prompt": {"text": "a", "occurrence": 1.0}}, ".prompt.occurrence", "got 1.0, want a whole number"),
     ({"prompt": [{"text": "a", "occurrence": 10**9}]}, ".prompt[0].occurrence", "from -4096 to 4096"),
+    (
+        {"prompt": {"text": "a", "role": "user"}},
+        ".prompt",
+        "a place is one or the other: give each by itself, in a list",
+    ),
+    ({"prompt": [{"role": "user", "text": "a"}]}, ".prompt[0]", "has `text` and `role`"),
     ({"prompt": {"role": "user", "turns": "first"}}, ".prompt.turns", "got 'first', want 'all' or 'last'"),
     ({"prompt": {"role": None}}, ".prompt.role", "got None, want a text"),
     ({"answer": {"text": "a"}}, ".answer", 'want "all" or a list of ranges'),
     ({"answer": [{"text": "a"}]}, ".answer[0]", "texts and roles are places of a prompt"),
     ({"answer": [[-3, None]]}, ".answer[0][0]", "got -3: nobody knows where an answer will end"),
+    ({"answer": [[0, 1 << 25]]}, ".answer[0][1]", "got 33554432, want a whole number or null, from 0 to 16777216"),
+    ({"answer": [[None, -1]]}, ".answer[0][1]", "got -1: nobody knows where an answer will end"),
+    ({"answer": []}, ".answer", "is empty, so it selects nothing"),
+    ({"prompt": [], "answer": []}, ".prompt", "is empty, so it selects nothing"),
+    ({"prompt": [], "answer": None}, ".prompt", "is empty, so it selects nothing"),
+    ({"answer": [], "section": "thinking"}, ".answer", "is empty, so it selects nothing"),
+    ({"prompt": "all", "not": {"answer": []}}, ".not.answer", "is empty, so it selects nothing"),
     ({"prompt": "all", "section": "thinking"}, ".section", "give two interventions, one with `prompt` and one with"),
     ({"prompt": "all", "answer": "all", "after": "x"}, ".after", "cannot stand beside `prompt`"),
     ({"prompt": "all", "until": [1]}, ".until", "cannot stand beside `prompt`"),
@@ -66,6 +79,9 @@ FORMS: list[tuple[Any, str, str]] = [
     ({"section": {"name": "thinking", "start": "a", "end": "a"}}, ".section.end", "got 'a', as for `start`"),
     ({"after": ""}, ".after", "has 0 characters"),
     ({"after": []}, ".after", "is empty, so it selects nothing"),
+    ({"after": ["."]}, ".after", "got ['.']: a list is one of token ids, and a text stands without it"),
+    ({"until": [5, "."]}, ".until", "got [5, '.']: a list is one of token ids"),
+    ({"section": {"name": "thinking", "start": ["a"], "end": "b"}}, ".section.start", "a text stands without it"),
     ({"after": 5}, ".after", "got 5, want a text or a list of token ids"),
     ({"after": [1] * 17}, ".after", "has 17 items, at most 16 are allowed"),
     ({"until": [1, -1]}, ".until[1]", "got -1, want a token's id, a whole number, from 0"),
@@ -106,16 +122,29 @@ IN_PROMPT: list[tuple[dict[str, Any], str, str]] = [
         ".prompt",
         "selects nothing: the prompt has 6 tokens, at positions from 0, and none of them lies in [6, null]",
     ),
-    ({"prompt": [[-9, -6], [10, 20]]}, ".prompt", "none of them lies in [-9, -6], [10, 20]"),
-    ({"prompt": [[4, -4]]}, ".prompt", "selects nothing: the prompt has 6 tokens"),
+    ({"prompt": [[-9, -6], [10, 20]]}, ".prompt", "none of them lies in [-9, -6] (here [0, 0]), [10, 20]"),
+    (
+        {"prompt": [[4, -4]]},
+        ".prompt",
+        "the prompt has 6 tokens, at positions from 0, and none of them lies in [4, -4] (here [4, 2])",
+    ),
+    ({"prompt": [[6, None], [-9, -7]]}, ".prompt", "lies in [6, null], [-9, -7] (here [0, 0])"),
     ({"prompt": "all", "tokens": [9]}, ".tokens", "selects nothing: the prompt has 6 tokens"),
     ({"prompt": "all", "not": {}}, ".not", "leaves nothing"),
     ({"not": {}}, ".not", "leaves nothing"),
     ({"answer": [[0, 4]], "not": {"answer": [[0, 9]]}}, ".not", "leaves nothing"),
-    ({"tokens": [9], "answer": "all", "not": {"tokens": [8, 9, 10]}}, "", "no token of any answer"),
-    ({"after": [9], "not": {"after": [9]}}, "", "no token of any answer"),
+    ({"tokens": [9], "answer": "all", "not": {"tokens": [8, 9, 10]}}, "", "asks for and left by `not`; ch"),
+    (
+        {"after": [9], "not": {"after": [9]}},
+        "",
+        "selects nothing: no token of any answer is all that `after` asks for and left by `not`; change one of them",
+    ),
     ({"section": "thinking", "not": {"section": "thinking"}}, "", "no token of any answer"),
-    ({"section": "thinking", "tokens": [7]}, "", "no token of any answer"),
+    (
+        {"section": "thinking", "tokens": [7]},
+        "",
+        "selects nothing: no token of any answer is all that `section` and `tokens` ask for; change one of them",
+    ),
     ({"section": {"name": "thinking", "start": [1], "end": [2, 1]}}, ".section", "one tag ends with the other"),
     ({"answer": "all", "tokens": list(range(0, 130 * 2, 2))}, ".tokens[50]", "got the id 100, and this model has 100"),
 ]
@@ -127,6 +156,18 @@ def test_what_a_prompt_makes_empty_is_refused_with_its_length(where: Any, field:
         unplaced([{"where": {"answer": "all"}}, {"where": where}]).placed(PROMPT)
     assert refusal.value.field == f"interventions[1].where{field}"
     assert said in refusal.value.message
+
+
+@pytest.mark.parametrize("where", [{"prompt": [[0, 4]]}, {"answer": [[0, 4], [8, None]]}, {"answer": "all"}])
+def test_where_as_a_receipt_tells_it_can_be_sent_back(where: dict[str, Any]) -> None:
+    placed = unplaced([{"where": where}]).placed(PROMPT)
+    told = placed.asked[0].where
+    assert told is not None
+    again = {"prompt": json.loads(json.dumps(told.prompt)), "answer": json.loads(json.dumps(told.answer))}
+    assert not all(again.values())
+    assert unplaced([{"where": again}]).placed(PROMPT) == placed
+    taken = unplaced([{"where": {"not": again}}]).placed(PROMPT)
+    assert taken.asked[0].where == unplaced([{"where": {"not": where}}]).placed(PROMPT).asked[0].where
 
 
 def test_ids_in_more_ranges_than_a_device_holds_are_refused_in_an_answer_alone() -> None:

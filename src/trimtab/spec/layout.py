@@ -15,18 +15,15 @@ Together = tuple[int, ...]
 
 
 class Layout(NamedTuple):
-    """Spans, and the interventions of each of their programs."""
+    """Spans, the interventions of each of their programs, and those that no token of an answer could make act."""
 
     spans: Spans
     programs: tuple[Together, ...]
+    idle: Together
 
 
-def laid_out(selections: Sequence[Selected], prompt_length: int, defaults: int = 0) -> Layout:
-    """The runs of a request with these interventions, of which the first `defaults` are a server's.
-
-    Raises `SteeringError` for more than engines hold, and at the place of an intervention of the request that no token
-    of an answer could make act.
-    """
+def laid_out(selections: Sequence[Selected], prompt_length: int) -> Layout:
+    """The runs of a request with these interventions. Raises `SteeringError` for more than engines hold."""
     atoms = tuple(dict.fromkeys(atom for one in selections for atom in one.atoms))
     _check("conditions on the answer's tokens (`section`, `after`, `until`, `tokens`, ...)", len(atoms), MOST_ATOMS)
     deciders = [(_decider(one.kept, atoms), _decider(one.excluded, atoms)) for one in selections]
@@ -62,17 +59,14 @@ def laid_out(selections: Sequence[Selected], prompt_length: int, defaults: int =
             every = tuple(found.get(number, some) for number in range(1 << len(atoms)))
             choices[mask] = (some,) if len(set(every)) == 1 else every
         add(prompt_length + start, choices[mask])
-    for index in range(defaults, len(selections)):
-        if index not in acting:
-            said = "selects nothing: no token of any answer can be all that it asks for; leave a key out"
-            raise SteeringError(f"interventions[{index}].where", said)
     _check("runs of positions", len(starts), MOST_RUNS)
     _check("programs (sets of interventions that act together, in prompt and answer)", len(programs), MOST_PROGRAMS)
     _check("kinds of runs", len(kinds), MOST_KINDS)
     phases = tuple(phase for phase, _ in programs)
     asked = atoms if any(len(choice) > 1 for choice in kinds) else ()
     spans = Spans(prompt_length, tuple(starts), tuple(of_runs), tuple(kinds), phases, asked)
-    return Layout(spans, tuple(together for _, together in programs))
+    idle = tuple(index for index in range(len(selections)) if index not in acting)
+    return Layout(spans, tuple(together for _, together in programs), idle)
 
 
 Decider = tuple[int, int]

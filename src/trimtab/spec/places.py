@@ -36,6 +36,11 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         return f"[{', '.join('null' if end is None else str(end) for end in self)}]"
 
+    def told(self, length: int) -> str:
+        """It, and what it comes to in a prompt of `length` tokens, where it counts from the end of that."""
+        counted = Range(*(end if end is None or end >= 0 else max(0, end + length) for end in self))
+        return str(self) if counted == self else f"{self} (here {counted})"
+
 
 def text(value: Any) -> str:
     """A text that tokens can stand for. Raises `SteeringError`."""
@@ -52,6 +57,8 @@ def token_run(value: Any) -> TokenRun:
     """A text, or the ids of some tokens. Raises `SteeringError`."""
     if isinstance(value, str):
         return text(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(one, str) for one in value):
+        raise SteeringError("", f"got {shown(value)}: a list is one of token ids, and a text stands without it")
     return _each(_listed(value, LONGEST_SEQUENCE, "a text or a list of token ids"), _id)
 
 
@@ -130,6 +137,9 @@ def _place(value: Any) -> Place:
     if not isinstance(value, Mapping):
         raise SteeringError("", f"got {shown(value)}, want a range [from, to], {what}")
     keys_are_text(value)
+    if "text" in value and "role" in value:
+        said = "has `text` and `role`, and a place is one or the other: give each by itself, in a list of places"
+        raise SteeringError("", said)
     if "text" in value:
         return TextPlace(**value)
     if "role" in value:
@@ -141,22 +151,21 @@ def _place(value: Any) -> Place:
 def _range_of_answer(value: Any) -> Range:
     if not isinstance(value, (list, tuple)):
         raise SteeringError("", f"got {shown(value)}, want a range [from, to]: texts and roles are places of a prompt")
-    found = _range(value, "a whole number or null")
-    for index, end in enumerate(found):
-        if end is not None and end < 0:
-            said = f"got {end}: nobody knows where an answer will end, so its positions count from 0"
+    for index, end in enumerate(value):
+        if isinstance(end, (int, np.integer)) and end < 0:
+            said = f"got {shown(end)}: nobody knows where an answer will end, so its positions count from 0"
             raise SteeringError(f"[{index}]", said)
-    return found
+    return _range(value, "a whole number or null", least=0)
 
 
-def _range(value: Any, what: str) -> Range:
+def _range(value: Any, what: str, least: int = -LARGEST_POSITION) -> Range:
     if len(value) != 2:
         raise SteeringError("", f"got {shown(value)}, want two numbers, [from, to]")
     if type(value[0]) is type(value[1]) is int and 0 <= value[0] < value[1] <= LARGEST_POSITION:
         return Range(*value)  # at once, since a request may have thousands
 
     def end(one: Any) -> int | None:
-        return None if one is None else _whole(one, -LARGEST_POSITION, LARGEST_POSITION, what)
+        return None if one is None else _whole(one, least, LARGEST_POSITION, what)
 
     found = Range(*_each(value, end))
     first, stop = found

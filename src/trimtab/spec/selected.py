@@ -204,7 +204,7 @@ def _empty(where: Where, prompt: PromptTokens, lenient: bool) -> NowhereError:
     """The fault of a selection of nothing, at the key that is to blame."""
     told = _told(prompt)
     if not _of_prompt(where, prompt, lenient):
-        given = summary([place for _, place in where.places_in_prompt if isinstance(place, Range)], 4)
+        given = summary([one.told(prompt.length) for _, one in where.places_in_prompt if isinstance(one, Range)], 4)
         return NowhereError("prompt", f"selects nothing: {told}, at positions from 0, and none of them lies in {given}")
     key = "tokens" if where.tokens is not None else "special_tokens"
     return NowhereError(key, f"selects nothing: {told}, and none that `prompt` selects is such a one")

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from trimtab.errors import SteeringError
 from trimtab.program import EMPTY, Asked, PhaseProgram, ResolvedSteering, Slot, Spans, Where
 from trimtab.program.joint_gate import Condition
 from trimtab.program.programs import distinct
@@ -56,7 +57,10 @@ class Unplaced:
         where they meet in it, and for more runs or programs than engines hold.
         """
         selections = [self._selected(index, prompt) for index in range(len(self.made.steps))]
-        spans, together = laid_out(selections, prompt.length, self.defaults)
+        spans, together, idle = laid_out(selections, prompt.length)
+        if own := [index for index in idle if index >= self.defaults]:
+            said = where_of(self.made.steps[own[0]]).conditions_told
+            raise SteeringError(f"interventions[{own[0]}].where", f"selects nothing: {said}; change one of them")
         programs = tuple(map(self._program, together, spans.phases))
         told = zip(self.asked, selections, strict=True)
         asked = tuple(_told(one, chosen) for one, chosen in told)

@@ -42,6 +42,8 @@ SectionName = Literal["thinking", "response"]
 SECTIONS: tuple[SectionName, ...] = get_args(SectionName)
 OF_THE_ANSWER = ("section", "after", "until")
 """Keys that speak of the answer's tokens alone."""
+CONDITIONS = (*OF_THE_ANSWER, "tokens", "special_tokens")
+"""Keys that ask something of each token."""
 
 
 def _as_json(value: Any) -> Any:
@@ -101,6 +103,14 @@ def _section(value: Any) -> Section:
     return Section(name=value)
 
 
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and not value
+
+
+def _selects(value: Any) -> bool:
+    return value is not None and not _is_empty(value)
+
+
 class Selection(_Given):
     """Some tokens of a request: positions of its prompt and answer, and what narrows them."""
 
@@ -111,6 +121,15 @@ class Selection(_Given):
     until: _RunOfTokens = None
     tokens: Annotated[tuple[int | str, ...] | None, *_read_by(single_tokens)] = None
     special_tokens: Annotated[bool, Field(strict=True)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_of_one_part(cls, given: Any) -> Any:
+        """An empty list is nothing of one part, as receipts tell it, where the other is there: as good as no key."""
+        for part, other in (("prompt", "answer"), ("answer", "prompt")):
+            if isinstance(given, Mapping) and _is_empty(given.get(part)) and _selects(given.get(other)):
+                return {key: value for key, value in given.items() if key != part}
+        return given
 
     @model_validator(mode="after")
     def _answer_alone(self) -> Self:
@@ -162,6 +181,14 @@ class Where(Selection):
     """The tokens that an intervention acts on: a selection, less another."""
 
     excluded: Annotated[Selection | None, *_read_by(_selection), Field(alias="not")] = None
+
+    @property
+    def conditions_told(self) -> str:
+        """What to say where its conditions cannot hold together."""
+        names = [f"`{key}`" for key in CONDITIONS if getattr(self, key) is not None]
+        asked = [f"all that {' and '.join(names)} {'ask' if len(names) > 1 else 'asks'} for"] if names else []
+        left = [] if self.excluded is None else ["left by `not`"]
+        return f"no token of any answer is {' and '.join([*asked, *left])}"
 
     @property
     def all_places(self) -> Iterator[Place]:
