@@ -167,3 +167,17 @@ def test_tags_in_what_was_said_do_not_tell_how_an_answer_begins(
     answer = ids_of(tokenizer, "was good")
     acts = [bool(one) for one in acting(steering, [*prompt.ids, *answer])][prompt.length :]  # type: ignore[misc]
     assert set(acts) == {thinks == (name == "thinking")}
+
+
+def test_a_role_is_looked_for_once_in_a_prompt() -> None:
+    tokenizer = where_tokenizers.MAKERS["bytes_of_gpt"]()
+    rendered = []
+
+    def render(some: list[dict[str, Any]]) -> str:
+        rendered.append(some)
+        return chatml(some)[0]
+
+    messages = [{"role": "user", "content": "one"}]
+    prompt = chat(tokenizer, messages, chatml(messages)[0], render=render)
+    unplaced([{"where": {"prompt": [{"role": "user"}] * 64}}]).placed(prompt)
+    assert len(rendered) == 1

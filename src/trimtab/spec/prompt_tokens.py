@@ -82,8 +82,10 @@ class PromptTokens:
         """The tokens of what the messages of a role say. Raises `SteeringError` where they cannot be found."""
         if self.messages is None:
             raise NowhereError("role", 'needs a chat, whose messages have roles: give ranges or {"text": ...} instead')
-        found = spoken(self.text.text, self.messages, role, last=last, render=self._renders)
-        return self._tokens_of(found)
+        if (role, last) not in self._spoken:  # a request may ask for one role many times
+            found = spoken(self.text.text, self.messages, role, last=last, render=self._renders)
+            self._spoken[role, last] = self._tokens_of(found)
+        return self._spoken[role, last]
 
     def holding(self, some: IdSet) -> Intervals:
         """The positions of tokens of a set."""
@@ -162,6 +164,10 @@ class PromptTokens:
             return 0
         begin = begin_of_reply(self.text.text, self.messages, self._renders)
         return int(np.searchsorted(self.text.starts, begin, side="left"))
+
+    @cached_property
+    def _spoken(self) -> dict[tuple[str, bool], Intervals]:
+        return {}
 
     @property
     def _renders(self) -> Render | None:
