@@ -191,6 +191,13 @@ class Where(Selection):
         return f"no token of any answer is {' and '.join([*asked, *left])}"
 
     @property
+    def all_in_prompt(self) -> Iterator[tuple[str, Place]]:
+        """Those in the prompt with their fields, those of `not` too."""
+        yield from self.places_in_prompt
+        if self.excluded is not None:
+            yield from ((f"not.{field}", place) for field, place in self.excluded.places_in_prompt)
+
+    @property
     def all_places(self) -> Iterator[Place]:
         """Those of `not` too."""
         yield from self.places

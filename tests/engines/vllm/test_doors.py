@@ -126,6 +126,25 @@ def test_a_render_route_checks_a_spec_and_hands_it_on_as_it_was_written():
                 requests.exchange.reset(token)
 
 
+@pytest.mark.parametrize("field", ["prompt", "prompt[1]", "not.prompt"])
+def test_a_render_route_refuses_a_role_which_no_server_behind_it_could_know(front_end, field):
+    prompt = {"prompt": {"role": "user"}, "prompt[1]": [[0, 1], {"role": "user"}], "not.prompt": {"role": "user"}}[
+        field
+    ]
+    where = {"not": {"prompt": prompt}} if field.startswith("not") else {"prompt": prompt}
+    given = {"interventions": [*SPEC["interventions"], {"kind": "add", "vector": "calm", "where": where}]}
+    texts = {"interventions": [{"kind": "add", "vector": "calm", "where": {"prompt": {"text": "role"}}}]}
+    requests.set_current_front_end(FrontEnd(front_end.model, front_end.registry, {**given, "binding": False}))
+    token = requests.exchange.set(requests.Exchange("/v1/chat/completions/render"))
+    try:
+        with pytest.raises(VLLMValidationError, match="gets token ids and no messages") as caught:
+            requests.admit_http(SamplingParams(), given)
+        assert caught.value.parameter == f"steering.interventions[1].where.{field}.role"
+        assert requests.admit_http(SamplingParams(), texts).extra_args == {"steering": json.dumps(texts)}
+    finally:
+        requests.exchange.reset(token)
+
+
 def test_beam_search_is_refused_where_the_request_or_the_servers_default_steers(front_end):
     requests.refuse_beam_search(None)
     with pytest.raises(VLLMValidationError, match="cannot be steered; leave"):

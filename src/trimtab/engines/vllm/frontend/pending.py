@@ -9,8 +9,11 @@ from collections.abc import Callable
 from typing import Any, Self
 
 from trimtab.engines.vllm.carried import Carried
+from trimtab.spec.places import RolePlace
 from trimtab.spec.prompt_tokens import PromptTokens
 from trimtab.spec.unplaced import Unplaced
+
+NO_CHAT = "the server that answers gets token ids and no messages, which have roles: give ranges or texts instead"
 
 
 class Pending(dict[str, Any]):
@@ -20,6 +23,16 @@ class Pending(dict[str, Any]):
         super().__init__(placed=False)
         self.unplaced = unplaced
         self.place = place  # raises `SteeringError` whose field starts at the request's own `steering`
+
+    @property
+    def role(self) -> str | None:
+        """Where the request asks for a role, within its `steering`; None if it does not."""
+        unplaced = self.unplaced
+        for index, step in enumerate(unplaced.made.steps[unplaced.defaults :]):
+            for field, place in () if step.where is None else step.where.all_in_prompt:
+                if isinstance(place, RolePlace):
+                    return f"interventions[{index}].where.{field}.role"
+        return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)

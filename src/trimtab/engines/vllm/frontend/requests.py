@@ -14,7 +14,7 @@ from trimtab.engines.vllm.carried import MARK, TICKET, Carried
 from trimtab.engines.vllm.frontend.accounts import Account, Ticket, ticket_in
 from trimtab.engines.vllm.frontend.admission import FIELD, FrontEnd
 from trimtab.engines.vllm.frontend.body import DATA, Body, names_steering
-from trimtab.engines.vllm.frontend.pending import Pending
+from trimtab.engines.vllm.frontend.pending import NO_CHAT, Pending
 from trimtab.engines.vllm.frontend.prompts import is_rendered, prompt_tokens
 from trimtab.errors import SteeringError
 from trimtab.spec.faults import join
@@ -121,9 +121,8 @@ def _refuse_strays(body: Body, place: str) -> None:
         for key in sorted(KEYS_WITHIN & fields.keys()):
             if fields[key] is not None:
                 home = f"`{FIELD}`" if key in Steering.model_fields else f"an intervention, in `{FIELD}.interventions`"
-                said = f"would be ignored here: `{key}` belongs into {home}"
                 more = f"; if another plugin reads it here, give `{FIELD}` at the top of the body" if holder else ""
-                raise _refused("place", join(holder, key), said + more)
+                raise _refused("place", join(holder, key), f"would be ignored here: `{key}` belongs into {home}{more}")
 
 
 def _where_it_belongs(place: str, places: frozenset[str]) -> str:
@@ -159,9 +158,9 @@ def admit_http(params: Any, given: Any) -> Any:
         carry(params, {FIELD: current.account.admitted, TICKET: Ticket(current.account)})
         return params
     if current is not None and current.path.endswith("/render"):
-        # The answer is another server's input, as JSON: check it, and pass on what the caller wrote.
+        # The answer is another server's input, as JSON: check it, and pass on what the caller wrote. It gets token ids.
         if given is not None:
-            _admit(current_front_end(), given, count=False)
+            _admit(current_front_end(), given, here=False)
             carry(params, {FIELD: json.dumps(given) if isinstance(given, dict) else given})
         return params
     admitted = _admit(current_front_end(), given)
@@ -268,15 +267,18 @@ def refuse_beam_search(given: Any) -> None:
     refuse(SteeringError("use_beam_search", f"beam search {reason}; leave one of the two out"))
 
 
-def _admit(front_end: FrontEnd | None, given: Any, *, count: bool = True) -> Carried | Pending | None:
+def _admit(front_end: FrontEnd | None, given: Any, *, here: bool = True) -> Carried | Pending | None:
     if front_end is None:
         if given is None:
             return None
         refuse(SteeringError(FIELD, OFF))
     try:
-        return front_end.admit(given, count=count)
+        admitted = front_end.admit(given, count=here)
     except SteeringError as error:
         refuse(error)
+    if not here and isinstance(admitted, Pending) and (role := admitted.role) is not None:
+        refuse(_refused("role", join(FIELD, role), NO_CHAT))
+    return admitted
 
 
 def _refuse_misplaced(front_end: FrontEnd, extra: Mapping[str, Any]) -> None:
