@@ -108,6 +108,39 @@ def test_generate_adds_the_scaled_vectors_at_the_chosen_layers(run: Run, vector:
     assert unsteered["steered_tokens"] == {"prefill": 0, "decode": 0}
 
 
+def test_generate_steers_the_tokens_that_where_says(run: Run, vector: Path) -> None:
+    arguments = ("generate", "-p", PROMPT, "--max-new-tokens", 6, "--json", "--vector", vector, "--where")
+    code, out, err = run(*arguments, '{"prompt": [[0, 2]], "answer": [[1, 3]]}')
+    assert (code, err) == (0, "")
+    assert json.loads(out)["outputs"][0]["steered_tokens"] == {"prefill": 2, "decode": 2}
+    code, out, err = run(*arguments, '{"prompt": {"role": "user"}}', "--chat")
+    assert (code, err) == (0, "")
+    told = json.loads(out)["outputs"][0]
+    assert PROMPT in told["prompt"]
+    assert 0 < told["steered_tokens"]["prefill"] < 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--where", "{"), "--where is not JSON"),
+        (("--where", "[]"), '--where got [], want an object, as {"answer": [[0, 16]]}'),
+        (("--where", "null"), "--where got null, want an object"),
+        (("--where", '{"promt": "all"}'), "--where promt: unknown key (did you mean 'prompt'?)"),
+        (("--where", "{}", "--phase", "decode"), "--where says what --phase says, and more: give one of them"),
+        (("--where", '{"prompt": {"role": "user"}}'), "where.prompt.role: needs a chat"),
+        (("--where", '{"prompt": [[90, 99]]}'), "selects nothing"),
+    ],
+)
+def test_generate_says_what_is_wrong_with_where(run: Run, vector: Path, arguments: tuple[str, ...], said: str) -> None:
+    code, out, err = run("generate", "-p", PROMPT, "--vector", vector, *arguments)
+    assert (code, out) == (1, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+    if arguments[:2] == ("--where", "{}"):
+        assert "no --vector is given" in run("generate", "-p", PROMPT, *arguments)[2]
+
+
 def test_generate_prints_prompt_and_text(run: Run) -> None:
     code, out, _ = run("generate", "-p", PROMPT, "-p", "Notes on the phone:", "--max-new-tokens", 4)
     assert code == 0

@@ -50,6 +50,13 @@ def test_every_example_of_the_page_can_be_said(code: str) -> None:
         read(given)
 
 
+def test_the_request_of_the_page_can_be_said() -> None:
+    (body,) = re.findall(r"```bash\ncurl .*? -d '(.*?)'\n```", PAGE, re.DOTALL)
+    given = json.loads(body)
+    assert set(given) == {"model", "messages", "steering"}
+    assert Steering.parse(given["steering"]).interventions[0].where is not None
+
+
 def test_the_page_has_examples() -> None:
     assert len(FENCED) >= 2
     assert len(INLINE) >= 8

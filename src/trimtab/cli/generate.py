@@ -6,8 +6,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from trimtab.cli.failure import CommandError
-from trimtab.cli.options import BUNDLED, MAX_SEED, Chat, Json, Layers, Model, load_model, read_layers, read_vector
-from trimtab.cli.texts import Text, read_prompts, rendered
+from trimtab.cli.options import (
+    BUNDLED,
+    MAX_SEED,
+    Chat,
+    Json,
+    Layers,
+    Model,
+    load_model,
+    read_layers,
+    read_vector,
+    read_where,
+)
+from trimtab.cli.texts import Text, as_chat, read_prompts, rendered
 
 
 def generate(
@@ -26,18 +37,27 @@ def generate(
     phase: Annotated[
         Literal["all", "prefill", "decode"], typer.Option(help="Steer prompt tokens, generated tokens, or both.")
     ] = "all",
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSON", help="""Which tokens, instead of --phase: '{"answer": [[0, 16]]}' (docs/where.md)."""
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy; above it, sample.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of sampling.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Show the unsteered text too.")] = False,
     json_: Json = False,
 ) -> None:
     """Generate text under steering vectors, which add up; without a vector, as the plain model."""
-    if not vector and (layers or phase != "all"):
-        raise CommandError("--layers and --phase say where vectors act, but no --vector is given")
+    if not vector and (layers or phase != "all" or where is not None):
+        raise CommandError("--layers, --phase and --where say where vectors act, but no --vector is given")
+    if where is not None and phase != "all":
+        raise CommandError("--where says what --phase says, and more: give one of them")
     given: list[Text] = [*(prompt or ()), *(read_prompts(prompts) if prompts is not None else ())]
     if not given:
         raise CommandError("give a --prompt, or a file with --prompts")
     chosen = read_layers(layers)
+    places = {"phase": phase} if where is None else {"where": read_where(where)}
     from trimtab.vectors.dose import dose_warning
 
     interventions = []
@@ -45,19 +65,20 @@ def generate(
         loaded, scale = read_vector(text)
         if warning := dose_warning(loaded if chosen is None else loaded.at(chosen), scale):
             typer.echo(f"trimtab: warning: {text}: {warning}", err=True)
-        step: dict[str, Any] = {"kind": "add", "vector": loaded, "scale": scale, "phase": phase}
+        step: dict[str, Any] = {"kind": "add", "vector": loaded, "scale": scale, **places}
         interventions.append(step if chosen is None else {**step, "layers": chosen})
     spec = {"interventions": interventions} if interventions else None
 
     steered = load_model(model)
     texts = rendered(given, steered.tokenizer, chat=chat)
+    chats = [as_chat(one, chat=chat) for one in given]  # which have roles
     import torch
 
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     specs = [spec] * len(texts) + [None] * (len(texts) if compare else 0)
     with steered:
-        outputs = steered.generate(texts * (2 if compare else 1), specs, max_new_tokens=max_new_tokens, **sampling)
+        outputs = steered.generate(chats * (2 if compare else 1), specs, max_new_tokens=max_new_tokens, **sampling)
     if json_:
         import json
 

@@ -81,6 +81,21 @@ def read_vector(text: str) -> "tuple[SteeringVector, float]":
     return SteeringVector.load(path), scale
 
 
+def read_where(text: str) -> Any:
+    """The `where` of an intervention, from JSON. Raises `CommandError` for what cannot be one."""
+    from trimtab.errors import SteeringError
+    from trimtab.json_text import read_json
+    from trimtab.spec.where import read
+
+    try:
+        value = read_json(text)
+        if value is None:
+            raise SteeringError("", """got null, want an object, as '{"answer": [[0, 16]]}'""")
+        return read(value)
+    except SteeringError as error:
+        raise CommandError(f"--where {error.field}{': ' * bool(error.field)}{error.message}") from None
+
+
 def check_output(path: Path, *suffixes: str) -> None:
     """Raise `CommandError` for a file that cannot be written or has none of `suffixes`: before the work, not after."""
     if path.suffix not in suffixes:

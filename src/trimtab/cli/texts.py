@@ -55,13 +55,18 @@ def rendered(prompts: list[Text], tokenizer: Any, *, chat: bool) -> list[str]:
             continue
         if not getattr(tokenizer, "chat_template", None):
             raise CommandError("the model's tokenizer has no chat template: give plain prompts, without --chat")
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = as_chat(prompt, chat=chat)
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates are programs of their own
             raise CommandError(f"the chat template refuses {json.dumps(messages)[:120]}: {error}") from None
         texts.append(str(text))
     return texts
+
+
+def as_chat(prompt: Text, *, chat: bool) -> Text:
+    """A prompt, with `chat` a plain text as the message that a user says."""
+    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
 
 
 def _lines(path: Path) -> list[str]:

@@ -205,7 +205,8 @@ class Where(Selection):
             yield from self.excluded.places
 
 
-def _where(value: Any) -> Any:
+def read(value: Any) -> Where | None:
+    """What an intervention's key `where` says; None is none. Raises `SteeringError`."""
     if value is None or isinstance(value, Where):
         return value
     if not isinstance(value, Mapping):
@@ -213,5 +214,5 @@ def _where(value: Any) -> Any:
     return Where(**keys_are_text(value))
 
 
-WhereField = Annotated[Where | None, BeforeValidator(_where)]
+WhereField = Annotated[Where | None, BeforeValidator(read)]
 """What may say where an intervention acts."""

@@ -73,6 +73,9 @@ def places(
 
 def easysteer(phases: Sequence[str] = (), **selectors: Any) -> set[int]:
     """Phases gate; what is included is joined, all if nothing is; what is excluded is taken off."""
+    if trigger := next((name for name in selectors if "_trigger_" in name), None):  # as it was before `ApplySpec`
+        (number,), some = selectors[trigger], PROMPT if trigger.startswith("prefill") else ANSWER
+        return {some[number]} if trigger.endswith("positions") else set(some)  # of tokens, -1 means each
     found: set[int] = set()
     for phase, some in (("prompt", PROMPT), ("generation", ANSWER)):
         if phase not in phases and not any(name.startswith(phase) for name in selectors):
@@ -163,6 +166,15 @@ def test_each_row_of_the_page_touches_what_its_library_touches() -> None:
     assert {told for title, told, _ in asked if title == "saklas"} == set(TRIGGERS)
     for (title, told, _), theirs, ours in zip(asked, expected, found([where for _, _, where in asked]), strict=True):
         assert ours == theirs, f"{title}: {told}"
+
+
+def test_the_example_of_chats_runs_and_steers_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "where.md").read_text(), re.DOTALL)
+    exec(code, {})
+    for topic, line in zip(("film", "hotel"), capsys.readouterr().out.strip().split("}\n"), strict=True):
+        told = line.partition("{'prompt': ")[2]
+        assert told.startswith("[["), topic
+        assert "'answer': [[0, 16]]" in told
 
 
 @pytest.mark.parametrize("title", LIBRARIES)
