@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from trimtab.errors import SteeringError
-from trimtab.program.joint_gate import Condition, is_monitor
+from trimtab.program.joint_gate import Condition, check_served, is_monitor
 from trimtab.program.programs import PhaseProgram, Term, distinct, together
 from trimtab.program.run_names import NamedRuns, identity_of, named_runs
 from trimtab.program.slots import Slot, counted
@@ -163,6 +163,20 @@ class ResolvedSteering:
                 "`gates`). Interventions with equal gates share one; in `all` and `any` each member counts, and so "
                 "does a `schedule` where more than that acts on one token",
             )
+
+    def check_gates(self, limits: GateLimits, field: str) -> None:
+        """Raise `SteeringError` at `field` where an engine with these limits does not serve the gates, or so many: what
+        a front end and an engine core ask of the same steering, so that none admits what the other refuses. What a
+        program's own row follows is no gate."""
+        self.check_gate_count(limits, field)
+        for program in self.programs:
+            gated = [(item.gate, item.total.sites) for item in program.gated if item is not program.scheduled_row]
+            for gate, sites in [*gated, *((slot.gate, slot.sites) for slot in program.slots)]:
+                if gate is not None:
+                    try:
+                        check_served(gate, sites, limits)
+                    except SteeringError as error:
+                        raise SteeringError(field, str(error)) from None
 
     def check_slot_count(self, limits: SlotLimits, field: str) -> None:
         """Raise `SteeringError` at `field` where more slots act at a site than an engine with these limits serves, or

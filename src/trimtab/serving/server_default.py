@@ -27,10 +27,19 @@ class ServerDefault:
     def parse(cls, given: Any) -> "ServerDefault":
         """The default in a server's settings: a spec, beside which `binding` may stand. Raises `SteeringError`."""
         if not isinstance(given, Mapping) or "binding" not in given:
-            return cls(Steering.parse(given))
+            return cls._checked(Steering.parse(given), binding=True)
         if not isinstance(binding := given["binding"], bool):
             raise SteeringError("binding", f"got {shown(binding)}, want true or false")
-        return cls(Steering.parse({key: value for key, value in given.items() if key != "binding"}), binding)
+        return cls._checked(Steering.parse({key: given[key] for key in given if key != "binding"}), binding)
+
+    @classmethod
+    def _checked(cls, spec: Steering, binding: bool) -> "ServerDefault":
+        for index, step in enumerate(spec.interventions):
+            if binding and step.schedule is not None:  # a request at full strength would outweigh what it fades to
+                said = "cannot be in a default that is binding: what is left of it would change over the answer; "
+                said += 'leave it out, or say "binding": false'
+                raise SteeringError(f"interventions[{index}].schedule", said)
+        return cls(spec, binding)
 
     @property
     def count(self) -> int:

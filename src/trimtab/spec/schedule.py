@@ -51,7 +51,7 @@ class Schedule(Model):
         if (self.decay is None) == (self.ramp is None):
             raise SteeringError("", 'want one of {"decay": 0.98} and {"ramp": [0, 8]}')
         if self.decay is not None and not LEAST_DECAY <= self.decay <= 1.0:
-            raise SteeringError("decay", f"got {self.decay:g}, want a number from {LEAST_DECAY:.2g} to 1")
+            raise SteeringError("decay", f"got {self.decay:g}, want a number from 2^-64 to 1")
         return self
 
     @model_serializer(mode="wrap")

@@ -17,7 +17,6 @@ from trimtab.engines.vllm.settings.slots import check_slots
 from trimtab.errors import SteeringError
 from trimtab.program import ResolvedSteering
 from trimtab.program.codec import decode
-from trimtab.program.joint_gate import check_served
 from trimtab.program.monitor import reaches
 from trimtab.program.resolved_gate import VectorReference
 from trimtab.program.room import check_room
@@ -175,7 +174,7 @@ def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
         raise SteeringError(
             SETTINGS_KEY, "was admitted without this engine's monitor: give the front end the same steering settings"
         )
-    steering.check_gate_count(model.gates, SETTINGS_KEY)
+    steering.check_gates(model.gates, SETTINGS_KEY)
     check_room(steering, model.room, SETTINGS_KEY)
     check_slots(steering.programs, model.slots, SETTINGS_KEY)
     for vector, _ in _vectors(steering):
@@ -183,7 +182,3 @@ def _check_served(steering: ResolvedSteering, model: ModelSites) -> None:
             raise SteeringError(
                 SETTINGS_KEY, f"a vector of width {vector.hidden_size}; the model's is {model.hidden_size}"
             )
-    gated = [(term.gate, term.vector.sites) for term in steering.terms]
-    for gate, sites in [*gated, *((slot.gate, slot.sites) for slot in steering.slots)]:
-        if gate is not None:
-            check_served(gate, sites, model.gates)

@@ -71,7 +71,7 @@ class Account:
         """A prompt of the answer is steered with `carried`: where steering says where it acts, each has its own."""
         self._last = prompt, carried
         told = carried.receipt
-        self.gated = self.gated or bool(carried.steering.gates)
+        self.gated = self.gated or any(program.lane_count for program in carried.steering.programs)
         if self._receipt is None:
             self.slots = [set(own) for own in carried.slots]
             own = {"steered_tokens": dict(told["steered_tokens"]), "interventions": [*map(dict, told["interventions"])]}
@@ -105,6 +105,8 @@ class Account:
         where it had embeddings."""
         self._running -= 1
         self._finished += 1
+        if not answer:  # refused by the core, or ended before its first token: nothing is known to have been computed
+            return
         counts = self.receipt["steered_tokens"]
         what = carried.steering, prompt_length, len(answer), None if prompt is None else [*prompt, *answer]
         for phase, number in steered_tokens(*what).items():

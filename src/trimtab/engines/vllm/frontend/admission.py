@@ -247,6 +247,7 @@ class FrontEnd:
 
     def _carried(self, asked: ResolvedSteering, default_left: float | None = None) -> Carried:
         steering = self._monitored(asked)
+        steering.check_gates(self.model.gates, "interventions")  # a monitor stands before schedules as a gate of each
         check_room(steering, self.model.room, "")
         self._check_drafts(steering)
         return Carried(encode(steering, self._held, views=True), steering, default_left)
