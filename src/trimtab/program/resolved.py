@@ -168,6 +168,8 @@ class ResolvedSteering:
         """Raise `SteeringError` at `field` where an engine with these limits does not serve the gates, or so many: what
         a front end and an engine core ask of the same steering, so that none admits what the other refuses. What a
         program's own row follows is no gate."""
+        if not any(program.gated for program in self.programs):
+            return
         self.check_gate_count(limits, field)
         for program in self.programs:
             gated = [(item.gate, item.total.sites) for item in program.gated if item is not program.scheduled_row]
