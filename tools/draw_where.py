@@ -61,7 +61,7 @@ def tokenizer() -> Any:
     """Words with the space before them, stops, and a chat's special tokens; the think tags are none of these."""
     texts = [*(message["content"] for message in CHAT), re.sub(r"<[^>]*>", "\n", ANSWER)]
     words = sorted({word for text in texts for word in re.findall(r" ?\w+|[^\w\s]", text)})
-    vocabulary = {word: place for place, word in enumerate(["<unk>", *SPECIAL, *THINK_TAGS, *words])}
+    vocabulary = {word: place for place, word in enumerate(["<unk>", *SPECIAL, *THINK_TAGS, *words, " Yes"])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|[^\w\s]"), "isolated")
     made.decoder = decoders.Fuse()
