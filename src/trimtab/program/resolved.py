@@ -168,10 +168,11 @@ class ResolvedSteering:
         """Raise `SteeringError` at `field` where an engine with these limits does not serve the gates, or so many: what
         a front end and an engine core ask of the same steering, so that none admits what the other refuses. What a
         program's own row follows is no gate."""
-        if not any(program.gated for program in self.programs):
+        programs = [program for program in self.programs if program.gated]
+        if not programs:
             return
         self.check_gate_count(limits, field)
-        for program in self.programs:
+        for program in programs:
             gated = [(item.gate, item.total.sites) for item in program.gated if item is not program.scheduled_row]
             for gate, sites in [*gated, *((slot.gate, slot.sites) for slot in program.slots)]:
                 if gate is not None:

@@ -276,7 +276,7 @@ def test_admission_is_cheap_at_the_size_of_a_large_model():
     rows = np.random.default_rng(0).normal(size=(4, layers, width))
     inline = iter([add(packed(block)) for block in rows])
     front.admit(next(inline))  # what the first call imports is not counted
-    assert calls(lambda: front.admit(add("calm", scale=1.25))) < 450
+    assert calls(lambda: front.admit(add("calm", scale=1.25))) < 460
     assert calls(lambda: front.admit(add("calm", scale=1.25))) < 100  # seen before
     given = [next(inline), next(inline)]
     assert calls(lambda: front.admit(given[0])) < 1500
