@@ -6,6 +6,7 @@ holds between the messages, to the letter. Where there is no such template, mess
 believed where there is one way only to find them all.
 """
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,8 @@ Message = Mapping[str, Any]
 Render = Callable[[list[dict[str, Any]]], str]
 Characters = tuple[int, int]
 """The first, and the one behind the last."""
+
+_MARK = re.compile("q[0-9]+x[0-9]+z")
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,21 @@ def _marked(messages: Sequence[Message], marks: Mapping[Said, str]) -> list[dict
 
 
 def _parted(rendered: str, marks: Mapping[Said, str]) -> tuple[list[str] | None, list[Said]]:
-    """What stands before, between and behind the marks, and whose they are; None where one is there twice."""
+    """What stands before, between and behind the marks, and whose they are; None where they are not in their order, or
+    one is there twice."""
+    whose = {mark: (place, said) for place, (said, mark) in enumerate(marks.items())}
     between: list[str] = []
     order: list[Said] = []
-    end = 0
-    for said, mark in marks.items():
-        if (place := rendered.find(mark, end)) >= 0:
-            between.append(rendered[end:place])
-            order.append(said)
-            end = place + len(mark)
-        if rendered.count(mark) != (place >= 0):
+    end, before = 0, -1
+    for found in _MARK.finditer(rendered):  # once through the text, however many messages there are
+        place, said = whose.get(found[0], (None, None))
+        if place is None or said is None:
+            continue
+        if place <= before:
             return None, []
+        between.append(rendered[end : found.start()])
+        order.append(said)
+        end, before = found.end(), place
     return [*between, rendered[end:]], order
 
 

@@ -94,11 +94,12 @@ def test_a_patch_whose_target_has_changed_is_named_with_its_reason() -> None:
     assert "EngineCore.preprocess_add_request is gone" in unfit.pop("EngineCore.preprocess_add_request")
     assert "takes (self, something_else), not (self, scheduler_output" in unfit.pop("GPUModelRunner._prepare_inputs")
     assert "is there already" in unfit.pop("WorkerBase.trimtab_status")
-    for target in ("OutputProcessor.add_request", "RequestState.make_request_output"):
-        assert "vllm.v1.engine.output_processor cannot be imported" in unfit.pop(target)
+    for target in ("OutputProcessor.add_request", "RequestState.make_request_output", "AsyncLLM.generate"):
+        assert "vllm.v1.engine.output_processor" in (reason := unfit.pop(target))
+        assert "cannot be imported" in reason
     assert unfit == {}
     assert "vLLM 0.40.1 is not supported: versions 0.26 to 0.33 are" in told["faults"]
-    assert len(told["faults"]) == 5
+    assert len(told["faults"]) == 6
     assert outcome["theirs"] == "theirs"
 
 

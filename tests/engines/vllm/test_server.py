@@ -297,18 +297,21 @@ WHERE: dict[str, tuple[dict[str, Any], Chosen]] = {
     "all but special tokens": ({"special_tokens": False}, lambda ids, at, end: ids[at] > 2),
 }
 
-BY_WORD: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[int], Chosen]]] = {  # by one, and by its id
+# By a word; and by its id, and whether what the prompt says of it counts: what a user says in a chat does not.
+BY_WORD: dict[str, tuple[Callable[[str], dict[str, Any]], Callable[[int, bool], Chosen]]] = {
     "behind it": (
         lambda word: {"after": word},
-        lambda word: lambda ids, at, end: word in ids[end:at] and ids[at] != word,
+        lambda word, _: lambda ids, at, end: word in ids[end:at] and ids[at] != word,
     ),
     "before it": (
         lambda word: {"until": word},
-        lambda word: lambda ids, at, end: at >= end and word not in ids[end : at + 1],
+        lambda word, _: lambda ids, at, end: at >= end and word not in ids[end : at + 1],
     ),
     "in the response": (
         lambda word: {"section": {"name": "response", "start": "w120", "end": [int(word[1:])]}},
-        lambda word: lambda ids, at, end: word in ids[end:at] and ids[at] not in (word, 120),
+        lambda word, said: lambda ids, at, end: at >= end and ids[at] not in (word, 120) and word == next(
+            (tag for tag in reversed(ids[end:at]) if tag in (word, 120)), 120 if said else word
+        ),
     ),
 }  # fmt: skip
 
@@ -333,7 +336,7 @@ def test_where_is_placed_on_the_prompt_that_each_door_makes(sdk, oracle, door: s
     always = oracle.words(prompt, COUNT, {}, added).split()
     for name, (places_by, chosen_by) in BY_WORD.items():
         word = (always if name == "before it" else plain.split())[2]
-        check(places_by(word), chosen_by(int(word[1:])))
+        check(places_by(word), chosen_by(int(word[1:]), door.startswith("completions")))
 
 
 def test_where_is_placed_on_each_prompt_of_a_body_by_itself(client, oracle):
