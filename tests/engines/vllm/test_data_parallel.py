@@ -66,6 +66,11 @@ def metric(client: httpx.Client, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
 
 
+def becomes(client: httpx.Client, name: str, value: float) -> bool:
+    """Whether a metric comes to a value: where a worker is busy, the page shows what it said before."""
+    return any(metric(client, name) == value for _ in range(30))
+
+
 @pytest.mark.parametrize("engine", [0, 1])
 def test_an_engine_steers_and_the_status_shows_which_one(client, folder, engine: int):
     before = uploads(client)
@@ -91,7 +96,7 @@ def test_gates_report_from_the_engine_that_evaluated_them(client, engine: int):
     (told,) = answer["steering"]["gates"]
     assert told["tokens"] == len(PROMPT.split()) + COUNT - 1
     assert client.get(f"/v1/steering/gates/{answer['id']}").json()["gates"] == [told]
-    assert metric(client, "trimtab_gate_tokens_total") == tokens + told["tokens"]
+    assert becomes(client, "trimtab_gate_tokens_total", tokens + told["tokens"])
 
 
 def test_requests_wait_in_the_engine_whose_rows_they_need_and_all_are_answered(client, folder):
@@ -103,7 +108,7 @@ def test_requests_wait_in_the_engine_whose_rows_they_need_and_all_are_answered(c
             pages.append(client.get("/v1/steering").json()["tables"])
     assert {page["rows"] for page in pages} == {8}
     for engine in (0, 1):
-        told = [next(one for one in page["engines"] if one["engine"] == engine) for page in pages]
+        told = [one for page in pages for one in page["engines"] if one["engine"] == engine]  # none where it is busy
         assert max(one["requests_waiting"] for one in told) > 0
         assert max(one["rows_reserved"] for one in told) <= 8
     texts = [answer.result()["choices"][0]["text"].strip() for answer in asked]
@@ -115,11 +120,12 @@ def test_requests_wait_in_the_engine_whose_rows_they_need_and_all_are_answered(c
         (0, 0, 0), (1, 0, 0)
     ]  # fmt: skip
     assert all(one["most_bytes_of_a_device"] > 0 for one in tables["engines"])
-    assert metric(client, "trimtab_requests_waiting_for_rows") == metric(client, "trimtab_rows_reserved") == 0
+    assert becomes(client, "trimtab_requests_waiting_for_rows", 0)
+    assert becomes(client, "trimtab_rows_reserved", 0)
 
 
 def test_metrics_add_up_over_engines(client):
     workers = client.get("/v1/steering").json()["workers"]
-    assert metric(client, "trimtab_row_capacity") == sum(worker["capacity"] for worker in workers)
-    assert metric(client, "trimtab_row_uploads_total") == sum(uploads(client).values())
-    assert metric(client, "trimtab_rows_in_use") == 0
+    assert becomes(client, "trimtab_row_capacity", sum(worker["capacity"] for worker in workers))
+    assert becomes(client, "trimtab_row_uploads_total", sum(uploads(client).values()))
+    assert becomes(client, "trimtab_rows_in_use", 0)
