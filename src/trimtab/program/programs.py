@@ -184,6 +184,12 @@ class PhaseProgram:
         return None if self.terms or self.slots else next(clocked, None)
 
     @property
+    def lane_gates(self) -> Iterator[tuple[Condition, tuple[Site, ...]]]:
+        """The gates that take lanes, each with the sites of what stands behind it."""
+        yield from ((item.gate, item.total.sites) for item in self.gated if item is not self.scheduled_row)
+        yield from ((slot.gate, slot.sites) for slot in self.slots if slot.gate is not None)
+
+    @property
     def is_scheduled(self) -> bool:
         """Whether anything of it follows a schedule."""
         return any(schedule_of(item.gate) is not None for item in self.gated)

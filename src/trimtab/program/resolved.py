@@ -173,13 +173,11 @@ class ResolvedSteering:
             return
         self.check_gate_count(limits, field)
         for program in programs:
-            gated = [(item.gate, item.total.sites) for item in program.gated if item is not program.scheduled_row]
-            for gate, sites in [*gated, *((slot.gate, slot.sites) for slot in program.slots)]:
-                if gate is not None:
-                    try:
-                        check_served(gate, sites, limits)
-                    except SteeringError as error:
-                        raise SteeringError(field, str(error)) from None
+            for gate, sites in program.lane_gates:
+                try:
+                    check_served(gate, sites, limits)
+                except SteeringError as error:
+                    raise SteeringError(field, str(error)) from None
 
     def check_slot_count(self, limits: SlotLimits, field: str) -> None:
         """Raise `SteeringError` at `field` where more slots act at a site than an engine with these limits serves, or

@@ -42,6 +42,12 @@ class IdSet:
         place = bisect_right(self.ranges, token, key=lambda one: one[0]) - 1
         return place >= 0 and token < self.ranges[place][1]
 
+    def says(self, ids: IntArray) -> npt.NDArray[np.bool_]:
+        """[N]: the same of `ids` [N] at once."""
+        edges = np.array([edge for both in self.ranges for edge in both], np.int64)
+        within: npt.NDArray[np.bool_] = np.searchsorted(edges, ids, side="right") % 2 == 1
+        return within
+
 
 @dataclass(frozen=True)
 class Between:
@@ -111,7 +117,7 @@ class Spans:
         ids = np.asarray(tokens, np.int64)
         numbers = np.zeros(len(ids), np.int64)
         for place, atom in enumerate(self.atoms):
-            said = _within(ids, atom) if isinstance(atom, IdSet) else _open_at(ids, atom, self.prompt_length)
+            said = atom.says(ids) if isinstance(atom, IdSet) else _open_at(ids, atom, self.prompt_length)
             numbers[self.prompt_length :] |= said[self.prompt_length :].astype(np.int64) << place
         decided = np.empty(len(ids), np.int64)
         for start, stop, choice in self.runs(len(ids)):
@@ -184,26 +190,18 @@ def _atom_fault(atom: Atom) -> str:
     return ""
 
 
-def _within(ids: IntArray, atom: IdSet) -> npt.NDArray[np.bool_]:
-    """[N]: which of `ids` [N] lie in the ranges of `atom`."""
-    begin, stop = np.asarray(atom.ranges, np.int64).T
-    place = np.searchsorted(begin, ids, side="right") - 1
-    within: npt.NDArray[np.bool_] = (place >= 0) & (ids < stop[place])
-    return within
-
-
 def _open_at(ids: IntArray, atom: Between, prompt_length: int) -> npt.NDArray[np.bool_]:
     """[N]: for each token of an answer whether it is open there and the token itself neither opens nor closes."""
     first = 0 if atom.looks_back else prompt_length
-    closes = _ending(ids, atom.closes, first)
-    opens = _ending(ids, atom.opens, first) & ~closes
+    closes = ends_of(ids, atom.closes, first)
+    opens = ends_of(ids, atom.opens, first) & ~closes
     said = opens | closes
     said[:prompt_length] = False  # how the answer begins, `is_open` says
     last = np.maximum.accumulate(np.where(said, np.arange(len(ids)), -1))  # the token that decided it
     return np.where(last < 0, atom.is_open, opens[last]) & ~said
 
 
-def _ending(ids: IntArray, sequences: Sequence[Sequence[int]], first: int) -> npt.NDArray[np.bool_]:
+def ends_of(ids: IntArray, sequences: Sequence[Sequence[int]], first: int = 0) -> npt.NDArray[np.bool_]:
     """[N]: at which places one of `sequences` ends that begins at `first` or later."""
     found = np.zeros(len(ids), np.bool_)
     for sequence in sequences:

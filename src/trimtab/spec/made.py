@@ -102,9 +102,8 @@ def _clock_site(first: Site, limits: GateLimits) -> Site:
 
 def check_clocks(program: PhaseProgram, limits: GateLimits) -> None:
     """Raise `SteeringError` where a schedule that needs a lane cannot have one."""
-    acting = [(item.gate, item.total.sites) for item in program.gated if item is not program.scheduled_row]
-    for gate, sites in [*acting, *((slot.gate, slot.sites) for slot in program.slots)]:
-        if schedule_of(gate) is not None and gate is not None:
+    for gate, sites in program.lane_gates:
+        if schedule_of(gate) is not None:
             try:
                 check_served(gate, sites, limits)
             except SteeringError as error:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import SteeringError
-from trimtab.program.spans import LONGEST_SEQUENCE, MOST_RUNS, IdSet
+from trimtab.program.spans import LONGEST_SEQUENCE, MOST_RUNS, IdSet, ends_of
 from trimtab.spec.base import NowhereError
 from trimtab.spec.chat_text import Render, begin_of_reply, spoken
 from trimtab.spec.intervals import Intervals, joined, where_true
@@ -89,8 +89,7 @@ class PromptTokens:
 
     def holding(self, some: IdSet) -> Intervals:
         """The positions of tokens of a set."""
-        edges = np.array([edge for both in some.ranges for edge in both], np.int64)
-        return where_true(np.searchsorted(edges, self.tokens(), side="right") % 2 == 1)
+        return where_true(some.says(self.tokens()))
 
     @property
     def special(self) -> IdSet:
@@ -212,10 +211,5 @@ class PromptTokens:
 
 def _last(tokens: npt.NDArray[np.int64], run: Sequence[int]) -> int:
     """Where the last of some runs ends, -1 where there is none."""
-    if len(tokens) < len(run):
-        return -1
-    fits = np.ones(len(tokens) - len(run) + 1, np.bool_)
-    for offset, token in enumerate(run):
-        fits &= tokens[offset : offset + len(fits)] == token
-    places = np.flatnonzero(fits)
-    return int(places[-1]) + len(run) - 1 if len(places) else -1
+    places = np.flatnonzero(ends_of(tokens, [run]))
+    return int(places[-1]) if len(places) else -1
